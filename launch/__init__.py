@@ -1,0 +1,1 @@
+"""What torchrun runs: the training job, and the programs that measure it."""

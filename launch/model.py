@@ -1,0 +1,148 @@
+"""The model: GPT-2's decoder-only transformer, reading bytes.
+
+Shapes are written beside each line: B sequences, T bytes each, C channels, H heads, V vocabulary entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a model.
+
+    Args:
+        layers: number of transformer blocks.
+        channels: width of the residual stream.
+        heads: attention heads; they divide the channels evenly.
+        vocabulary: rows of the embedding; bytes need 256.
+
+    Example:
+        >>> Shape(layers=2, channels=64, heads=2).count(seq_len=32)
+        118528
+    """
+
+    layers: int
+    channels: int
+    heads: int
+    vocabulary: int = 256
+
+    def count(self, seq_len: int) -> int:
+        """Number of parameters of a model that reads up to ``seq_len`` bytes, without building it."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in GPT(self, seq_len).parameters())
+
+
+# The sizes that `--model` offers. `gpt2` has GPT-2's own shapes, its 50,257 embedding rows included, so that time and
+# memory are those of the real thing; reading bytes, it uses 256 of them.
+PRESETS = {
+    "tiny": Shape(layers=2, channels=32, heads=2),
+    "small": Shape(layers=4, channels=128, heads=4),
+    "medium": Shape(layers=6, channels=192, heads=6),
+    "large": Shape(layers=8, channels=512, heads=8),
+    "gpt2": Shape(layers=12, channels=768, heads=12, vocabulary=50257),
+}
+
+
+class Attention(nn.Module):
+    """Causal self-attention; query, key and value are layers of their own, so that tensor parallelism cuts by head."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.head_channels = channels // heads
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        # -1: under tensor parallelism a rank holds only some of the heads.
+        query, key, value = (
+            layer(x).unflatten(-1, (-1, self.head_channels)).transpose(1, 2)  # (B, H, T, C / H)
+            for layer in (self.query, self.key, self.value)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class MLP(nn.Module):
+    """The two-layer perceptron of a block, four times as wide inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(channels, 4 * channels)
+        self.down = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return out
+
+
+class Block(nn.Module):
+    """Attention, then perceptron, each on a normalized copy of the stream and added to it."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(channels)
+        self.attention = Attention(channels, heads)
+        self.norm_mlp = nn.LayerNorm(channels)
+        self.mlp = MLP(channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        attended: Tensor = x + self.attention(self.norm_attention(x))
+        out: Tensor = attended + self.mlp(self.norm_mlp(attended))
+        return out
+
+
+class GPT(nn.Module):
+    """Predict the next byte at every position.
+
+    Args:
+        shape: the size of the model.
+        seq_len: the longest sequence that it reads; it has one position embedding for each place.
+    """
+
+    def __init__(self, shape: Shape, seq_len: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.vocabulary, shape.channels)
+        self.position = nn.Embedding(seq_len, shape.channels)
+        self.blocks = nn.ModuleList(Block(shape.channels, shape.heads) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.channels)
+        self.head = nn.Linear(shape.channels, shape.vocabulary, bias=False)
+        self.tie()
+        self.initialize()
+
+    def tie(self) -> None:
+        """Let the head share the embedding's weight (again, after a wrapper has replaced either)."""
+        self.head.weight = self.embedding.weight
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """GPT-2's start: normal weights of 0.02, less where a layer adds to the stream, and zero biases."""
+        depth = 2 * len(self.blocks)  # layers that add to the stream
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" not in name:
+                adds = name.endswith(("out.weight", "down.weight"))
+                parameter.normal_(std=0.02 / depth**0.5 if adds else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> logits (B, T, V)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.embedding(tokens) + self.position(places)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats of ``logits (B, T, V)`` against ``targets (B, T)``; targets of -100 do not count."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)

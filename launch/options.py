@@ -1,0 +1,108 @@
+"""The options of a training run: one field each, from which the command line is made."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from launch.model import PRESETS
+from launch.parallel import PARALLEL
+from launch.recipe import OPTIMIZERS, SCHEDULES
+from launch.world import UserError
+
+
+def option(default: Any, help: str, *, type: Any = None, choices: Sequence[str] | None = None) -> Any:
+    """Describe one option, as a dataclass field; without ``type`` it has that of its default."""
+    return field(default=default, metadata={"help": help, "type": type or default.__class__, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `launch/train.py --help` lists."""
+
+    model: str = option("small", "size of the model", choices=list(PRESETS))
+    optimizer: str = option("sm3", "what takes the steps", choices=list(OPTIMIZERS))
+    parallel: str = option(
+        "auto", "how ranks share the work; auto: fsdp2, or none for a single process", choices=["auto", *PARALLEL]
+    )
+    steps: int = option(800, "optimizer steps")
+    batch_size: int = option(16, "sequences per step, over all ranks")
+    seq_len: int = option(128, "bytes per sequence; the gpt2 model is GPT-2's 124 M parameters at 1024")
+    lr: float | None = option(None, "learning rate; default: the best found for the optimizer", type=float)
+    momentum: float | None = option(None, "momentum (adamw: beta1); default: the optimizer's", type=float)
+    beta: float | None = option(
+        None, "decay of the squared gradients (adamw: beta2), for sm3 0 sums them; default: the optimizer's", type=float
+    )
+    weight_decay: float = option(0.0, "decoupled weight decay")
+    schedule: str = option("paper", "learning rate after its warm-up", choices=list(SCHEDULES))
+    clip: float = option(1.0, "largest norm of the whole gradient; inf: no clipping")
+    data: Path | None = option(None, "file or directory to train on; default: Python's standard library", type=Path)  # noqa: RUF009
+    held_out_bytes: int | None = option(None, "judge on so many of the bytes held out; default: all", type=int)
+    out: Path | None = option(None, "directory for configuration, metrics and picture; default: none", type=Path)  # noqa: RUF009
+    overwrite: bool = option(False, "replace a run that --out already holds")
+    seed: int = option(0, "which weights to start from and which order of the data")
+    device: str = option("auto", "auto: CUDA where there is any", choices=["auto", "cpu", "cuda"])
+    replicas: int = option(2, "hsdp: copies of the model, each sharded over world / copies ranks")
+    tp_size: int | None = option(None, "tp: ranks that share each layer; default: all", type=int)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "replicas"):
+            require(getattr(self, name) >= 1, f"{flag(name)} {getattr(self, name)} must be at least 1")
+        for name in ("tp_size", "held_out_bytes"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{flag(name)} {value} must be at least 1")
+        require(0 <= self.seed < 2**31, f"--seed {self.seed} must be at least 0 and less than {2**31}")
+        require(self.clip > 0, f"--clip {self.clip} must be greater than 0; pass inf to switch clipping off")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the options as values that JSON knows."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Read the command line.
+
+    Raises:
+        UserError: it does not fit.
+
+    Example:
+        >>> parse(["--optimizer", "adamw", "--lr", "1e-3"]).lr
+        0.001
+    """
+    parser = Parser(
+        prog="train.py",
+        description="Train a byte-level language model, with SM3 or another optimizer, on one or several processes.",
+    )
+    for item in fields(Options):
+        add(parser, item)
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def add(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
+    if item.metadata["type"] is bool:
+        parser.add_argument(flag(item.name), action="store_true", help=item.metadata["help"])
+    else:
+        about = item.metadata
+        text = about["help"] if item.default is None else f"{about['help']} (default: {item.default})"
+        parser.add_argument(
+            flag(item.name), default=item.default, type=about["type"], choices=about["choices"], help=text
+        )
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are :class:`UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")

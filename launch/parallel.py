@@ -1,0 +1,146 @@
+"""Parallelism: how the ranks share a model. A way to share it is a function; :data:`PARALLEL` names them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from launch.batches import Share
+from launch.model import GPT
+from launch.world import UserError, World
+
+if TYPE_CHECKING:
+    from launch.options import Options
+
+
+class Parallel(NamedTuple):
+    """A model that the ranks share.
+
+    Attributes:
+        model: what to call and to train.
+        share: the part of every batch that this rank computes.
+    """
+
+    model: nn.Module
+    share: Share
+
+
+def share_out(model: GPT, world: World, device: torch.device, options: Options) -> Parallel:
+    """Wrap ``model`` as ``--parallel`` says.
+
+    Raises:
+        UserError: that way does not suit this number of ranks or this model.
+    """
+    name = options.parallel
+    if name == "auto":
+        name = "fsdp2" if world.size > 1 else "none"
+    return PARALLEL[name](model.to(device), world, device.type, options)
+
+
+def none(model: GPT, world: World, device: str, options: Options) -> Parallel:
+    """One process, no wrapper."""
+    if world.size > 1:
+        raise UserError(f"--parallel none is for one process, and there are {world.size}; pass ddp or fsdp2")
+    return Parallel(model, Share())
+
+
+def ddp(model: GPT, world: World, device: str, options: Options) -> Parallel:
+    """Every rank has the whole model; gradients are averaged."""
+    return Parallel(DistributedDataParallel(model), Share(world.rank, world.size))
+
+
+def fsdp2(model: GPT, world: World, device: str, options: Options) -> Parallel:
+    """Every rank has a slice of each parameter and gathers the rest, block by block, when it is needed."""
+    mesh = init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
+    return Parallel(shard(model, mesh), Share(world.rank, world.size))
+
+
+def hsdp(model: GPT, world: World, device: str, options: Options) -> Parallel:
+    """Several copies of the model, each sharded over some of the ranks."""
+    copies = options.replicas
+    if world.size % copies:
+        raise UserError(
+            f"--parallel hsdp makes --replicas {copies} equal groups of the ranks, and {world.size} is not a multiple "
+            f"of {copies}; choose a divisor of {world.size}, or pass fsdp2"
+        )
+    mesh = init_device_mesh(device, (copies, world.size // copies), mesh_dim_names=("replicate", "shard"))
+    return Parallel(shard(model, mesh), Share(world.rank, world.size))
+
+
+def tp(model: GPT, world: World, device: str, options: Options) -> Parallel:
+    """Ranks share each layer: attention by heads, perceptrons by their inner channels, the embedding by its rows.
+
+    With more ranks than ``--tp-size``, groups of that size share the batch, and FSDP2 shards over them.
+    """
+    size = options.tp_size or world.size
+    heads = model.shape.heads
+    if world.size % size:
+        raise UserError(f"--tp-size {size} does not divide the {world.size} ranks")
+    if heads % size:
+        raise UserError(
+            f"--parallel tp splits attention by heads, and {heads} heads (--model {options.model}) cannot be split "
+            f"evenly over --tp-size {size}; choose a divisor of {heads}"
+        )
+    mesh = init_device_mesh(device, (world.size // size, size), mesh_dim_names=("data", "tensor"))
+    parallelize_module(model, mesh["tensor"], tensor_plan())
+    model.tie()
+    groups = world.size // size
+    return Parallel(shard(model, mesh["data"]) if groups > 1 else model, Share(world.rank // size, groups))
+
+
+# One entry for each choice of --parallel.
+PARALLEL: dict[str, Callable[[GPT, World, str, Any], Parallel]] = {
+    "none": none,
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+    "hsdp": hsdp,
+    "tp": tp,
+}
+
+
+def shard(model: GPT, mesh: DeviceMesh) -> nn.Module:
+    """Apply FSDP2 to each block, then to what is left: embeddings, last norm and head, which share a weight."""
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def tensor_plan() -> dict[str, ParallelStyle]:
+    """Say how each layer is cut. Between layers every rank of a group has the whole stream."""
+    into, out_of = ColwiseParallel, RowwiseParallel
+    return {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
+        "position": Replicated(),
+        "blocks.*.norm_attention": Replicated(),
+        "blocks.*.attention.query": into(),
+        "blocks.*.attention.key": into(),
+        "blocks.*.attention.value": into(),
+        "blocks.*.attention.out": out_of(),
+        "blocks.*.norm_mlp": Replicated(),
+        "blocks.*.mlp.up": into(),
+        "blocks.*.mlp.down": out_of(),
+        "norm": Replicated(),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+
+
+class Replicated(ParallelStyle):
+    """The same on every rank of the group: parameters become replicated DTensors, like those beside them."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+            return tuple(DTensor.from_local(each, mesh, [Replicate()], run_check=False) for each in inputs)
+
+        def leave(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
+            return output.to_local()
+
+        return distribute_module(module, device_mesh, None, enter, leave)  # type: ignore[arg-type]

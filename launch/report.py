@@ -1,0 +1,104 @@
+"""The report: what a person sees while the model trains, and at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Bar:
+    """Progress of the training: a bar on a terminal, a line now and then in a log.
+
+    Args:
+        console: where to show it; a quiet one shows nothing.
+        steps: length of the run.
+    """
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.console, self.steps = console, steps
+        self.spoken = 0
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+            console=console,
+            refresh_per_second=2,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=steps, facts="")
+
+    def __enter__(self) -> Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def show(self, step: int, loss: float, lr: float, speed: float) -> None:
+        """Show where the run is after ``step`` steps; ``speed`` is in tokens, that is bytes, per second."""
+        facts = f"loss {loss:.3f}  lr {lr:.2e}  {speed:,.0f} tokens/s"
+        self.bar.update(self.task, completed=step, facts=facts)
+        if not self.console.is_terminal and (step >= self.spoken + self.steps / 20 or step == self.steps):
+            self.spoken = step
+            self.console.print(f"step {step:>6}/{self.steps}  {facts}", highlight=False)
+
+
+class Stopwatch:
+    """Times of something that happens again and again.
+
+    Args:
+        device: what does the work; a CUDA device is waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time what stands inside."""
+        start = self.now()
+        yield
+        self.seconds.append(self.now() - start)
+
+    def now(self) -> float:
+        """Return the time, all work given out so far being done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def median_ms(self) -> float:
+        """Return the median in milliseconds, not counting the first time, which sets things up."""
+        return 1e3 * median(self.seconds[1:] or self.seconds)
+
+
+def table(title: str, rows: dict[str, str]) -> Table:
+    """Return a table of two columns; rows whose name is indented belong to the one above."""
+    result = Table(title=title, show_header=False, title_justify="left")
+    result.add_column()
+    result.add_column(justify="right")
+    for name, value in rows.items():
+        result.add_row(name, value)
+    return result
+
+
+def size(count: float) -> str:
+    """Write a number of bytes for people.
+
+    Example:
+        >>> size(980), size(3_370_000), size(2.5e9)
+        ('980 B', '3.37 MB', '2.50 GB')
+    """
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} B"

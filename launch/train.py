@@ -1,0 +1,188 @@
+"""Train a byte-level language model on real text, on one process or, under torchrun, on several.
+
+    torchrun --standalone --nproc-per-node 2 launch/train.py
+
+trains on the source files of Python's standard library, sharded with FSDP2, with SM3. `--help` lists the options.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from launch import corpus, recipe, yardstick
+from launch.batches import IGNORED, Batches, Passage
+from launch.folder import Folder
+from launch.model import GPT, PRESETS, cross_entropy
+from launch.options import Options, parse
+from launch.parallel import share_out
+from launch.report import Bar, Stopwatch, size, table
+from launch.world import UserError, World, join
+
+LOG_EVERY = 10  # steps
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
+    with join() as world:
+        try:
+            run = Run(parse(arguments), world, Console(quiet=not world.leads))
+            run.learn()
+            run.conclude(run.judge())
+        except UserError as error:
+            Console(stderr=True, quiet=not world.leads).print(
+                f"error: {error}", markup=False, highlight=False, soft_wrap=True
+            )
+            return 2
+    return 0
+
+
+class Run:
+    """One training run: everything that it needs, ready to go.
+
+    Args:
+        options: what to do.
+        world: the processes that do it together.
+        console: where to tell about it; quiet on all ranks but the first.
+
+    Raises:
+        UserError: on every rank. Whatever can be found wrong is found here, before anything is written.
+    """
+
+    def __init__(self, options: Options, world: World, console: Console) -> None:
+        self.options, self.world, self.console = options, world, console
+        self.settings = recipe.settings(options)
+        self.device = world.agreed(lambda: world.device(options.device))
+        self.text = world.agreed(lambda: corpus.load(options.data, options.held_out_bytes))
+        world.same("the corpus", self.text.digest)
+
+        torch.manual_seed(options.seed)
+        gpt = GPT(PRESETS[options.model], options.seq_len)
+        self.parameters = sum(parameter.numel() for parameter in gpt.parameters())
+        self.model, share = share_out(gpt, world, self.device, options)
+        self.batches = Batches(self.text.train, options.batch_size, options.seq_len, options.seed, share)
+        self.passage = Passage(self.text.held_out, options.batch_size, options.seq_len, share)
+        self.optimizer = recipe.build(self.model, self.settings, options)
+        self.schedule = recipe.schedule(self.optimizer, options)
+        self.folder = world.agreed(self.claim_folder)
+        self.whole_steps, self.optimizer_steps = Stopwatch(self.device), Stopwatch(self.device)
+
+    def claim_folder(self) -> Folder:
+        """Claim `--out` on rank 0; the others write nothing."""
+        if self.options.out is None or not self.world.leads:
+            return Folder()
+        folder = Folder.claim(self.options.out, self.options.overwrite)
+        folder.configure(
+            self.options.as_json()
+            | asdict(self.settings)
+            | {"world_size": self.world.size, "parameters": self.parameters, "corpus": self.text.digest}
+        )
+        return folder
+
+    def learn(self) -> None:
+        """Take all the steps."""
+        self.console.print(
+            f"{self.parameters:,} parameters; {len(self.text.train):,} bytes to learn from, "
+            f"{len(self.text.held_out):,} held out; {self.world.size} process(es) on {self.device.type}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        recent, since = torch.zeros((), device=self.device), time.perf_counter()
+        with Bar(self.console, self.options.steps) as bar:
+            for step in range(self.options.steps):
+                lr = self.schedule.get_last_lr()[0]
+                with self.whole_steps.running():
+                    recent += self.take_step(step)
+                done = step + 1
+                if done % LOG_EVERY == 0 or done == self.options.steps:
+                    count = (done - 1) % LOG_EVERY + 1
+                    loss = self.world.sum(recent).item() / self.world.size / count
+                    speed = count * self.options.batch_size * self.options.seq_len / (time.perf_counter() - since)
+                    self.log(done, loss, float(lr), speed)
+                    bar.show(done, loss, float(lr), speed)
+                    recent, since = torch.zeros_like(recent), time.perf_counter()
+
+    def take_step(self, step: int) -> Tensor:
+        """Learn from one batch; return its loss on this rank."""
+        inputs, targets = (tensor.to(self.device) for tensor in self.batches[step])
+        loss = cross_entropy(self.model(inputs), targets)
+        loss.backward()
+        if math.isfinite(self.options.clip):
+            clip_grad_norm_(self.model.parameters(), self.options.clip)
+        with self.optimizer_steps.running():
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return loss.detach()
+
+    def log(self, step: int, loss: float, lr: float, speed: float) -> None:
+        """Write down how training goes.
+
+        Raises:
+            UserError: it has come to nothing.
+        """
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} after step {step}; pass a lower --lr than {self.settings.lr}")
+        self.folder.log(
+            {
+                "step": step,
+                "train_bits_per_byte": loss / math.log(2),
+                "lr": lr,
+                "tokens_per_second": speed,
+                "optimizer_ms": 1e3 * self.optimizer_steps.seconds[-1],
+            }
+        )
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """Return the mean loss, in nats per byte, on all of the held-out bytes."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats, bytes
+        for inputs, targets in self.passage:
+            targets = targets.to(self.device)
+            total[0] += cross_entropy(self.model(inputs.to(self.device)), targets, reduction="sum")
+            total[1] += (targets != IGNORED).sum()
+        nats, count = self.world.sum(total).unbind()
+        self.model.train()
+        return float(nats / count)
+
+    def conclude(self, loss: float) -> dict[str, Any]:
+        """Report the validation loss, in nats per byte, with what there is to compare it to."""
+        bits = loss / math.log(2)
+        yardsticks = yardstick.all_of(self.text.train, self.text.held_out)
+        state = max(self.world.gather(recipe.state_bytes(self.optimizer)))
+        adamw = max(self.world.gather(recipe.adamw_bytes(self.optimizer)))
+        step_ms, optimizer_ms = self.whole_steps.median_ms(), self.optimizer_steps.median_ms()
+        figures = {
+            "step": self.options.steps,
+            "validation_loss": loss,
+            "validation_bits_per_byte": bits,
+            "yardsticks": yardsticks,
+            "state_bytes_per_rank": state,
+            "adamw_bytes_per_rank": adamw,
+            "step_ms": step_ms,
+            "optimizer_ms": optimizer_ms,
+        }
+        self.folder.log(figures)
+        self.folder.draw(bits, yardsticks)
+        rows = {"validation loss": f"{loss:.3f} nats per byte", "validation": f"{bits:.3f} bits per byte"}
+        rows |= {f"  {name}": f"{value:.3f} bits per byte" for name, value in yardsticks.items()}
+        rows |= {"optimizer state per rank": size(state), "  AdamW would hold": size(adamw)}
+        rows |= {"time per step": f"{step_ms:.1f} ms", "  in the optimizer": f"{optimizer_ms:.1f} ms"}
+        self.console.print(table(f"{self.options.optimizer} after {self.options.steps} steps", rows))
+        return figures
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
