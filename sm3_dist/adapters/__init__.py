@@ -1,0 +1,47 @@
+"""Adapters describe how a wrapper lays out a parameter; they compute nothing.
+
+Each adapter turns one parameter of the optimizer into a :class:`~sm3_dist.shard.LocalShard` for every original tensor
+in it. The first that matches is taken.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sm3_dist.adapters import dtensor, whole
+from sm3_dist.shard import LocalShard
+
+__all__ = ["describe", "like", "local"]
+
+
+def describe(param: Tensor, label: str) -> tuple[LocalShard, ...]:
+    """The local shards of the original tensors that ``param`` consists of.
+
+    Args:
+        param: a parameter of the optimizer, as the wrapper left it.
+        label: what error messages call it.
+
+    Raises:
+        TypeError: for complex and integer parameters.
+        ValueError: for layouts that cannot be trained, with what to do.
+    """
+    if not param.dtype.is_floating_point:
+        raise TypeError(
+            f"SM3 takes real floating-point parameters, but {label} of shape {tuple(param.shape)} is {param.dtype}. "
+            + ("Pass torch.view_as_real(parameter) instead." if param.dtype.is_complex else "Leave it out.")
+        )
+    return dtensor.describe(param, label) if isinstance(param, DTensor) else whole.describe(param, label)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The plain tensor that this rank holds of a parameter, a gradient or a state tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    plain = tensor.to_local()
+    return plain.wait() if hasattr(plain, "wait") else plain
+
+
+def like(param: Tensor, part: Tensor, i: int) -> Tensor:
+    """The state tensor for accumulator ``i``, of whose entries this rank stores ``part``."""
+    return dtensor.accumulator(param, part, i) if isinstance(param, DTensor) else part

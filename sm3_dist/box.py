@@ -1,0 +1,130 @@
+"""Boxes: half-open rectangles of a tensor's index space, and the boxes that a flat range consists of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Box:
+    """The index set ``{j : start[d] <= j[d] < stop[d] for every dimension d}``.
+
+    Args:
+        start: first index of each dimension.
+        stop: one past the last index of each dimension; ``stop[d] >= start[d]``.
+
+    A box of a 0-dimensional tensor is ``Box((), ())`` and holds one element.
+
+    Example:
+        >>> box = Box((1, 0), (3, 4))
+        >>> box.shape, box.numel
+        ((2, 4), 8)
+        >>> box & Box((2, 2), (9, 9))
+        Box(start=(2, 2), stop=(3, 4))
+    """
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """The box that covers a tensor of this shape."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each dimension."""
+        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def __and__(self, other: Box) -> Box:
+        """The elements that lie in both boxes (an empty box where there are none)."""
+        start = tuple(map(max, self.start, other.start))
+        stop = tuple(map(max, start, map(min, self.stop, other.stop)))
+        return Box(start, stop)
+
+    def within(self, outer: Box) -> tuple[slice, ...]:
+        """Slices of this box in a tensor that holds exactly ``outer``."""
+        return tuple(slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, outer.start, strict=True))
+
+    def along(self, dim: int, start: int, stop: int) -> Box:
+        """The part of this box with indices ``start <= j[dim] < stop``."""
+        lo = min(max(self.start[dim], start), self.stop[dim])
+        hi = max(lo, min(self.stop[dim], stop))
+        return Box(
+            (*self.start[:dim], lo, *self.start[dim + 1 :]),
+            (*self.stop[:dim], hi, *self.stop[dim + 1 :]),
+        )
+
+    def chunks(self, limit: int) -> Iterator[Box]:
+        """Cut into boxes of at most ``limit`` elements, leading dimensions first, in memory order."""
+        if self.numel <= limit:
+            if self.numel:
+                yield self
+            return
+        dim = next(d for d, n in enumerate(self.shape) if n > 1)
+        rows = max(1, limit * self.shape[dim] // self.numel)
+        for start in range(self.start[dim], self.stop[dim], rows):
+            yield from self.along(dim, start, start + rows).chunks(limit)
+
+
+def bounding(boxes: Sequence[Box], ndim: int) -> Box:
+    """The smallest box that contains all ``boxes``; an empty one at the origin where there are none."""
+    if not boxes:
+        return Box((0,) * ndim, (0,) * ndim)
+    start = tuple(min(column) for column in zip(*(box.start for box in boxes), strict=True))
+    stop = tuple(max(column) for column in zip(*(box.stop for box in boxes), strict=True))
+    return Box(start, stop)
+
+
+def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """The boxes that the elements ``[start, stop)`` of a flattened tensor consist of.
+
+    They come in memory order and follow one another without a gap, so each is contiguous in local memory. There are at
+    most ``2 * len(shape) - 1`` of them.
+
+    Args:
+        shape: shape of the original tensor, flattened in row-major order.
+        start: first element, ``0 <= start``.
+        stop: one past the last element, ``start <= stop <= numel``.
+
+    Raises:
+        ValueError: if the range does not lie in the tensor.
+
+    Example:
+        The tail of a row, whole rows, the head of a row:
+
+        >>> for box in flat_boxes((4, 5), 3, 17):
+        ...     print(box)
+        Box(start=(0, 3), stop=(1, 5))
+        Box(start=(1, 0), stop=(3, 5))
+        Box(start=(3, 0), stop=(4, 2))
+    """
+    shape = tuple(shape)
+    if not 0 <= start <= stop <= math.prod(shape):
+        raise ValueError(f"elements [{start}, {stop}) do not lie in a tensor of shape {shape}")
+    if start == stop:
+        return []
+    if not shape:
+        return [Box((), ())]
+    row = math.prod(shape[1:])
+    first, last = start // row, (stop - 1) // row
+    if first == last:  # all in one row: the same question, one dimension lower
+        inner = flat_boxes(shape[1:], start - first * row, stop - first * row)
+        return [Box((first, *box.start), (first + 1, *box.stop)) for box in inner]
+    boxes = []
+    if start > first * row:
+        boxes += flat_boxes(shape, start, (first + 1) * row)
+        first += 1
+    whole = stop // row
+    if whole > first:
+        boxes.append(Box((first,) + (0,) * (len(shape) - 1), (whole, *shape[1:])))
+    if stop > whole * row:
+        boxes += flat_boxes(shape, whole * row, stop)
+    return boxes

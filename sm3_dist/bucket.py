@@ -1,0 +1,128 @@
+"""MaxBucket: the maxima that ranks of one process group share, in one flat tensor and one all-reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+from sm3_dist.box import Box
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The entries of one accumulator that a bucket carries.
+
+    Attributes:
+        accumulator: this rank's part, of shape ``stored.shape``.
+        stored: the rectangle of the accumulator's grid that this rank stores.
+        regions: the shared rectangles, the same on every rank of the group.
+        contributes: whether this rank holds elements of the tensor; if not it sends 0, the identity of MAX.
+    """
+
+    accumulator: Tensor
+    stored: Box
+    regions: tuple[Box, ...]
+    contributes: bool
+
+    @property
+    def bits(self) -> Tensor:
+        """The accumulator as integers. Those of non-negative floats are ordered as the floats are, with NaN on top.
+
+        So a maximum of integers is exact, the same in any order, and carries a NaN to every rank; the maximum of floats
+        of a communication library may drop it.
+        """
+        return self.accumulator.view(_BITS[self.accumulator.dtype])
+
+
+class MaxBucket:
+    """One all-reduce MAX per process group and step, under way from the end of a step until the next one.
+
+    Args:
+        group: the process group.
+        slots: what it carries, the same on every rank but for what the rank stores.
+        device: where the buffer lies.
+        shard_covers: keep every entry on one rank alone between steps. ``start`` is then a reduce-scatter that frees
+            the accumulators, and ``finish`` an all-gather that brings them back.
+    """
+
+    def __init__(self, group: ProcessGroup, slots: Sequence[Slot], device: torch.device, shard_covers: bool) -> None:
+        self.group = group
+        self.slots = slots
+        self.device = device
+        self.shard_covers = shard_covers
+        wide = any(slot.accumulator.dtype == torch.float64 for slot in slots)
+        self.dtype = torch.int64 if wide else torch.int32
+        self.numel = sum(region.numel for slot in slots for region in slot.regions)
+        # Accumulators of which every entry is shared need no storage of their own while the owners hold the entries.
+        self._releasable = [
+            slot.accumulator
+            for slot in slots
+            if shard_covers and any((region & slot.stored) == slot.stored for region in slot.regions)
+        ]
+        self._buffer: Tensor | None = None
+        self._owned: Tensor | None = None
+        self._work: dist.Work | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether the accumulators are still those of before the reduction."""
+        return self._work is not None or self._owned is not None
+
+    def start(self) -> None:
+        """Send this rank's maxima. The accumulators must not be read before ``finish``."""
+        world = dist.get_world_size(self.group)
+        padding = -self.numel % world if self.shard_covers else 0
+        if self._buffer is None:
+            self._buffer = torch.empty(self.numel + padding, dtype=self.dtype, device=self.device)
+        self._buffer.zero_()
+        for slot, region, part in self._parts():
+            if slot.contributes:
+                part.copy_(slot.bits[region.within(slot.stored)])
+        # Clear the sign: a maximum of squares has none, but the NaN that x86 makes does.
+        self._buffer.bitwise_and_(torch.iinfo(self.dtype).max)
+        if not self.shard_covers:
+            self._work = dist.all_reduce(self._buffer, op=ReduceOp.MAX, group=self.group, async_op=True)
+            return
+        self._owned = self._buffer.new_empty(self._buffer.numel() // world)
+        dist.reduce_scatter_single(self._owned, self._buffer, op=ReduceOp.MAX, group=self.group)
+        self._buffer = None
+        for accumulator in self._releasable:
+            accumulator.untyped_storage().resize_(0)
+
+    def finish(self) -> None:
+        """Overwrite the shared accumulator entries with the maxima over all ranks."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        elif self._owned is not None:
+            self._buffer = self._owned.new_empty(self._owned.numel() * dist.get_world_size(self.group))
+            dist.all_gather_single(self._buffer, self._owned, group=self.group)
+            self._owned = None
+            for accumulator in self._releasable:
+                accumulator.untyped_storage().resize_(accumulator.numel() * accumulator.element_size())
+        else:
+            return
+        for slot, region, part in self._parts():
+            slot.bits[region.within(slot.stored)] = part.to(_BITS[slot.accumulator.dtype])
+        if self.shard_covers:
+            self._buffer = None
+
+    def _parts(self) -> list[tuple[Slot, Box, Tensor]]:
+        """For each shared rectangle what this rank stores of it, and the view of the buffer where that is sent."""
+        assert self._buffer is not None
+        parts, offset = [], 0
+        for slot in self.slots:
+            for region in slot.regions:
+                held = region & slot.stored
+                whole = self._buffer.narrow(0, offset, region.numel).view(region.shape)
+                if held.numel:
+                    parts.append((slot, held, whole[held.within(region)]))
+                offset += region.numel
+        return parts

@@ -1,0 +1,333 @@
+"""SM3, the optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sm3_dist import adapters
+from sm3_dist.agreement import check_agreement
+from sm3_dist.shard import LocalShard
+from sm3_dist.state import State, adopt_state, fill_state, local_accumulators
+from sm3_dist.step_plan import Entry, StepPlan, agreement_lines
+from sm3_dist.update import Settings
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class SM3(Optimizer):
+    r"""SM3-II: adaptive learning rates from one small vector per tensor dimension, for whole and sharded parameters.
+
+    For a tensor of shape :math:`(n_1, …, n_k)`, :math:`k \ge 2`, accumulator :math:`\mu_i` has shape :math:`(n_i,)`;
+    for :math:`k \le 1` the only accumulator has the tensor's shape. With gradient :math:`g`, for each element
+    :math:`j`:
+
+    .. math::
+        \nu(j) &= \min_i \mu_i(j_i) + g(j)^2 \quad (\beta = 0), \qquad
+        \nu(j) = \beta \min_i \mu_i(j_i) + (1 - \beta)\, g(j)^2 \quad (\beta > 0) \\
+        u(j) &= g(j) / \sqrt{\nu(j) + \epsilon} \\
+        m &= \mathrm{momentum} \cdot m + (1 - \mathrm{momentum})\, u, \quad u = m \quad (\mathrm{momentum} > 0) \\
+        w &\leftarrow (1 - \mathrm{lr} \cdot \mathrm{weight\_decay})\, w - \mathrm{lr} \cdot u \\
+        \mu_i(r) &= \max \{ \nu(j) : j_i = r \}
+
+    Accumulators and momentum are float32 (float64 for float64 parameters), and so is the arithmetic, whatever the type
+    of the parameters. Weights and state after a step are the same to the bit however the parameters are sharded.
+
+    Args:
+        params: tensors, param-group dicts, or ``(name, tensor)`` pairs. Plain tensors and DTensors (FSDP2, HSDP, tensor
+            parallel) of any number of dimensions; float32, float64, bfloat16 or float16.
+        lr: learning rate, a float or a tensor of one element.
+        momentum: coefficient of the moving average of the updates, in ``[0, 1)``; costs one value per element.
+        beta: coefficient of the moving average of squared gradients, in ``[0, 1)``; 0 sums them, as in the paper.
+        eps: added under the square root.
+        weight_decay: decoupled weight decay; a step first multiplies weights by ``1 - lr * weight_decay``.
+        maximize: follow the gradient up, not down.
+        model: the wrapped root module, where parameters were flattened.
+        shard_over: process group or 1-D mesh over which parameters are replicated and state is to be sharded.
+        shard_covers: store each shared accumulator entry on one rank alone. A step then begins with an all-gather and
+            ends with a reduce-scatter that nothing hides, and to read ``state`` is a collective: do it on every rank.
+        momentum_dtype: type of the momentum buffer, if not that of the accumulators.
+        backend: ``"auto"``, ``"eager"``, ``"c"`` or ``"triton"``.
+
+    Raises:
+        ValueError: for a hyperparameter out of its range, or a layout that cannot be trained.
+        TypeError: for complex or integer parameters.
+        NotImplementedError: for keywords that this version does not have yet.
+        sm3_dist.PlanMismatchError: in the first step, on every rank, if ranks that share accumulators differ in their
+            parameters or settings.
+
+    Source: Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization", 2019, arXiv 1901.11150. The first five
+    arguments are those of the package torch-SM3.
+
+    Example:
+        >>> import torch
+        >>> from sm3_dist import SM3
+        >>> layer = torch.nn.Linear(4, 3)
+        >>> optimizer = SM3(layer.named_parameters(), lr=0.1, momentum=0.9)
+        >>> layer(torch.ones(2, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> {key: tuple(value.shape) for key, value in optimizer.state[layer.weight].items()}
+        {'step': (), 'accumulator_0': (3,), 'accumulator_1': (4,), 'momentum_buffer': (3, 4)}
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 0.1,
+        momentum: float = 0.0,
+        beta: float = 0.0,
+        eps: float = 1e-30,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        model: nn.Module | None = None,
+        shard_over: ProcessGroup | DeviceMesh | None = None,
+        shard_covers: bool = False,
+        momentum_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
+        for name, value in (("model", model), ("shard_over", shard_over), ("momentum_dtype", momentum_dtype)):
+            if value is not None:
+                raise NotImplementedError(f"{name}= is not available in this version of sm3_dist. Leave it out.")
+        if backend not in ("auto", "eager"):
+            raise NotImplementedError(
+                f"backend={backend!r} is not available in this version of sm3_dist. Use 'auto' or 'eager'."
+            )
+        self.shard_covers = shard_covers
+        self._forget_plan()
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "beta": beta,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Every rank must call it, whatever its gradients: the ranks exchange maxima in each step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan = self._current_plan()
+        # 1. Receive: the maxima that were on their way since the end of the last step.
+        plan.receive()
+        # 2. Update: every box from its slices of the accumulators.
+        settings = [_settings(group) for group in self.param_groups]
+        by_group = {id(group): s for group, s in zip(self.param_groups, settings, strict=True)}
+        for entry in plan.entries:
+            entry.update(by_group[id(entry.group)])
+        state = self._held_state
+        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if stepped:
+            torch._foreach_add_([state[p]["step"] for p in stepped], 1)
+        # 3. Send: the new maxima travel while the next gradients are computed.
+        plan.send()
+        return loss
+
+    @property
+    def state(self) -> defaultdict[Tensor, State]:
+        """The state of each parameter. Reading it waits for the maxima that are still on their way."""
+        if self._plan is not None:
+            self._plan.receive()
+        return self._held_state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, State]) -> None:
+        self._held_state = value
+        self._plan: StepPlan | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; see :meth:`torch.optim.Optimizer.add_param_group`. On every rank, if on any."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _validate(group)
+            for index, param in enumerate(group["params"]):
+                adapters.describe(param, _label(group, len(self.param_groups) - 1, index))
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` returned, under the same layout; also what torch-SM3's returned.
+
+        Types are those of this optimizer: unlike in :meth:`torch.optim.Optimizer.load_state_dict`, accumulators are not
+        cast to the type of the parameters.
+
+        Args:
+            state_dict: the state; it is copied.
+
+        Raises:
+            ValueError: if param groups or shapes differ; the optimizer is then as it was.
+        """
+        saved: dict[str, Any] = {}
+
+        def keep_aside(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            saved.update(loaded, state=self._adopt(loaded))  # raises before anything is changed
+            return {**loaded, "state": {}}
+
+        def put_back(_: Optimizer) -> None:
+            self.state = saved["state"]
+            self._remember_positions()
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(keep_aside),
+            self.register_load_state_dict_post_hook(put_back, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _adopt(self, loaded: dict[str, Any]) -> defaultdict[Tensor, State]:
+        if self._plan is not None:
+            self._plan.receive()
+        adopted: defaultdict[Any, State] = defaultdict(dict)
+        params = dict(
+            zip(
+                (key for group in loaded["param_groups"] for key in group["params"]),
+                self._labelled_params(),
+                strict=False,  # the caller compares the lengths
+            )
+        )
+        for key, value in loaded["state"].items():
+            if key in params:
+                param, label = params[key]
+                adopted[param] = adopt_state(value, param, adapters.describe(param, label), label)
+            else:
+                adopted[key] = value
+        return adopted
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups} | {
+            "shard_covers": self.shard_covers
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        held = state.pop("state", None)
+        if "_plan" not in self.__dict__:
+            self._forget_plan()
+        super().__setstate__(state)
+        if held is not None:
+            self.state = held
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        self._remember_positions()
+
+    def _forget_plan(self) -> None:
+        self._plan = None
+        self._signature: tuple[Any, ...] = ()
+        self._groups: dict[tuple[int, ...], ProcessGroup] = {}
+        self._positions: dict[tuple[int, int], Tensor] = {}
+
+    def _labelled_params(self) -> list[tuple[Tensor, str]]:
+        return [
+            (param, _label(group, g, index))
+            for g, group in enumerate(self.param_groups)
+            for index, param in enumerate(group["params"])
+        ]
+
+    def _current_plan(self) -> StepPlan:
+        """The plan, made anew where parameters were added, exchanged, frozen or thawed."""
+        signature = tuple(
+            (id(p), p.requires_grad or p.grad is not None, group["momentum"] > 0)
+            for group in self.param_groups
+            for p in group["params"]
+        )
+        if self._plan is None or signature != self._signature:
+            if self._plan is not None:
+                self._plan.receive()
+            self._plan = self._make_plan()
+            self._signature = signature
+        return self._plan
+
+    def _make_plan(self) -> StepPlan:
+        shards = {param: adapters.describe(param, label) for param, label in self._labelled_params()}
+        self._follow_exchanged_params(shards)
+        entries = []
+        for g, group in enumerate(self.param_groups):
+            for index, param in enumerate(group["params"]):
+                if not (param.requires_grad or param.grad is not None or param in self._held_state):
+                    continue
+                state = self._held_state[param]
+                fill_state(state, param, shards[param], group["momentum"])
+                buffer = adapters.local(state["momentum_buffer"]) if group["momentum"] > 0 else None
+                for shard in shards[param]:
+                    accumulators = local_accumulators(state, shard)
+                    entries.append(Entry(param, group, shard, accumulators, buffer, _label(group, g, index)))
+        self._remember_positions()
+        plans = agreement_lines(entries)
+        if plans:
+            check_agreement(plans)
+        return StepPlan(entries, self.shard_covers, self._groups)
+
+    def _follow_exchanged_params(self, shards: dict[Tensor, tuple[LocalShard, ...]]) -> None:
+        """Hand on the state of parameters that somebody replaced in ``param_groups``, as accelerate does."""
+        for g, group in enumerate(self.param_groups):
+            for index, param in enumerate(group["params"]):
+                old = self._positions.get((g, index))
+                if old is not None and old is not param and old in self._held_state and param not in self._held_state:
+                    label = _label(group, g, index)
+                    self._held_state[param] = adopt_state(self._held_state[old], param, shards[param], label)
+                    del self._held_state[old]
+
+    def _remember_positions(self) -> None:
+        self._positions = {
+            (g, index): param
+            for g, group in enumerate(self.param_groups)
+            for index, param in enumerate(group["params"])
+            if param in self._held_state
+        }
+
+
+def _label(group: dict[str, Any], g: int, index: int) -> str:
+    names = group.get("param_names")
+    return f"parameter {names[index]!r}" if names else f"parameter {index} of param group {g}"
+
+
+def _settings(group: dict[str, Any]) -> Settings:
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.item() if lr.device.type == "cpu" else lr.reshape(())
+    return Settings(lr, group["momentum"], group["beta"], group["eps"], group["weight_decay"], group["maximize"])
+
+
+def _validate(group: dict[str, Any]) -> None:
+    """Refuse hyperparameters out of range."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a float or a tensor of one element, not a tensor of shape {tuple(lr.shape)}")
+    bounds = {"lr": math.inf, "momentum": 1.0, "beta": 1.0, "eps": math.inf, "weight_decay": math.inf}
+    for name, bound in bounds.items():
+        if not 0.0 <= float(group[name]) < bound:
+            raise ValueError(f"{name} must be at least 0 and less than {bound}, but is {float(group[name])}")

@@ -1,0 +1,114 @@
+"""LocalShard: which part of a tensor a rank holds, and which accumulator entries it shares with whom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sm3_dist.box import Box, bounding
+from sm3_dist.cover import touched
+
+if TYPE_CHECKING:  # the maths does without torch.distributed
+    from torch.distributed import ProcessGroup
+
+_UNSET = Box((), ())
+WHOLE = "whole"
+"""Layout of a tensor that lies whole on every rank."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Ranks that take the maximum of shared accumulator entries together.
+
+    Attributes:
+        ranks: global ranks, in the order of the group.
+        group: makes or looks up the ``torch.distributed.ProcessGroup`` of these ranks. Every peer calls it, once, in
+            the same order, after the plans have been found equal.
+    """
+
+    ranks: tuple[int, ...]
+    group: Callable[[], ProcessGroup] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Entries of one accumulator that several ranks touch.
+
+    Attributes:
+        peers: the ranks. Each describes the same regions in the same order.
+        regions: rectangles of the accumulator's grid (global coordinates). Every peer sends the entries that it has and
+            0, the identity of MAX, for the others.
+    """
+
+    peers: Peers
+    regions: tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """The boxes of one original tensor that this rank holds.
+
+    Attributes:
+        shape: shape of the original tensor, at least one-dimensional (a scalar counts as shape ``(1,)``).
+        boxes: what this rank holds, in the coordinates of the original tensor and in local memory order.
+        flat_start: where the elements begin in a flat local tensor, one box after another; ``None`` where the local
+            tensor has the shape of its only box.
+        extent: smallest box that contains the boxes. Given explicitly where an empty shard still has rows or columns
+            (a ``(3, 5)`` tensor over 4 ranks: the last holds 0 rows of 5 columns).
+        shared: for each accumulator the entries that other ranks touch too; ``None`` where there are none.
+        ranks: every global rank that holds part of the tensor or a replica of it, where they plan together.
+        layout: how the tensor is cut, in words that are the same on each of these ranks.
+        name: distinguishes the original tensors within one flattened parameter; empty where there is just one.
+    """
+
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    flat_start: int | None = None
+    extent: Box = field(default_factory=lambda: _UNSET)
+    shared: tuple[Shared | None, ...] = ()
+    ranks: tuple[int, ...] = ()
+    layout: str = WHOLE
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.extent is _UNSET:
+            object.__setattr__(self, "extent", bounding(self.boxes, len(self.shape)))
+        if not self.shared:
+            object.__setattr__(self, "shared", (None,) * len(self.shape))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements that this rank holds."""
+        return sum(box.numel for box in self.boxes)
+
+    @cached_property
+    def stored(self) -> tuple[Box, ...]:
+        """For each accumulator the rectangle of its grid that this rank stores."""
+        return tuple(touched(self.extent, i) for i in range(len(self.shape)))
+
+    def views(self, local: Tensor) -> list[Tensor]:
+        """The boxes as views of the local tensor, each of its box's shape."""
+        if not self.boxes:
+            return []
+        if self.flat_start is None:
+            return [local.view(self.boxes[0].shape) if local.dim() == 0 else local]
+        views, start = [], self.flat_start
+        for box in self.boxes:
+            views.append(local.narrow(0, start, box.numel).view(box.shape))
+            start += box.numel
+        return views
+
+    def accumulator_shape(self, i: int) -> tuple[int, ...]:
+        """Shape in which this rank stores accumulator ``i``: a vector over the indices of dimension ``i``."""
+        return (math.prod(self.stored[i].shape),)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of accumulators, momentum and of the maths: float64 for float64 parameters, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

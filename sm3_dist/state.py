@@ -1,0 +1,91 @@
+"""The state of one parameter: how it is made, and how a loaded one is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sm3_dist import adapters
+from sm3_dist.shard import WHOLE, LocalShard, accumulator_dtype
+
+State = dict[str, Any]
+
+
+def accumulator_key(shard: LocalShard, i: int) -> str:
+    """Name of accumulator ``i`` in the state of its parameter."""
+    return f"{shard.name}.accumulator_{i}" if shard.name else f"accumulator_{i}"
+
+
+def fill_state(state: State, param: Tensor, shards: Sequence[LocalShard], momentum: float) -> None:
+    """Add what is missing: ``step``, zero accumulators, and a zero momentum buffer where there is momentum."""
+    dtype = accumulator_dtype(param.dtype)
+    device = adapters.local(param).device
+    state.setdefault("step", torch.zeros((), dtype=torch.float32))
+    for shard in shards:
+        for i in range(len(shard.shape)):
+            key = accumulator_key(shard, i)
+            if key not in state:
+                part = torch.zeros(_local_shape(param, shard, i), dtype=dtype, device=device)
+                state[key] = adapters.like(param, part, i)
+    if momentum > 0 and "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+
+
+def local_accumulators(state: State, shard: LocalShard) -> list[Tensor]:
+    """The accumulators of one shard as rectangles of their grids, views of what the state holds."""
+    return [
+        adapters.local(state[accumulator_key(shard, i)]).view(shard.stored[i].shape) for i in range(len(shard.shape))
+    ]
+
+
+def adopt_state(loaded: Mapping[str, Any], param: Tensor, shards: Sequence[LocalShard], label: str) -> State:
+    """A copy of a loaded state, in the types and shapes of this optimizer, on the parameter's device.
+
+    Also takes what torch-SM3 saved: accumulators of shape ``(1, n, 1)`` in the parameter's type, ``step`` an int,
+    ``momentum_buffer`` the float 0.0 where there was none, and only ``accumulator_0`` for sparse gradients.
+
+    Raises:
+        ValueError: if a tensor does not have the shape that this rank stores.
+    """
+    dtype = accumulator_dtype(param.dtype)
+    state: State = {"step": torch.as_tensor(loaded.get("step", 0), dtype=torch.float32).detach().cpu().clone()}
+    for shard in shards:
+        for i in range(len(shard.shape)):
+            key = accumulator_key(shard, i)
+            if key in loaded:
+                part = _adopt(loaded[key], _local_shape(param, shard, i), dtype, param, f"{key} of {label}")
+            elif shard.layout == WHOLE and accumulator_key(shard, 0) in loaded:
+                # The rows have covered everything so far: their maximum bounds the entries of the other dimensions.
+                rows = loaded[accumulator_key(shard, 0)]
+                top = rows.max() if rows.numel() else rows.new_zeros(())
+                shape = _local_shape(param, shard, i)
+                part = _adopt(top.expand(shape), shape, dtype, param, key)
+            else:
+                continue
+            state[key] = adapters.like(param, part, i)
+    buffer = loaded.get("momentum_buffer")
+    if isinstance(buffer, Tensor):
+        target = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+        plain = adapters.local(target)
+        plain.copy_(_adopt(buffer, tuple(plain.shape), dtype, param, f"momentum_buffer of {label}"))
+        state["momentum_buffer"] = target
+    return state
+
+
+def _local_shape(param: Tensor, shard: LocalShard, i: int) -> tuple[int, ...]:
+    """A vector over the indices of dimension ``i``; a scalar for a scalar."""
+    return () if param.dim() == 0 else shard.accumulator_shape(i)
+
+
+def _adopt(value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, param: Tensor, label: str) -> Tensor:
+    plain = adapters.local(value)
+    squeezed = [n for n in plain.shape if n != 1]
+    if squeezed != [n for n in shape if n != 1]:
+        raise ValueError(
+            f"{label} has shape {tuple(plain.shape)} in the loaded state, but this rank stores {shape}. It was saved "
+            "by a model of other shapes, or under another layout or number of ranks."
+        )
+    return plain.detach().to(adapters.local(param).device, dtype, copy=True).reshape(shape)

@@ -1,0 +1,180 @@
+"""SM3-II on the boxes of one tensor, in eager PyTorch: the definition that every kernel must match to the bit.
+
+Every line rounds once, in IEEE arithmetic, in the order written here; nothing is fused. Elements do not depend on one
+another but through maxima, which are exact in any order, so neither the boxes nor the chunks they are worked through in
+can be seen in the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sm3_dist.box import Box
+from sm3_dist.cover import touched
+from sm3_dist.shard import LocalShard
+
+CHUNK_BYTES = 1 << 19
+"""Size of one temporary. A handful of them is alive at a time: they stay in cache, and below 4 MB together."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one step needs to know of a parameter group. Symbols as in the paper (arXiv 1901.11150)."""
+
+    lr: float | Tensor
+    momentum: float
+    beta: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+
+def update_box(
+    weight: Tensor, grad: Tensor, covers: Sequence[Tensor], momentum_buffer: Tensor | None, settings: Settings
+) -> Tensor:
+    """Take one SM3-II step on one box.
+
+    Args:
+        weight: shape ``(n_1, …, n_k)``, any floating type; updated in place.
+        grad: same shape, any floating type.
+        covers: old accumulators, number ``i`` of shape ``(1, …, n_i, …, 1)``, float32 (float64 for float64 weights).
+        momentum_buffer: same shape as ``weight``; updated in place. ``None`` where momentum is 0.
+        settings: the hyperparameters.
+
+    Returns:
+        ``nu``, of the shape of ``weight`` and the type of the accumulators; the new accumulators are its maxima.
+    """
+    s = settings
+    grad = grad.to(covers[0].dtype)
+    nu = grad * grad
+    floor = covers[0]
+    for cover in covers[1:]:
+        floor = torch.minimum(floor, cover)
+    if s.beta > 0:
+        nu.mul_(1 - s.beta)
+        floor = floor * s.beta
+    nu.add_(floor)
+    update = (nu + s.eps).rsqrt_().mul_(grad)
+    if s.maximize:
+        update.neg_()
+    if momentum_buffer is not None:
+        moment = momentum_buffer.to(nu.dtype)
+        moment.mul_(s.momentum).add_(update.mul_(1 - s.momentum))
+        if moment is not momentum_buffer:
+            momentum_buffer.copy_(moment)
+        update.copy_(moment)
+    wide = weight.to(nu.dtype)
+    if s.weight_decay:
+        wide.mul_(1 - s.lr * s.weight_decay)
+    wide.sub_(update.mul_(s.lr))
+    if wide is not weight:
+        weight.copy_(wide)
+    return nu
+
+
+def update_shard(
+    shard: LocalShard,
+    weight: Tensor,
+    grad: Tensor,
+    accumulators: Sequence[Tensor],
+    momentum_buffer: Tensor | None,
+    settings: Settings,
+) -> None:
+    """Take one step on every box of a shard, and overwrite the accumulators with the new maxima.
+
+    The tensor is swept along one axis. The accumulator of that axis is complete, and overwritten, as the sweep passes;
+    the others are gathered on the side until its end, for the rest of the sweep needs the old values. The axis is the
+    first one, along which memory is contiguous, unless what must be kept on the side would be large.
+
+    Args:
+        shard: the boxes.
+        weight: the local tensor; updated in place.
+        grad: of the shape of ``weight``.
+        accumulators: this rank's part of accumulator ``i``, of shape ``shard.stored[i].shape``; updated in place.
+        momentum_buffer: of the shape of ``weight``, updated in place; ``None`` where momentum is 0.
+        settings: the hyperparameters.
+    """
+    limit = CHUNK_BYTES // accumulators[0].element_size()
+    axis = _sweep_axis(shard.extent.shape, limit)
+    weights, grads = shard.views(weight), shard.views(grad)
+    moments: Sequence[Tensor | None] = [None] * len(shard.boxes)
+    if momentum_buffer is not None:
+        moments = shard.views(momentum_buffer)
+    maxima = [acc if i == axis else torch.zeros_like(acc) for i, acc in enumerate(accumulators)]
+    for strip in _strips(shard.extent, axis, limit):
+        swept = touched(strip, axis)
+        maxima[axis] = accumulators[axis].new_zeros(swept.shape)
+        for box, w, g, m in zip(shard.boxes, weights, grads, moments, strict=True):
+            for chunk in (box & strip).chunks(limit):
+                at = chunk.within(box)
+                old = [acc[touched(chunk, i).within(shard.stored[i])] for i, acc in enumerate(accumulators)]
+                nu = update_box(w[at], g[at], old, None if m is None else m[at], settings)
+                for i, maximum in enumerate(maxima):
+                    stored = swept if i == axis else shard.stored[i]
+                    _raise_to(maximum[touched(chunk, i).within(stored)], nu, i)
+        accumulators[axis][swept.within(shard.stored[axis])] = maxima[axis]
+    for i, acc in enumerate(accumulators):
+        if i != axis:
+            acc.copy_(maxima[i])
+
+
+def update_rows(weight: Tensor, grad: Tensor, accumulators: Sequence[Tensor], settings: Settings) -> None:
+    """Take one step on the rows that a sparse gradient has values for; the cover is the rows alone.
+
+    Duplicate indices are summed first. Other rows and their accumulators stay as they are, weight decay included, and
+    momentum is ignored. The accumulators of the other dimensions are raised where need be, so that they remain upper
+    bounds should a dense gradient follow.
+
+    Args:
+        weight: the whole tensor, shape ``(n_1, …, n_k)``; updated in place.
+        grad: a sparse COO tensor of that shape.
+        accumulators: accumulator ``i`` of shape ``(1, …, n_i, …, 1)``; updated in place.
+        settings: the hyperparameters; ``momentum`` is not used.
+    """
+    grad = grad.coalesce()
+    indices, values = grad.indices(), grad.values()
+    if values.numel() == 0:
+        return
+    sparse_dim = grad.sparse_dim()
+    row_accumulator = accumulators[0].view(-1)
+    rows, row_of = torch.unique_consecutive(indices[0], return_inverse=True)
+    maxima = row_accumulator.new_zeros(len(rows))
+    limit = CHUNK_BYTES // accumulators[0].element_size()
+    step = max(1, limit * len(values) // values.numel())
+    for at in (slice(a, a + step) for a in range(0, len(values), step)):
+        index = tuple(indices[:, at])
+        w = weight[index]
+        cover = row_accumulator[index[0]].view(-1, *[1] * (values.dim() - 1))
+        nu = update_box(w, values[at], [cover], None, settings)
+        weight[index] = w
+        per_value = nu.flatten(1).amax(1) if nu.dim() > 1 else nu
+        maxima.scatter_reduce_(0, row_of[at], per_value, "amax")
+        for i in range(1, sparse_dim):
+            accumulators[i].view(-1).scatter_reduce_(0, index[i], per_value, "amax")
+        for i in range(sparse_dim, weight.dim()):
+            _raise_to(accumulators[i].view(-1), nu.movedim(i - sparse_dim + 1, 0).flatten(1).amax(1), 0)
+    row_accumulator[rows] = maxima
+
+
+def _sweep_axis(shape: Sequence[int], limit: int) -> int:
+    if sum(shape[1:]) <= limit:
+        return 0
+    return max(range(len(shape)), key=lambda d: shape[d])
+
+
+def _strips(extent: Box, axis: int, limit: int) -> list[Box]:
+    if extent.numel == 0:
+        return []
+    step = max(1, limit * extent.shape[axis] // extent.numel)
+    starts = range(extent.start[axis], extent.stop[axis], step)
+    return [extent.along(axis, start, start + step) for start in starts]
+
+
+def _raise_to(maximum: Tensor, nu: Tensor, i: int) -> None:
+    """``maximum = max(maximum, max of nu over all dimensions but i)``."""
+    others = [d for d in range(nu.dim()) if d != i]
+    torch.maximum(maximum, nu.amax(others, keepdim=True) if others else nu, out=maximum)
