@@ -1,0 +1,207 @@
+"""The harness itself: what it returns, and how it ends what does not return."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Pool, WorkersError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+
+def weighted_sum(weight, *, offset=0):
+    total = torch.tensor(weight * dist.get_rank())
+    dist.all_reduce(total)
+    return dist.get_rank(), dist.get_world_size(), total.item() + offset
+
+
+def process_id():
+    return os.getpid()
+
+
+def on_mesh(shape):
+    mesh = init_device_mesh("cpu", shape)
+    whole = torch.arange(35.0).reshape(5, 7)
+    sharded = distribute_tensor(whole, mesh, [Shard(i) for i in range(len(shape))])
+    return torch.equal((sharded * 2).full_tensor(), whole * 2)
+
+
+def raise_on(ranks):
+    if dist.get_rank() in ranks:
+        raise ValueError("bad input")
+    dist.barrier()
+
+
+def raise_then_return(ranks):
+    if dist.get_rank() in ranks:
+        raise ValueError("bad input")
+    return "fine"
+
+
+def hang_on(ranks):
+    if dist.get_rank() in ranks:
+        time.sleep(3600)
+
+
+def die_on(ranks):
+    if dist.get_rank() in ranks:
+        os._exit(7)
+    dist.barrier()
+
+
+def talk():
+    print("out of", dist.get_rank())
+    print("err of", dist.get_rank(), file=sys.stderr)
+
+
+class Unsendable(Exception):
+    def __init__(self, one, two):
+        super().__init__("args do not fit")
+
+
+def raise_unsendable():
+    raise Unsendable(1, 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_results_come_by_rank(workers, world_size):
+    total = 10 * sum(range(world_size))
+    results = workers(world_size).run(weighted_sum, 10, offset=1)
+    assert results == [(rank, world_size, total + 1) for rank in range(world_size)]
+
+
+def test_processes_persist_while_the_world_size_changes(workers):
+    four = workers(4).run(process_id)
+    assert len({os.getpid(), *four}) == 5
+    assert workers(2).run(process_id) == four[:2]
+    assert workers(4).run(process_id) == four
+
+
+def test_meshes_of_later_runs_use_groups_of_their_own(workers):
+    for world_size, shape in [(4, (2, 2)), (2, (2,)), (4, (4,)), (4, (4, 1)), (4, (2, 2)), (3, (3,))]:
+        assert workers(world_size).run(on_mesh, shape) == [True] * world_size
+
+
+def test_exception_comes_with_rank_and_traceback(workers):
+    pids = workers(2).run(process_id)
+    with pytest.raises(WorkersError, match=r"(?s)rank 1: .*in raise_then_return.*bad input") as caught:
+        workers(2).run(raise_then_return, [1])
+    assert "rank 0: returned 'fine'" in str(caught.value)
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert workers(2).run(process_id) == pids
+
+
+def test_exception_that_cannot_be_pickled_is_named(workers):
+    with pytest.raises(WorkersError, match=r"(?s)rank 0: .*Unsendable: args do not fit"):
+        workers(1).run(raise_unsendable)
+
+
+def test_function_that_cannot_be_sent_harms_nothing(workers):
+    pids = workers(2).run(process_id)
+    with pytest.raises((AttributeError, TypeError), match=r"(?i)pickle|local object"):
+        workers(2).run(lambda: None)
+    assert workers(2).run(process_id) == pids
+
+
+def test_rank_waiting_for_a_failed_one_is_ended(workers, capsys):
+    with pytest.raises(WorkersError, match=r"(?s)rank 1: .*bad input.*rank 0: .*another rank had failed"):
+        workers(2).run(raise_on, [1])
+    assert "[rank 0]" in (printed := capsys.readouterr().out)
+    assert "in barrier" in printed
+    assert len(workers(2).run(process_id)) == 2
+
+
+def test_hang_prints_every_stack_and_is_ended(workers, capsys):
+    pids = workers(3).run(process_id)
+    with pytest.raises(WorkersError, match=r"(?s)rank 1: returned None.*rank 0 did not return \(the limit is 1 s\)"):
+        workers(3, timeout=1).run(hang_on, [0, 2])
+    printed = capsys.readouterr().out.splitlines()
+    for rank in (0, 2):
+        assert any(line.startswith(f"[rank {rank}]") and "in hang_on" in line for line in printed)
+    assert not set(pids) & set(workers(3).run(process_id))
+
+
+def test_death_of_a_rank_is_reported_and_survived(workers):
+    with pytest.raises(WorkersError, match="rank 1 died with exit code 7"):
+        workers(2).run(die_on, [1])
+    assert workers(2).run(weighted_sum, 1) == [(0, 2, 1), (1, 2, 1)]
+
+
+def test_run_raises_returns_the_exception_of_each_rank(workers):
+    errors = workers(2).run_raises(ValueError, raise_on, [0, 1], match="^bad")
+    assert [str(error) for error in errors] == ["bad input", "bad input"]
+
+
+@pytest.mark.parametrize(
+    ("expected", "function", "match", "said"),
+    [
+        (ValueError, raise_then_return, "bad", "rank 0: returned 'fine'"),
+        (TypeError, raise_then_return, "bad", "TypeError matching 'bad' was to be raised"),
+        (ValueError, raise_on, "good", "ValueError matching 'good' was to be raised"),
+        (ValueError, raise_on, "bad", "rank 0 did not return"),
+    ],
+    ids=["returned", "other type", "other text", "hung"],
+)
+def test_run_raises_wants_every_rank(workers, expected, function, match, said):
+    with pytest.raises(WorkersError, match=said):
+        workers(2, timeout=3).run_raises(expected, function, [1], match=match)
+
+
+def test_output_of_the_ranks_is_shown(workers, capsys):
+    workers(2).run(talk)
+    printed = capsys.readouterr().out.splitlines()
+    for rank in range(2):
+        assert {f"[rank {rank}] out of {rank}", f"[rank {rank}] err of {rank}"} <= set(printed)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids):
+    while any(is_running(pid) for pid in pids):  # ended by the timeout of pytest if they stay
+        time.sleep(0.05)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+def test_closing_leaves_no_process():
+    with Pool() as pool:
+        pids = pool(2).run(process_id)
+        assert all(is_running(pid) for pid in pids)
+    assert not any(is_running(pid) for pid in pids)
+
+
+@linux
+@pytest.mark.timeout(120)
+def test_killed_session_leaves_no_process():
+    script = """
+        import test_harness
+        from harness import Pool
+
+        if __name__ == "__main__":
+            pool = Pool()
+            print(*pool(2).run(test_harness.process_id), flush=True)
+            pool(2, timeout=3600).run(test_harness.hang_on, [0])
+    """
+    session = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
+    )
+    assert session.stdout
+    pids = [int(word) for word in session.stdout.readline().split()]
+    assert len(pids) == 2
+    session.send_signal(signal.SIGKILL)
+    session.wait()
+    wait_until_gone(pids)
