@@ -59,6 +59,8 @@ class LocalShard:
         boxes: what this rank holds, in the coordinates of the original tensor and in local memory order.
         flat_start: where the elements begin in a flat local tensor, one box after another; ``None`` where the local
             tensor has the shape of its only box.
+        replicated: whether the local tensor is the whole original one, of which this rank updates the boxes alone. Its
+            state is then flat, one box after another from 0.
         extent: smallest box that contains the boxes. Given explicitly where an empty shard still has rows or columns
             (a ``(3, 5)`` tensor over 4 ranks: the last holds 0 rows of 5 columns).
         shared: for each accumulator the entries that other ranks touch too; ``None`` where there are none.
@@ -75,6 +77,7 @@ class LocalShard:
     ranks: tuple[int, ...] = ()
     layout: str = WHOLE
     name: str = ""
+    replicated: bool = False
 
     def __post_init__(self) -> None:
         if self.extent is _UNSET:
@@ -93,14 +96,24 @@ class LocalShard:
         return tuple(touched(self.extent, i) for i in range(len(self.shape)))
 
     def views(self, local: Tensor) -> list[Tensor]:
-        """The boxes as views of the local tensor, each of its box's shape."""
+        """The boxes as views of the local parameter or gradient, each of its box's shape."""
         if not self.boxes:
             return []
-        if self.flat_start is None:
-            return [local.view(self.boxes[0].shape) if local.dim() == 0 else local]
-        views, start = [], self.flat_start
+        if local.dim() == 0:
+            return [local.view(self.boxes[0].shape)]
+        if self.replicated:
+            return [local[box.within(Box.whole(self.shape))] for box in self.boxes]
+        return [local] if self.flat_start is None else self._in_turn(local, self.flat_start)
+
+    def state_views(self, local: Tensor) -> list[Tensor]:
+        """The boxes as views of a state tensor with one value for each element that this rank holds (momentum)."""
+        return self._in_turn(local, 0) if self.replicated else self.views(local)
+
+    def _in_turn(self, flat: Tensor, start: int) -> list[Tensor]:
+        """One box after another in a flat tensor."""
+        views = []
         for box in self.boxes:
-            views.append(local.narrow(0, start, box.numel).view(box.shape))
+            views.append(flat.narrow(0, start, box.numel).view(box.shape))
             start += box.numel
         return views
 

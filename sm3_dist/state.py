@@ -31,7 +31,7 @@ def fill_state(state: State, param: Tensor, shards: Sequence[LocalShard], moment
                 part = torch.zeros(_local_shape(param, shard, i), dtype=dtype, device=device)
                 state[key] = adapters.like(param, part, i)
     if momentum > 0 and "momentum_buffer" not in state:
-        state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+        state["momentum_buffer"] = _zero_momentum(param, shards)
 
 
 def local_accumulators(state: State, shard: LocalShard) -> list[Tensor]:
@@ -68,16 +68,24 @@ def adopt_state(loaded: Mapping[str, Any], param: Tensor, shards: Sequence[Local
             state[key] = adapters.like(param, part, i)
     buffer = loaded.get("momentum_buffer")
     if isinstance(buffer, Tensor):
-        target = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+        target = _zero_momentum(param, shards)
         plain = adapters.local(target)
         plain.copy_(_adopt(buffer, tuple(plain.shape), dtype, param, f"momentum_buffer of {label}"))
         state["momentum_buffer"] = target
     return state
 
 
+def _zero_momentum(param: Tensor, shards: Sequence[LocalShard]) -> Tensor:
+    """One value for each element that this rank updates."""
+    dtype = accumulator_dtype(param.dtype)
+    if any(shard.replicated for shard in shards):
+        return torch.zeros(sum(shard.numel for shard in shards), dtype=dtype, device=param.device)
+    return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+
+
 def _local_shape(param: Tensor, shard: LocalShard, i: int) -> tuple[int, ...]:
     """A vector over the indices of dimension ``i``; a scalar for a scalar."""
-    return () if param.dim() == 0 else shard.accumulator_shape(i)
+    return () if param.dim() == 0 and shard.boxes else shard.accumulator_shape(i)
 
 
 def _adopt(value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, param: Tensor, label: str) -> Tensor:

@@ -95,7 +95,7 @@ def update_shard(
         weight: the local tensor; updated in place.
         grad: of the shape of ``weight``.
         accumulators: this rank's part of accumulator ``i``, of shape ``shard.stored[i].shape``; updated in place.
-        momentum_buffer: of the shape of ``weight``, updated in place; ``None`` where momentum is 0.
+        momentum_buffer: laid out as ``shard.state_views`` says, updated in place; ``None`` where momentum is 0.
         settings: the hyperparameters.
     """
     limit = CHUNK_BYTES // accumulators[0].element_size()
@@ -103,7 +103,7 @@ def update_shard(
     weights, grads = shard.views(weight), shard.views(grad)
     moments: Sequence[Tensor | None] = [None] * len(shard.boxes)
     if momentum_buffer is not None:
-        moments = shard.views(momentum_buffer)
+        moments = shard.state_views(momentum_buffer)
     maxima = [acc if i == axis else torch.zeros_like(acc) for i, acc in enumerate(accumulators)]
     for strip in _strips(shard.extent, axis, limit):
         swept = touched(strip, axis)

@@ -1,0 +1,110 @@
+"""Flat ranges: how a run of elements is cut over ranks, and which accumulator entries the cut tensors share.
+
+Flattened wrappers and ZeRO-1 lay tensors one after another and give each rank a range of the elements. What a rank
+holds of one tensor is then a range of the flattened tensor, and tensors that are cut share entries at the cuts.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+from sm3_dist.box import Box, bounding, flat_boxes
+from sm3_dist.cover import touched
+from sm3_dist.shard import Peers, Shared
+
+Range = tuple[int, int]
+"""Elements ``[start, stop)`` of a flattened tensor."""
+
+SLACK = 200
+"""A cut moves by at most 1 / SLACK of an even range, so that ranges are even to 2 / SLACK, which is 1 %."""
+
+
+def shared_entries(shape: Sequence[int], ranges: Sequence[Range], peers: Peers) -> tuple[Shared | None, ...]:
+    """The accumulator entries of one tensor that several ranks touch.
+
+    Args:
+        shape: shape of the tensor, at least one-dimensional.
+        ranges: the elements of the flattened tensor that each of the peers holds.
+        peers: the ranks over which the tensor is cut.
+
+    Returns:
+        for each accumulator the shared entries, ``None`` where each entry is touched by at most one rank.
+
+    Example:
+        Two ranks cut a matrix within row 1, after its third element. They share that row, and every column:
+
+        >>> peers = Peers((0, 1), group=lambda: None)
+        >>> rows, columns = shared_entries((4, 5), [(0, 8), (8, 20)], peers)
+        >>> rows.regions
+        (Box(start=(1, 0), stop=(2, 1)),)
+        >>> columns.regions
+        (Box(start=(0, 0), stop=(1, 5)),)
+
+        Cut between rows, they share the columns alone:
+
+        >>> rows, columns = shared_entries((4, 5), [(0, 10), (10, 20)], peers)
+        >>> rows is None, columns.regions
+        (True, (Box(start=(0, 0), stop=(1, 5)),))
+    """
+    extents = [bounding(flat_boxes(shape, start, stop), len(shape)) for start, stop in ranges if start < stop]
+    if len(extents) < 2:
+        return (None,) * len(shape)
+    regions = [_touched_twice([touched(extent, i) for extent in extents], i) for i in range(len(shape))]
+    return tuple(Shared(peers, boxes) if boxes else None for boxes in regions)
+
+
+def _touched_twice(rectangles: Sequence[Box], i: int) -> tuple[Box, ...]:
+    """What lies in two or more rectangles of the grid of accumulator ``i``, which has one dimension longer than 1."""
+    twice: list[Box] = []
+    reach = 0  # where the rectangles seen so far end
+    for box in sorted(rectangles, key=lambda box: box.start[i]):
+        overlap = box.along(i, box.start[i], reach)
+        if overlap.numel:
+            if twice and twice[-1].stop[i] >= overlap.start[i]:
+                overlap = bounding((twice.pop(), overlap), len(overlap.start))
+            twice.append(overlap)
+        reach = max(reach, box.stop[i])
+    return tuple(twice)
+
+
+def even_cuts(shapes: Sequence[Sequence[int]], parts: int) -> list[int]:
+    """Where to cut the concatenation of tensors into ranges of equal size.
+
+    A cut moves to the next border between tensors, so that nothing is shared, or else between rows of a tensor, so that
+    no row is shared, if there is one so close that the ranges stay even within 1 %.
+
+    Args:
+        shapes: shape of each tensor.
+        parts: number of ranges.
+
+    Returns:
+        the ``parts + 1`` ends of the ranges, the first 0 and the last the number of elements.
+
+    Example:
+        >>> even_cuts([(100, 10), (100, 20)], 2)  # 10 elements per row, then 20; 1 % of 1500 is 15
+        [0, 1500, 3000]
+        >>> even_cuts([(101, 10), (99, 20)], 2)  # 1495 lies within a row of the second tensor
+        [0, 1490, 2990]
+    """
+    ends = list(accumulate(map(math.prod, shapes), initial=0))
+    total = ends[-1]
+    slack = total // (parts * SLACK)
+    return [0, *(_near(part * total // parts, shapes, ends, slack) for part in range(1, parts)), total]
+
+
+def _near(cut: int, shapes: Sequence[Sequence[int]], ends: Sequence[int], slack: int) -> int:
+    """The best place to cut at most ``slack`` elements from ``cut``."""
+    index = bisect_right(ends, cut) - 1  # the tensor that it cuts; its neighbours' far ends are no nearer than its own
+    if index == len(shapes):
+        return cut
+    start, stop = ends[index], ends[index + 1]
+    row = math.prod(shapes[index][1:])
+    above = start + (cut - start) // row * row
+    for candidates in ((start, stop), (above, above + row)):
+        nearest = min(candidates, key=lambda place: abs(place - cut))
+        if abs(nearest - cut) <= slack:
+            return nearest
+    return cut
