@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Batches:
         data: uint8, 1-D, at least ``seq_len + 1`` bytes.
         batch_size: windows in a batch, over all ranks.
         seq_len: bytes that the model reads in a window; the one after each is to be predicted.
-        seed: which of the possible orders, 0 to 2^31 - 1.
+        seed: which of the possible orders.
         share: this rank's part.
 
     Example:
@@ -64,9 +65,10 @@ class Batches:
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return this rank's inputs and targets of ``step``, int64, each ``(batch_size / ranks, seq_len)``."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
-        starts = torch.randint(len(self.data) - self.seq_len, (self.batch_size, 1), generator=generator)
-        windows = self.data[self.share.of(starts) + torch.arange(self.seq_len + 1)].long()
+        chance = random.Random(f"{self.seed} {step}")
+        starts = [chance.randrange(len(self.data) - self.seq_len) for _ in range(self.batch_size)]
+        rows = self.share.of(torch.tensor(starts)[:, None])
+        windows = self.data[rows + torch.arange(self.seq_len + 1)].long()
         return windows[:, :-1], windows[:, 1:]
 
 

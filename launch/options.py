@@ -54,7 +54,7 @@ class Options:
         for name in ("tp_size", "held_out_bytes"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{flag(name)} {value} must be at least 1")
-        require(0 <= self.seed < 2**31, f"--seed {self.seed} must be at least 0 and less than {2**31}")
+        require(0 <= self.seed < 2**63, f"--seed {self.seed} must be at least 0 and less than 2^63")
         require(self.clip > 0, f"--clip {self.clip} must be greater than 0; pass inf to switch clipping off")
 
     def as_json(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,7 +94,11 @@ def tp(model: GPT, world: World, device: str, options: Options) -> Parallel:
     parallelize_module(model, mesh["tensor"], tensor_plan())
     model.tie()
     groups = world.size // size
-    return Parallel(shard(model, mesh["data"]) if groups > 1 else model, Share(world.rank // size, groups))
+    if groups > 1:
+        # True of the logits, which nobody writes to.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        shard(model, mesh["data"])
+    return Parallel(model, Share(world.rank // size, groups))
 
 
 # One entry for each choice of --parallel.

@@ -36,6 +36,12 @@ class World:
     local_rank: int = 0
     local_size: int = 1
 
+    @classmethod
+    def current(cls) -> World:
+        """Return the world of the default process group."""
+        local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank, local_size)
+
     @property
     def leads(self) -> bool:
         """Whether this is rank 0."""
@@ -51,10 +57,9 @@ class World:
             result = action()
         except UserError as raised:
             error = str(raised)
-        errors = self.gather(error)
-        for rank, message in enumerate(errors):
+        for rank, message in enumerate(self.gather(error)):
             if message is not None:
-                raise UserError(message if set(errors) == {message} or self.size == 1 else f"rank {rank}: {message}")
+                raise UserError(f"rank {rank}: {message}" if rank else message)
         return result  # type: ignore[return-value]
 
     def same(self, what: str, value: object) -> None:
@@ -62,9 +67,7 @@ class World:
         values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise UserError(
-                    f"{what} must be the same on every rank, but rank 0 has {values[0]}, rank {rank} {other}"
-                )
+                raise UserError(f"{what} differs between ranks: rank 0 has {values[0]}, rank {rank} has {other}")
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's ``value``, by rank."""
@@ -104,16 +107,10 @@ def join() -> Iterator[World]:
     the rest.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    if dist.is_torchelastic_launched():
+    if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    world = World(
-        dist.get_rank(),
-        dist.get_world_size(),
-        int(os.environ.get("LOCAL_RANK", "0")),
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
-    yield world
+    yield World.current()
     dist.barrier()  # none is cut off in mid-message
     dist.destroy_process_group()

@@ -1,0 +1,276 @@
+"""The training job: its real entry point, its layouts against one process, and its errors."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import math
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import Pool
+from rich.console import Console
+
+import launch
+from launch.model import GPT, PRESETS
+from launch.options import Options, parse
+from launch.recipe import adamw_bytes, count_bytes, state_bytes
+from launch.train import Run, main
+from launch.world import UserError, World
+
+TRAIN = Path(launch.__file__).parent / "train.py"
+# A run of about a second on one process; clipping is in force at every step.
+FAST = "--model tiny --steps 12 --batch-size 8 --seq-len 32 --lr 0.01 --clip 0.5 --held-out-bytes 3000 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small corpus."""
+    root = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        (root / f"{number}.txt").write_text(f"The {number}th file says: {number * number} is a square number.\n" * 40)
+    return root
+
+
+def figures(arguments: str, data: Path) -> dict[str, Any]:
+    """Train in the process group that there is; return the final figures."""
+    run = Run(parse([*arguments.split(), "--data", str(data)]), World.current(), Console(quiet=True))
+    run.learn()
+    return run.conclude(run.judge())
+
+
+# ------------------------------------------------------------------------------------------------ the entry point
+
+
+def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TRAIN)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [*command, *FAST.split(), *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environment
+    )
+
+
+def test_two_processes_train_and_a_second_run_does_not_touch_the_first(tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "run"
+    first = torchrun("--data", text, "--out", out)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("sm3 after 12 steps") == 1, "rank 0 alone speaks"
+    for said in ("bits per byte", "order-0", "order-1", "bz2", "AdamW would hold", "in the optimizer", "tokens/s"):
+        assert said in first.stdout
+    config = json.loads((out / "config.json").read_text())
+    assert (config["world_size"], config["optimizer"], config["lr"], config["seed"]) == (2, "sm3", 0.01, 0)
+    *training, final = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in training] == [10, 12]
+    assert final["validation_bits_per_byte"] == pytest.approx(final["validation_loss"] / math.log(2))
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    second = torchrun("--data", text, "--out", out, "--seed", "1")
+    assert second.returncode != 0
+    assert second.stderr.count(f"error: --out {out} already holds a run") == 1
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_one_process_without_torchrun_overwrites_only_its_own_files(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("an old run")
+    (tmp_path / "notes.txt").write_text("keep me")
+    arguments = [*FAST.split(), "--data", str(text), "--out", str(tmp_path), "--schedule", "cosine"]
+    assert main(arguments) == 2
+    assert "already holds a run (config.json)" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+    assert json.loads((tmp_path / "config.json").read_text())["world_size"] == 1
+    assert (tmp_path / "notes.txt").read_text() == "keep me"
+    rates = [json.loads(line).get("lr") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rates[1] == pytest.approx(0.01 * (1 + math.cos(math.pi * 10 / 11)) / 2)  # of step 12, after 1 of warm-up
+
+
+# ---------------------------------------------------------------------------------------- layouts against one process
+
+
+OPTIMIZERS = {"sgd": "--optimizer sgd --lr 0.3", "sm3": "--optimizer sm3"}
+
+
+@pytest.fixture(scope="module")
+def alone(workers: Pool, text: Path) -> dict[str, dict[str, Any]]:
+    """What one process gets, by optimizer. SGD shows wrong scales of the gradient, SM3 wrong accumulators."""
+    return {name: workers(1).run(figures, f"{FAST} {optimizer}", text)[0] for name, optimizer in OPTIMIZERS.items()}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "sm3"])
+@pytest.mark.parametrize(
+    ("size", "parallel"),
+    [
+        (1, "fsdp2"),
+        (2, "ddp"),
+        (2, "fsdp2"),
+        (2, "hsdp"),
+        (2, "tp"),
+        (4, "fsdp2"),
+        (4, "hsdp --replicas 2"),
+        (4, "tp --tp-size 2"),
+    ],
+)
+def test_every_layout_trains_like_one_process(
+    workers: Pool, text: Path, alone: dict[str, dict[str, Any]], size: int, parallel: str, optimizer: str
+) -> None:
+    results = workers(size).run(figures, f"{FAST} {OPTIMIZERS[optimizer]} --parallel {parallel}", text)
+    losses = [result["validation_loss"] for result in results]
+    assert losses == [losses[0]] * size
+    assert losses[0] == pytest.approx(alone[optimizer]["validation_loss"], rel=1e-4)
+    assert losses[0] < math.log(256) - 0.5  # it has learnt something
+
+
+def test_sharding_divides_the_state(workers: Pool, text: Path, alone: dict[str, dict[str, Any]]) -> None:
+    result = workers(2).run(figures, f"{FAST} --parallel fsdp2", text)[0]
+    assert result["adamw_bytes_per_rank"] == alone["sm3"]["adamw_bytes_per_rank"] / 2
+    assert result["state_bytes_per_rank"] < 0.6 * result["adamw_bytes_per_rank"]
+
+
+def test_state_is_counted_in_bytes_of_this_rank() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(3, 5)), torch.nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))]
+    optimizer = torch.optim.AdamW(weights)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert adamw_bytes(optimizer) == 2 * (15 * 4 + 7 * 2)
+    assert state_bytes(optimizer) == adamw_bytes(optimizer) + 2 * 4  # AdamW counts the steps of each weight
+    assert count_bytes({"a": [torch.zeros(2), (torch.zeros(3),)], "b": 7}) == 20
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+def test_gpt2_has_the_size_of_gpt2() -> None:
+    assert PRESETS["gpt2"].count(seq_len=1024) == 124_439_808
+
+
+def test_the_model_does_not_look_ahead() -> None:
+    torch.manual_seed(0)
+    model = GPT(PRESETS["tiny"], seq_len=16)
+    text = torch.randint(256, (2, 16))
+    changed = text.clone()
+    changed[:, 10] = (text[:, 10] + 1) % 256
+    before, after = model(text), model(changed)
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert (before[:, 10:] != after[:, 10:]).any(-1).all()
+
+
+def test_it_starts_without_knowing_anything() -> None:
+    torch.manual_seed(0)
+    model = GPT(PRESETS["small"], seq_len=16)
+    inputs = torch.randint(256, (4, 16))
+    loss = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), torch.randint(256, (64,)))
+    assert loss.item() == pytest.approx(math.log(256), abs=0.2)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--steps many", "argument --steps: invalid int value: 'many'"),
+        ("--optimizer adam", "invalid choice: 'adam'"),
+        ("--stpes 3", "unrecognized arguments: --stpes 3"),
+        ("--steps 0", "--steps 0 must be at least 1"),
+        ("--seq-len -1", "--seq-len -1 must be at least 1"),
+        ("--tp-size 0", "--tp-size 0 must be at least 1"),
+        ("--seed -1", "--seed -1 must be at least 0"),
+        ("--clip 0", "--clip 0.0 must be greater than 0"),
+        ("--clip nan", "--clip nan must be greater than 0"),
+        ("--momentum 1", "--momentum 1.0 must be at least 0 and less than 1.0"),
+        ("--lr nan", "--lr nan must be at least 0"),
+        ("--optimizer sgd --beta 0.5", "--optimizer sgd has no beta"),
+        ("--optimizer adafactor --momentum 0.5", "--optimizer adafactor has no momentum"),
+        ("--optimizer adafactor --parallel fsdp2", "cannot update sharded tensors"),
+        ("--data /nowhere/at/all", "--data /nowhere/at/all: no such file or directory"),
+        ("--seq-len 3000", "--seq-len 3000 needs at least 3001 bytes to hold out, and there are 3000"),
+        ("--parallel hsdp --replicas 2", "1 is not a multiple of 2"),
+        ("--parallel tp --tp-size 2", "--tp-size 2 does not divide the 1 ranks"),
+        ("--out /dev/null/run", "--out /dev/null/run cannot be written to"),
+        ("--lr 1e30 --clip inf --optimizer sgd", "pass a lower --lr than 1e+30"),
+    ],
+)
+def test_mistakes_are_explained(arguments: str, message: str, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [] if "--data" in arguments else ["--data", str(text)]
+    assert main([*FAST.split(), *data, *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("size", "arguments", "message"),
+    [
+        (2, "--parallel none", "--parallel none is for one process, and there are 2"),
+        (3, "--parallel hsdp --batch-size 6", "3 is not a multiple of 2"),
+        (3, "--parallel tp", "2 heads .--model tiny. cannot be split evenly over --tp-size 3"),
+        (3, "--parallel ddp", "--batch-size 8 cannot be shared evenly by 3 data-parallel ranks"),
+        (2, "--optimizer adafactor", "cannot update sharded tensors"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused_on_every_rank(
+    workers: Pool, text: Path, size: int, arguments: str, message: str
+) -> None:
+    workers(size).run_raises(UserError, figures, f"{FAST} {arguments}", text, match=message)
+
+
+def corpus_by_rank(text: Path, other: str) -> None:
+    """Every rank but the last reads ``text``."""
+    world = World.current()
+    last = world.rank == world.size - 1
+    figures(FAST, text / other if last else text)
+
+
+def test_a_mistake_on_one_rank_is_raised_on_all(workers: Pool, text: Path) -> None:
+    workers(3).run_raises(UserError, corpus_by_rank, text, "lost", match="rank 2: --data .*lost: no such file")
+
+
+def test_ranks_that_read_different_texts_are_told(workers: Pool, text: Path) -> None:
+    workers(3).run_raises(UserError, corpus_by_rank, text, "1.txt", match="the corpus differs .* rank 2 has")
+
+
+def claim(text: Path, out: Path) -> None:
+    figures(f"{FAST} --out {out}", text)
+
+
+def test_a_taken_folder_stops_every_rank_and_stays_as_it_is(workers: Pool, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    workers(2).run_raises(UserError, claim, text, tmp_path, match="already holds a run .metrics.jsonl.")
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
+def test_a_mistake_elsewhere_leaves_an_old_run_alone(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    arguments = [*FAST.split(), "--out", str(tmp_path), "--overwrite"]
+    assert main([*arguments, "--data", str(text), "--seq-len", "5000"]) == 2
+    assert main([*arguments, "--data", str(text / "lost")]) == 2
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
+def test_no_cuda_device_is_an_error_where_one_is_asked_for() -> None:
+    found = torch.cuda.device_count()
+    with pytest.raises(UserError, match=f"{found + 1} processes on this machine .* torch finds {found}"):
+        World(size=found + 1, local_size=found + 1).device("cuda")
+    assert World().device("cpu") == torch.device("cpu")
+
+
+def test_options_become_json() -> None:
+    options = parse(["--data", "some/text", "--beta", "0"])
+    assert Options(**{**json.loads(json.dumps(options.as_json())), "data": Path("some/text")}) == options
+
+
+@pytest.mark.parametrize("module", [info.name for info in pkgutil.iter_modules(launch.__path__)])
+def test_examples_in_the_documentation_of(module: str) -> None:
+    failed, _ = doctest.testmod(importlib.import_module(f"launch.{module}"))
+    assert failed == 0
