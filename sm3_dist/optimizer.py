@@ -50,7 +50,8 @@ class SM3(Optimizer):
         eps: added under the square root.
         weight_decay: decoupled weight decay; a step first multiplies weights by ``1 - lr * weight_decay``.
         maximize: follow the gradient up, not down.
-        model: the wrapped root module, where parameters were flattened.
+        model: the wrapped root module, where parameters were flattened (FullyShardedDataParallel of torch or
+            fairscale): their original shapes are read there. Other models may be passed too.
         shard_over: process group or 1-D mesh over which parameters are replicated and state is to be sharded.
         shard_covers: store each shared accumulator entry on one rank alone. A step then begins with an all-gather and
             ends with a reduce-scatter that nothing hides, and to read ``state`` is a collective: do it on every rank.
@@ -94,7 +95,7 @@ class SM3(Optimizer):
         momentum_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
-        for name, value in (("model", model), ("shard_over", shard_over), ("momentum_dtype", momentum_dtype)):
+        for name, value in (("shard_over", shard_over), ("momentum_dtype", momentum_dtype)):
             if value is not None:
                 raise NotImplementedError(f"{name}= is not available in this version of sm3_dist. Leave it out.")
         if backend not in ("auto", "eager"):
@@ -102,6 +103,7 @@ class SM3(Optimizer):
                 f"backend={backend!r} is not available in this version of sm3_dist. Use 'auto' or 'eager'."
             )
         self.shard_covers = shard_covers
+        self._flattened = adapters.Flattened(model)
         self._forget_plan()
         defaults = {
             "lr": lr,
@@ -136,6 +138,7 @@ class SM3(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._current_plan()
+        self._flattened.check_sharded()
         # 1. Receive: the maxima that were on their way since the end of the last step.
         plan.receive()
         # 2. Update: every box from its slices of the accumulators.
@@ -170,7 +173,7 @@ class SM3(Optimizer):
         try:
             _validate(group)
             for index, param in enumerate(group["params"]):
-                adapters.describe(param, _label(group, len(self.param_groups) - 1, index))
+                self._describe(param, _label(group, len(self.param_groups) - 1, index))
         except Exception:
             self.param_groups.pop()
             raise
@@ -221,7 +224,7 @@ class SM3(Optimizer):
         for key, value in loaded["state"].items():
             if key in params:
                 param, label = params[key]
-                adopted[param] = adopt_state(value, param, adapters.describe(param, label), label)
+                adopted[param] = adopt_state(value, param, self._describe(param, label), label)
             else:
                 adopted[key] = value
         return adopted
@@ -234,7 +237,8 @@ class SM3(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         held = state.pop("state", None)
-        if "_plan" not in self.__dict__:
+        if "_plan" not in self.__dict__:  # unpickled or copied
+            self._flattened = adapters.Flattened(None)
             self._forget_plan()
         super().__setstate__(state)
         if held is not None:
@@ -249,6 +253,9 @@ class SM3(Optimizer):
         self._signature: tuple[Any, ...] = ()
         self._groups: dict[tuple[int, ...], ProcessGroup] = {}
         self._positions: dict[tuple[int, int], Tensor] = {}
+
+    def _describe(self, param: Tensor, label: str) -> tuple[LocalShard, ...]:
+        return adapters.describe(param, label, self._flattened)
 
     def _labelled_params(self) -> list[tuple[Tensor, str]]:
         return [
@@ -272,7 +279,8 @@ class SM3(Optimizer):
         return self._plan
 
     def _make_plan(self) -> StepPlan:
-        shards = {param: adapters.describe(param, label) for param, label in self._labelled_params()}
+        self._flattened.read()
+        shards = {param: self._describe(param, label) for param, label in self._labelled_params()}
         self._follow_exchanged_params(shards)
         entries = []
         for g, group in enumerate(self.param_groups):
@@ -284,7 +292,8 @@ class SM3(Optimizer):
                 buffer = adapters.local(state["momentum_buffer"]) if group["momentum"] > 0 else None
                 for shard in shards[param]:
                     accumulators = local_accumulators(state, shard)
-                    entries.append(Entry(param, group, shard, accumulators, buffer, _label(group, g, index)))
+                    label = _label(group, g, index) + (f" ({shard.name})" if shard.name else "")
+                    entries.append(Entry(param, group, shard, accumulators, buffer, label))
         self._remember_positions()
         plans = agreement_lines(entries)
         if plans:
@@ -311,8 +320,10 @@ class SM3(Optimizer):
 
 
 def _label(group: dict[str, Any], g: int, index: int) -> str:
-    names = group.get("param_names")
-    return f"parameter {names[index]!r}" if names else f"parameter {index} of param group {g}"
+    names = group.get("param_names") or ()
+    if len(names) != len(group["params"]):  # fairscale's OSS gives a rank some of the parameters with all of the names
+        return f"parameter {index} of param group {g}"
+    return f"parameter {names[index]!r}"
 
 
 def _settings(group: dict[str, Any]) -> Settings:

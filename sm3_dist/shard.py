@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -61,6 +61,8 @@ class LocalShard:
             tensor has the shape of its only box.
         replicated: whether the local tensor is the whole original one, of which this rank updates the boxes alone. Its
             state is then flat, one box after another from 0.
+        flat_numel: number of elements of a flat local tensor, with padding and with other tensors that lie in it.
+        order: the dimensions in the order in which they lie in a flat local tensor; ``None`` for ``0, 1, …``.
         extent: smallest box that contains the boxes. Given explicitly where an empty shard still has rows or columns
             (a ``(3, 5)`` tensor over 4 ranks: the last holds 0 rows of 5 columns).
         shared: for each accumulator the entries that other ranks touch too; ``None`` where there are none.
@@ -78,6 +80,8 @@ class LocalShard:
     layout: str = WHOLE
     name: str = ""
     replicated: bool = False
+    flat_numel: int | None = None
+    order: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.extent is _UNSET:
@@ -113,13 +117,19 @@ class LocalShard:
         """One box after another in a flat tensor."""
         views = []
         for box in self.boxes:
-            views.append(flat.narrow(0, start, box.numel).view(box.shape))
+            views.append(_unflatten(flat.narrow(0, start, box.numel), box.shape, self.order))
             start += box.numel
         return views
 
     def accumulator_shape(self, i: int) -> tuple[int, ...]:
         """Shape in which this rank stores accumulator ``i``: a vector over the indices of dimension ``i``."""
         return (math.prod(self.stored[i].shape),)
+
+
+def _unflatten(flat: Tensor, shape: Sequence[int], order: Sequence[int] | None) -> Tensor:
+    if order is None:
+        return flat.view(shape)
+    return flat.view([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -80,6 +80,8 @@ def _zero_momentum(param: Tensor, shards: Sequence[LocalShard]) -> Tensor:
     dtype = accumulator_dtype(param.dtype)
     if any(shard.replicated for shard in shards):
         return torch.zeros(sum(shard.numel for shard in shards), dtype=dtype, device=param.device)
+    if shards[0].flat_numel is not None:  # the parameter itself may be gathered at present
+        return torch.zeros(shards[0].flat_numel, dtype=dtype, device=param.device)
     return torch.zeros_like(param, dtype=dtype, requires_grad=False)
 
 

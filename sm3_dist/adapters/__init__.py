@@ -10,17 +10,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sm3_dist.adapters import dtensor, whole
+from sm3_dist.adapters.flat import Flattened
 from sm3_dist.shard import LocalShard
 
-__all__ = ["describe", "like", "local"]
+__all__ = ["Flattened", "describe", "like", "local"]
 
 
-def describe(param: Tensor, label: str) -> tuple[LocalShard, ...]:
+def describe(param: Tensor, label: str, flattened: Flattened) -> tuple[LocalShard, ...]:
     """The local shards of the original tensors that ``param`` consists of.
 
     Args:
         param: a parameter of the optimizer, as the wrapper left it.
         label: what error messages call it.
+        flattened: what is known of the model's flattened parameters.
 
     Raises:
         TypeError: for complex and integer parameters.
@@ -31,7 +33,9 @@ def describe(param: Tensor, label: str) -> tuple[LocalShard, ...]:
             f"SM3 takes real floating-point parameters, but {label} of shape {tuple(param.shape)} is {param.dtype}. "
             + ("Pass torch.view_as_real(parameter) instead." if param.dtype.is_complex else "Leave it out.")
         )
-    return dtensor.describe(param, label) if isinstance(param, DTensor) else whole.describe(param, label)
+    if isinstance(param, DTensor):
+        return dtensor.describe(param, label)
+    return flattened.describe(param, label) or whole.describe(param)
 
 
 def local(tensor: Tensor) -> Tensor:

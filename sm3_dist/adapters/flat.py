@@ -1,0 +1,127 @@
+"""Flattened parameters: torch's FullyShardedDataParallel (FSDP1) and fairscale's.
+
+These wrappers lay tensors one after another in a flat one and give each rank an equal part of it, wherever that cuts.
+A part of an original tensor is a few boxes, and every rank can reckon those of all others. So each knows, without
+asking, which accumulator entries two or more of them touch: the rows in which one part ends and the next begins, and
+the other dimensions of tensors that are cut at all. A tensor that lies whole on one rank shares nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from sm3_dist.adapters.flat_metadata import FlatTensor, Original, flat_tensors, held, is_flattened
+from sm3_dist.box import Box, flat_boxes
+from sm3_dist.ranges import shared_entries
+from sm3_dist.shard import LocalShard, Peers, Shared
+
+
+class Flattened:
+    """The flattened parameters of a model.
+
+    Args:
+        model: the wrapped root module; ``None`` if the user named none.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model = model
+        self.read()
+
+    def read(self) -> None:
+        """Read the model anew: it may have been wrapped since."""
+        self._tensors = list(flat_tensors(self.model)) if self.model is not None else []
+        self._found: dict[Tensor, tuple[FlatTensor, tuple[Original, ...]]] = {}
+        for tensor in self._tensors:
+            self._found[tensor.param] = (tensor, tensor.originals)
+            for original in tensor.originals:
+                if original.param is not None:
+                    self._found[original.param] = (tensor, (original,))
+
+    def describe(self, param: Tensor, label: str) -> tuple[LocalShard, ...] | None:
+        """One shard for each original tensor in ``param``; ``None`` where nobody flattened it.
+
+        Raises:
+            ValueError: if it was flattened, but the original shapes are not to be found in the model.
+        """
+        if param not in self._found:
+            if not is_flattened(param):
+                return None
+            self.read()
+        if param not in self._found:
+            raise ValueError(self._how_to_pass_the_model(label))
+        tensor, originals = self._found[param]
+        return tuple(_describe(tensor, original) for original in originals)
+
+    def check_sharded(self) -> None:
+        """Raise unless every rank holds its part, and no more, of each flat tensor.
+
+        Raises:
+            RuntimeError: on every rank, if a wrapper has gathered a parameter that is to be updated.
+        """
+        for tensor in self._tensors:
+            if tensor.gathered:
+                raise RuntimeError(
+                    f"{tensor.originals[0].name} and what was flattened with it is gathered at present "
+                    f"({tensor.param.numel()} elements instead of the {tensor.part} of this rank), so that an update "
+                    "would be lost. Call optimizer.step() outside of summon_full_params()."
+                )
+
+    def _how_to_pass_the_model(self, label: str) -> str:
+        if self.model is None:
+            return (
+                f"{label} was flattened by FullyShardedDataParallel, so its original shape is not known here. "
+                "Pass the wrapped root module: SM3(model.parameters(), model=model)."
+            )
+        return (
+            f"{label} was flattened by FullyShardedDataParallel, but is no parameter of the "
+            f"{type(self.model).__name__} that was passed as model=. Pass the wrapped root module that it belongs to; "
+            "if the model was wrapped anew, make a new optimizer of its parameters."
+        )
+
+
+def _describe(tensor: FlatTensor, original: Original) -> LocalShard:
+    """What this rank holds of one original tensor."""
+    if original.extension:
+        raise NotImplementedError(
+            f"{original.name} is itself the shard of a DTensor, flattened by {tensor.wrapper}. Combine tensor "
+            "parallelism with FSDP2 (torch.distributed.fsdp.fully_shard) instead."
+        )
+    shape, separate = original.shape or (1,), original.param is not None
+    if tensor.group is None and separate:
+        return LocalShard(shape, (Box.whole(shape),))
+    rank = tensor.group.rank() if tensor.group is not None else 0
+    order = original.order or tuple(range(len(shape)))
+    start, stop = held(original, tensor.part, rank)
+    return LocalShard(
+        shape,
+        tuple(_restored(box, order) for box in flat_boxes([shape[d] for d in order], start, stop)),
+        flat_start=0 if separate else max(0, original.start - rank * tensor.part),
+        flat_numel=stop - start if separate else tensor.part,
+        order=original.order,
+        shared=_shared(tensor, original, order),
+        ranks=tensor.ranks,
+        layout=f"at {original.start} of a flat tensor in parts of {tensor.part} over ranks {list(tensor.ranks)}",
+        name="" if separate else original.name,
+    )
+
+
+def _shared(tensor: FlatTensor, original: Original, order: Sequence[int]) -> tuple[Shared | None, ...]:
+    """For each accumulator the entries that two or more parts touch."""
+    group = tensor.group
+    if group is None or original.numel == 0:
+        return ()
+    shape = original.shape or (1,)
+    last = original.start + original.numel - 1
+    parts = range(original.start // tensor.part, last // tensor.part + 1)
+    ranges = [held(original, tensor.part, part) for part in parts]
+    shared = shared_entries([shape[d] for d in order], ranges, Peers(tensor.ranks, lambda: group))
+    in_order = (shared[order.index(i)] for i in range(len(shape)))
+    return tuple(s and Shared(s.peers, tuple(_restored(box, order) for box in s.regions)) for s in in_order)
+
+
+def _restored(box: Box, order: Sequence[int]) -> Box:
+    """A box of the tensor with dimensions ``order`` as a box of the tensor with dimensions ``0, 1, …``."""
+    place = [order.index(d) for d in range(len(order))]
+    return Box(tuple(box.start[p] for p in place), tuple(box.stop[p] for p in place))
