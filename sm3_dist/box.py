@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,55 @@ def bounding(boxes: Sequence[Box], ndim: int) -> Box:
     start = tuple(min(column) for column in zip(*(box.start for box in boxes), strict=True))
     stop = tuple(max(column) for column in zip(*(box.stop for box in boxes), strict=True))
     return Box(start, stop)
+
+
+def overlaps(boxes: Sequence[Box]) -> tuple[Box, ...]:
+    """The points that lie in two or more of the boxes, as boxes that do not overlap.
+
+    The answer does not depend on the order of the boxes.
+
+    Example:
+        >>> overlaps([Box((0, 0), (2, 5)), Box((1, 0), (4, 5)), Box((3, 0), (3, 5))])
+        (Box(start=(1, 0), stop=(2, 5)),)
+    """
+    boxes = [box for box in boxes if box.numel]
+    if len(boxes) < 2:
+        return ()
+    cuts = [sorted({side[d] for box in boxes for side in (box.start, box.stop)}) for d in range(len(boxes[0].start))]
+    # How often each cell between the cuts is covered: a difference in every dimension, then the running sums.
+    count = torch.zeros([len(cut) for cut in cuts], dtype=torch.int64)
+    at = [{cut: k for k, cut in enumerate(cut)} for cut in cuts]
+    for box in boxes:
+        for corner in product(*zip(box.start, box.stop, strict=True)):
+            ends = sum(a != b for a, b in zip(corner, box.start, strict=True))
+            count[tuple(index[a] for index, a in zip(at, corner, strict=True))] += (-1) ** ends
+    for d in range(count.dim()):
+        count = count.cumsum(d)
+    cells = [
+        Box(
+            tuple(cut[k] for cut, k in zip(cuts, cell, strict=True)),
+            tuple(cut[k + 1] for cut, k in zip(cuts, cell, strict=True)),
+        )
+        for cell in (count > 1).nonzero().tolist()
+    ]
+    for d in reversed(range(count.dim())):
+        cells = _joined(cells, d)
+    return tuple(cells)
+
+
+def _joined(boxes: Sequence[Box], dim: int) -> list[Box]:
+    """Join boxes that touch along ``dim`` and are otherwise equal."""
+
+    def others(box: Box) -> tuple[tuple[int, int], ...]:
+        return tuple((a, b) for d, (a, b) in enumerate(zip(box.start, box.stop, strict=True)) if d != dim)
+
+    joined: list[Box] = []
+    for box in sorted(boxes, key=lambda box: (others(box), box.start[dim])):
+        if joined and others(joined[-1]) == others(box) and joined[-1].stop[dim] == box.start[dim]:
+            joined[-1] = Box(joined[-1].start, box.stop)
+        else:
+            joined.append(box)
+    return sorted(joined, key=lambda box: box.start)
 
 
 def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:

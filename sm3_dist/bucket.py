@@ -1,4 +1,4 @@
-"""MaxBucket: the maxima that ranks of one process group share, in one flat tensor and one all-reduce."""
+"""What the ranks of one process group tell one another: maxima, and sums of squares. One all-reduce each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
 from sm3_dist.box import Box
+from sm3_dist.rms import SquareSum
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -126,3 +127,38 @@ class MaxBucket:
                     parts.append((slot, held, whole[held.within(region)]))
                 offset += region.numel
         return parts
+
+
+class SumBucket:
+    """One all-reduce SUM of integers per process group and step, for ``update_rms``; under way like the maxima.
+
+    Args:
+        group: the process group; ``None`` for tensors that lie whole on this rank.
+        sums: the sums of squares, the same on every rank. Their ``partial`` become views of the buffer.
+    """
+
+    def __init__(self, group: ProcessGroup | None, sums: Sequence[SquareSum]) -> None:
+        self.group = group
+        self.totals = [each.total for each in sums]
+        self._buffer = torch.stack([each.partial for each in sums])
+        for each, view in zip(sums, self._buffer.unbind(), strict=True):
+            each.partial.set_(view)  # type: ignore[call-overload]
+        self._work: dist.Work | None = None
+        self._sent = False
+
+    def start(self) -> None:
+        """Send what this rank has added up."""
+        self._sent = True
+        if self.group is not None:
+            self._work = dist.all_reduce(self._buffer, op=ReduceOp.SUM, group=self.group, async_op=True)
+
+    def finish(self) -> None:
+        """Overwrite the totals of the tensors that had an update; the others keep theirs."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        if self._sent:
+            self._sent = False
+            totals = torch.where(self._buffer > 0, self._buffer, torch.stack(self.totals))
+            torch._foreach_copy_(self.totals, list(totals.unbind()))
+            self._buffer.zero_()

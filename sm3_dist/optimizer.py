@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sm3_dist import adapters
 from sm3_dist.agreement import check_agreement
 from sm3_dist.shard import LocalShard
-from sm3_dist.state import State, adopt_state, fill_state, local_accumulators
+from sm3_dist.state import State, adopt_state, fill_state, local_accumulators, local_square_sum
 from sm3_dist.step_plan import Entry, StepPlan, agreement_lines
 from sm3_dist.update import Settings
 
@@ -50,6 +50,19 @@ class SM3(Optimizer):
         eps: added under the square root.
         weight_decay: decoupled weight decay; a step first multiplies weights by ``1 - lr * weight_decay``.
         maximize: follow the gradient up, not down.
+        bias_correction: divide :math:`\nu` by :math:`1 - \beta^t` under the square root, where ``t`` counts the steps
+            of the parameter: the moving average starts at 0, and without this the first steps are too long. Needs
+            ``beta > 0``.
+        nesterov: take :math:`\mathrm{momentum} \cdot m + (1 - \mathrm{momentum})\, u` with the new :math:`m` for the
+            update. Needs ``momentum > 0``.
+        update_rms: multiply the update of each tensor, after momentum, with what would have brought that of the step
+            before to this root mean square, and cut it off at 1 either way. AdamW's is about 0.2, and with that
+            AdamW's learning rates do. It costs a second all-reduce (of one integer per tensor), as hidden as the first.
+            The mean square is taken of exact integers, so that it is the same under every layout.
+        cover_block: let an accumulator entry cover a block of so many elements of its row (or column) and not all of
+            it. Accumulator 0 of an ``(n, m)`` matrix then has shape ``(n, ceil(m / cover_block))``, accumulator 1
+            ``(ceil(n / cover_block), m)``; of a tensor of more dimensions every other one is cut. Ranks share only
+            the blocks that an edge of a shard cuts.
         model: the wrapped root module, where parameters were flattened (FullyShardedDataParallel of torch or
             fairscale): their original shapes are read there. Other models may be passed too.
         shard_over: process group or 1-D mesh over which parameters are replicated and state is to be sharded.
@@ -89,6 +102,10 @@ class SM3(Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        bias_correction: bool = False,
+        nesterov: bool = False,
+        update_rms: float | None = None,
+        cover_block: int | None = None,
         model: nn.Module | None = None,
         shard_over: ProcessGroup | DeviceMesh | None = None,
         shard_covers: bool = False,
@@ -112,6 +129,10 @@ class SM3(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "bias_correction": bias_correction,
+            "nesterov": nesterov,
+            "update_rms": update_rms,
+            "cover_block": cover_block,
         }
         super().__init__(params, defaults)
 
@@ -173,7 +194,7 @@ class SM3(Optimizer):
         try:
             _validate(group)
             for index, param in enumerate(group["params"]):
-                self._describe(param, _label(group, len(self.param_groups) - 1, index))
+                self._describe(param, _label(group, len(self.param_groups) - 1, index), group["cover_block"])
         except Exception:
             self.param_groups.pop()
             raise
@@ -221,10 +242,15 @@ class SM3(Optimizer):
                 strict=False,  # the caller compares the lengths
             )
         )
+        blocks = {
+            key: group.get("cover_block", self.defaults["cover_block"])
+            for group in loaded["param_groups"]
+            for key in group["params"]
+        }
         for key, value in loaded["state"].items():
             if key in params:
-                param, label = params[key]
-                adopted[param] = adopt_state(value, param, self._describe(param, label), label)
+                param, label, _ = params[key]
+                adopted[param] = adopt_state(value, param, self._describe(param, label, blocks[key]), label)
             else:
                 adopted[key] = value
         return adopted
@@ -254,12 +280,12 @@ class SM3(Optimizer):
         self._groups: dict[tuple[int, ...], ProcessGroup] = {}
         self._positions: dict[tuple[int, int], Tensor] = {}
 
-    def _describe(self, param: Tensor, label: str) -> tuple[LocalShard, ...]:
-        return adapters.describe(param, label, self._flattened)
+    def _describe(self, param: Tensor, label: str, cover_block: int | None) -> tuple[LocalShard, ...]:
+        return adapters.describe(param, label, self._flattened, cover_block)
 
-    def _labelled_params(self) -> list[tuple[Tensor, str]]:
+    def _labelled_params(self) -> list[tuple[Tensor, str, dict[str, Any]]]:
         return [
-            (param, _label(group, g, index))
+            (param, _label(group, g, index), group)
             for g, group in enumerate(self.param_groups)
             for index, param in enumerate(group["params"])
         ]
@@ -267,7 +293,7 @@ class SM3(Optimizer):
     def _current_plan(self) -> StepPlan:
         """The plan, made anew where parameters were added, exchanged, frozen or thawed."""
         signature = tuple(
-            (id(p), p.requires_grad or p.grad is not None, group["momentum"] > 0)
+            (id(p), p.requires_grad or p.grad is not None, *_layout_options(group))
             for group in self.param_groups
             for p in group["params"]
         )
@@ -280,7 +306,9 @@ class SM3(Optimizer):
 
     def _make_plan(self) -> StepPlan:
         self._flattened.read()
-        shards = {param: self._describe(param, label) for param, label in self._labelled_params()}
+        shards = {
+            param: self._describe(param, label, group["cover_block"]) for param, label, group in self._labelled_params()
+        }
         self._follow_exchanged_params(shards)
         entries = []
         for g, group in enumerate(self.param_groups):
@@ -288,12 +316,13 @@ class SM3(Optimizer):
                 if not (param.requires_grad or param.grad is not None or param in self._held_state):
                     continue
                 state = self._held_state[param]
-                fill_state(state, param, shards[param], group["momentum"])
+                fill_state(state, param, shards[param], group)
                 buffer = adapters.local(state["momentum_buffer"]) if group["momentum"] > 0 else None
                 for shard in shards[param]:
                     accumulators = local_accumulators(state, shard)
                     label = _label(group, g, index) + (f" ({shard.name})" if shard.name else "")
-                    entries.append(Entry(param, group, shard, accumulators, buffer, label))
+                    squares = local_square_sum(state, shard, group)
+                    entries.append(Entry(param, group, shard, accumulators, buffer, state["step"], squares, label))
         self._remember_positions()
         plans = agreement_lines(entries)
         if plans:
@@ -326,11 +355,18 @@ def _label(group: dict[str, Any], g: int, index: int) -> str:
     return f"parameter {names[index]!r}"
 
 
+def _layout_options(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What the state, and so the plan, depends on."""
+    unit = tuple(group[key] for key in ("momentum", "beta", "nesterov", "bias_correction"))
+    return group["momentum"] > 0, group["cover_block"], unit if group["update_rms"] is not None else None
+
+
 def _settings(group: dict[str, Any]) -> Settings:
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.item() if lr.device.type == "cpu" else lr.reshape(())
-    return Settings(lr, group["momentum"], group["beta"], group["eps"], group["weight_decay"], group["maximize"])
+    names = ("momentum", "beta", "eps", "weight_decay", "maximize", "nesterov")
+    return Settings(lr, **{name: group[name] for name in names})
 
 
 def _validate(group: dict[str, Any]) -> None:
@@ -342,3 +378,12 @@ def _validate(group: dict[str, Any]) -> None:
     for name, bound in bounds.items():
         if not 0.0 <= float(group[name]) < bound:
             raise ValueError(f"{name} must be at least 0 and less than {bound}, but is {float(group[name])}")
+    if group["bias_correction"] and not group["beta"]:
+        raise ValueError("bias_correction=True corrects the moving average of beta > 0, but beta is 0. Leave it out")
+    if group["nesterov"] and not group["momentum"]:
+        raise ValueError("nesterov=True looks ahead along the momentum, but momentum is 0. Set it, to 0.9 say")
+    rms, block = group["update_rms"], group["cover_block"]
+    if rms is not None and not 0.0 < rms < math.inf:
+        raise ValueError(f"update_rms must be greater than 0 (or None), but is {rms}")
+    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
+        raise ValueError(f"cover_block must be an integer of at least 1 (or None), but is {block!r}")

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from sm3_dist.box import Box, bounding, flat_boxes
+from sm3_dist.box import bounding, flat_boxes, overlaps
 from sm3_dist.cover import touched
 from sm3_dist.shard import Peers, Shared
 
@@ -22,13 +22,16 @@ SLACK = 200
 """A cut moves by at most 1 / SLACK of an even range, so that ranges are even to 2 / SLACK, which is 1 %."""
 
 
-def shared_entries(shape: Sequence[int], ranges: Sequence[Range], peers: Peers) -> tuple[Shared | None, ...]:
+def shared_entries(
+    shape: Sequence[int], ranges: Sequence[Range], peers: Peers, cover_block: int | None = None
+) -> tuple[Shared | None, ...]:
     """The accumulator entries of one tensor that several ranks touch.
 
     Args:
         shape: shape of the tensor, at least one-dimensional.
         ranges: the elements of the flattened tensor that each of the peers holds.
         peers: the ranks over which the tensor is cut.
+        cover_block: indices per block of the covers, ``None`` for whole slices.
 
     Returns:
         for each accumulator the shared entries, ``None`` where each entry is touched by at most one rank.
@@ -50,24 +53,8 @@ def shared_entries(shape: Sequence[int], ranges: Sequence[Range], peers: Peers) 
         (True, (Box(start=(0, 0), stop=(1, 5)),))
     """
     extents = [bounding(flat_boxes(shape, start, stop), len(shape)) for start, stop in ranges if start < stop]
-    if len(extents) < 2:
-        return (None,) * len(shape)
-    regions = [_touched_twice([touched(extent, i) for extent in extents], i) for i in range(len(shape))]
+    regions = [overlaps([touched(extent, i, cover_block) for extent in extents]) for i in range(len(shape))]
     return tuple(Shared(peers, boxes) if boxes else None for boxes in regions)
-
-
-def _touched_twice(rectangles: Sequence[Box], i: int) -> tuple[Box, ...]:
-    """What lies in two or more rectangles of the grid of accumulator ``i``, which has one dimension longer than 1."""
-    twice: list[Box] = []
-    reach = 0  # where the rectangles seen so far end
-    for box in sorted(rectangles, key=lambda box: box.start[i]):
-        overlap = box.along(i, box.start[i], reach)
-        if overlap.numel:
-            if twice and twice[-1].stop[i] >= overlap.start[i]:
-                overlap = bounding((twice.pop(), overlap), len(overlap.start))
-            twice.append(overlap)
-        reach = max(reach, box.stop[i])
-    return tuple(twice)
 
 
 def even_cuts(shapes: Sequence[Sequence[int]], parts: int) -> list[int]:

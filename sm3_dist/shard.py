@@ -69,6 +69,9 @@ class LocalShard:
         ranks: every global rank that holds part of the tensor or a replica of it, where they plan together.
         layout: how the tensor is cut, in words that are the same on each of these ranks.
         name: distinguishes the original tensors within one flattened parameter; empty where there is just one.
+        cover_block: indices per block of the covers, see :mod:`~sm3_dist.cover`; ``None``: whole slices.
+        holders: the ranks that hold the tensor together, each element once (no replicas); ``None`` where this rank
+            holds all or nothing of it.
     """
 
     shape: tuple[int, ...]
@@ -82,6 +85,8 @@ class LocalShard:
     replicated: bool = False
     flat_numel: int | None = None
     order: tuple[int, ...] | None = None
+    cover_block: int | None = None
+    holders: Peers | None = None
 
     def __post_init__(self) -> None:
         if self.extent is _UNSET:
@@ -97,7 +102,11 @@ class LocalShard:
     @cached_property
     def stored(self) -> tuple[Box, ...]:
         """For each accumulator the rectangle of its grid that this rank stores."""
-        return tuple(touched(self.extent, i) for i in range(len(self.shape)))
+        return tuple(self.touched(self.extent, i) for i in range(len(self.shape)))
+
+    def touched(self, box: Box, i: int) -> Box:
+        """The rectangle of the grid of accumulator ``i`` that ``box`` touches."""
+        return touched(box, i, self.cover_block)
 
     def views(self, local: Tensor) -> list[Tensor]:
         """The boxes as views of the local parameter or gradient, each of its box's shape."""
@@ -122,8 +131,12 @@ class LocalShard:
         return views
 
     def accumulator_shape(self, i: int) -> tuple[int, ...]:
-        """Shape in which this rank stores accumulator ``i``: a vector over the indices of dimension ``i``."""
-        return (math.prod(self.stored[i].shape),)
+        """Shape in which this rank stores accumulator ``i``.
+
+        A vector over the indices of dimension ``i``; with block covers the rectangle of the grid.
+        """
+        shape = self.stored[i].shape
+        return (math.prod(shape),) if self.cover_block is None else shape
 
 
 def _unflatten(flat: Tensor, shape: Sequence[int], order: Sequence[int] | None) -> Tensor:

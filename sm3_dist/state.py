@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sm3_dist import adapters
+from sm3_dist.rms import SquareSum, Unit
 from sm3_dist.shard import WHOLE, LocalShard, accumulator_dtype
 
 State = dict[str, Any]
@@ -19,8 +21,16 @@ def accumulator_key(shard: LocalShard, i: int) -> str:
     return f"{shard.name}.accumulator_{i}" if shard.name else f"accumulator_{i}"
 
 
-def fill_state(state: State, param: Tensor, shards: Sequence[LocalShard], momentum: float) -> None:
-    """Add what is missing: ``step``, zero accumulators, and a zero momentum buffer where there is momentum."""
+def square_sum_key(shard: LocalShard) -> str:
+    """Name of the sum of squares (:mod:`~sm3_dist.rms`) in the state of its parameter."""
+    return f"{shard.name}.update_square_sum" if shard.name else "update_square_sum"
+
+
+def fill_state(state: State, param: Tensor, shards: Sequence[LocalShard], group: Mapping[str, Any]) -> None:
+    """Add what is missing: ``step`` and zero accumulators, and what the options of the param group need besides.
+
+    That is a momentum buffer for ``momentum``, and for ``update_rms`` the sum of squares of the last updates.
+    """
     dtype = accumulator_dtype(param.dtype)
     device = adapters.local(param).device
     state.setdefault("step", torch.zeros((), dtype=torch.float32))
@@ -29,8 +39,10 @@ def fill_state(state: State, param: Tensor, shards: Sequence[LocalShard], moment
             key = accumulator_key(shard, i)
             if key not in state:
                 part = torch.zeros(_local_shape(param, shard, i), dtype=dtype, device=device)
-                state[key] = adapters.like(param, part, i)
-    if momentum > 0 and "momentum_buffer" not in state:
+                state[key] = adapters.like(param, part, shard, i)
+        if group["update_rms"] is not None:
+            state.setdefault(square_sum_key(shard), torch.zeros((), dtype=torch.int64, device=device))
+    if group["momentum"] > 0 and "momentum_buffer" not in state:
         state["momentum_buffer"] = _zero_momentum(param, shards)
 
 
@@ -39,6 +51,15 @@ def local_accumulators(state: State, shard: LocalShard) -> list[Tensor]:
     return [
         adapters.local(state[accumulator_key(shard, i)]).view(shard.stored[i].shape) for i in range(len(shard.shape))
     ]
+
+
+def local_square_sum(state: State, shard: LocalShard, group: Mapping[str, Any]) -> SquareSum | None:
+    """What ``update_rms`` goes by; ``None`` without."""
+    if group["update_rms"] is None:
+        return None
+    unit = Unit.of(shard.shape, group["momentum"], group["beta"], group["nesterov"], group["bias_correction"])
+    total = state[square_sum_key(shard)]
+    return SquareSum(unit, math.prod(shard.shape), torch.zeros_like(total), total)
 
 
 def adopt_state(loaded: Mapping[str, Any], param: Tensor, shards: Sequence[LocalShard], label: str) -> State:
@@ -65,7 +86,11 @@ def adopt_state(loaded: Mapping[str, Any], param: Tensor, shards: Sequence[Local
                 part = _adopt(top.expand(shape), shape, dtype, param, key)
             else:
                 continue
-            state[key] = adapters.like(param, part, i)
+            state[key] = adapters.like(param, part, shard, i)
+        total = loaded.get(square_sum_key(shard))
+        if total is not None:
+            total = torch.as_tensor(total, dtype=torch.int64, device=adapters.local(param).device)
+            state[square_sum_key(shard)] = total.detach().clone()
     buffer = loaded.get("momentum_buffer")
     if isinstance(buffer, Tensor):
         target = _zero_momentum(param, shards)

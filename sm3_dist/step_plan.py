@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,15 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from sm3_dist import adapters
-from sm3_dist.bucket import MaxBucket, Slot
+from sm3_dist.bucket import MaxBucket, Slot, SumBucket
+from sm3_dist.rms import SquareSum
 from sm3_dist.shard import WHOLE, LocalShard, Peers
 from sm3_dist.update import Settings, update_rows, update_shard
+
+HYPERPARAMETERS = (
+    *("lr", "momentum", "beta", "eps", "weight_decay", "maximize"),
+    *("bias_correction", "nesterov", "update_rms", "cover_block"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Entry:
         shard: what this rank holds.
         accumulators: this rank's part of accumulator ``i``, of shape ``shard.stored[i].shape``.
         momentum_buffer: the local tensor, laid out like the parameter's; ``None`` without momentum.
+        step: how many steps the parameter has taken; 0-dimensional.
+        squares: the sum that ``update_rms`` goes by; ``None`` without.
         label: what error messages call it.
     """
 
@@ -35,11 +43,13 @@ class Entry:
     shard: LocalShard
     accumulators: Sequence[Tensor]
     momentum_buffer: Tensor | None
+    step: Tensor
+    squares: SquareSum | None
     label: str
 
     def describe(self) -> str:
         """One line, the same on every rank that plans this tensor."""
-        options = {key: self.group[key] for key in ("lr", "momentum", "beta", "eps", "weight_decay", "maximize")}
+        options = {key: self.group[key] for key in HYPERPARAMETERS}
         options["lr"] = float(options["lr"])
         settings = ", ".join(f"{key}={value}" for key, value in options.items())
         return (
@@ -52,7 +62,13 @@ class Entry:
         grad = self.param.grad
         if grad is None:
             return
+        settings = self._of_this_tensor(settings)
         if grad.is_sparse:
+            if self.squares is not None or self.shard.cover_block is not None:
+                raise NotImplementedError(
+                    f"{self.label} has a sparse gradient, which SM3 takes without update_rms and cover_block alone. "
+                    "Put it into a param group of its own with update_rms=None, cover_block=None."
+                )
             if self.shard.layout != WHOLE:
                 raise NotImplementedError(
                     f"{self.label} has a sparse gradient, which SM3 takes for unsharded parameters alone, but its "
@@ -61,7 +77,16 @@ class Entry:
             update_rows(self.param, grad, self.accumulators, settings)
         elif self.shard.boxes:
             weight, grad = adapters.local(self.param), self._local_grad(grad)
-            update_shard(self.shard, weight, grad, self.accumulators, self.momentum_buffer, settings)
+            update_shard(self.shard, weight, grad, self.accumulators, self.momentum_buffer, settings, self.squares)
+
+    def _of_this_tensor(self, settings: Settings) -> Settings:
+        """The settings of the group, with what depends on the steps that this tensor has taken."""
+        if self.group["bias_correction"]:
+            settings = replace(settings, correction=1 / (1 - self.group["beta"] ** (self.step.item() + 1)))
+        if self.squares is not None:
+            scale = self.squares.scale(self.group["update_rms"], self.accumulators[0].dtype)
+            settings = replace(settings, scale=scale)
+        return settings
 
     def _local_grad(self, grad: Tensor) -> Tensor:
         """The gradient of exactly the elements that this rank holds."""
@@ -117,9 +142,10 @@ def agreement_lines(entries: Iterable[Entry]) -> dict[tuple[int, ...], list[str]
 
 def _buckets(
     entries: Sequence[Entry], shard_covers: bool, groups: dict[tuple[int, ...], ProcessGroup]
-) -> list[MaxBucket]:
-    """One bucket for each group of peers (and device), in the order in which the tensors first need them."""
+) -> list[MaxBucket | SumBucket]:
+    """One bucket of each kind for each group of peers (and device), in the order in which the tensors need them."""
     slots: dict[tuple[tuple[int, ...], torch.device], list[Slot]] = {}
+    sums: dict[tuple[tuple[int, ...], torch.device], list[SquareSum]] = {}
     peers: dict[tuple[int, ...], Peers] = {}
     for entry in entries:
         for accumulator, stored, shared in zip(entry.accumulators, entry.shard.stored, entry.shard.shared, strict=True):
@@ -127,7 +153,14 @@ def _buckets(
                 slot = Slot(accumulator, stored, shared.regions, contributes=bool(entry.shard.boxes))
                 slots.setdefault((shared.peers.ranks, accumulator.device), []).append(slot)
                 peers.setdefault(shared.peers.ranks, shared.peers)
+        if entry.squares is not None:
+            holders = entry.shard.holders
+            ranks = holders.ranks if holders else ()
+            sums.setdefault((ranks, entry.squares.total.device), []).append(entry.squares)
+            if holders:
+                peers.setdefault(ranks, holders)
     for ranks, these in peers.items():
         if ranks not in groups:
             groups[ranks] = these.group()
-    return [MaxBucket(groups[ranks], these, device, shard_covers) for (ranks, device), these in slots.items()]
+    maxima = [MaxBucket(groups[ranks], these, device, shard_covers) for (ranks, device), these in slots.items()]
+    return [*maxima, *(SumBucket(groups.get(ranks), these) for (ranks, _), these in sums.items())]

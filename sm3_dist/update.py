@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sm3_dist.box import Box
-from sm3_dist.cover import touched
+from sm3_dist.cover import maxima, spread
+from sm3_dist.rms import SquareSum
 from sm3_dist.shard import LocalShard
 
 CHUNK_BYTES = 1 << 19
@@ -23,7 +24,14 @@ CHUNK_BYTES = 1 << 19
 
 @dataclass(frozen=True)
 class Settings:
-    """What one step needs to know of a parameter group. Symbols as in the paper (arXiv 1901.11150)."""
+    """What one step needs to know of a tensor. Symbols as in the paper (arXiv 1901.11150).
+
+    Attributes:
+        nesterov: look ahead: the update is ``momentum * m + (1 - momentum) * u`` with the new ``m``.
+        correction: what corrects ``nu`` for having started at zero, ``1 / (1 - beta^t)``; 1 for no correction.
+        scale: what the update after momentum is multiplied with before it is cut off at 1 either way; ``None``:
+            neither. A float or a 0-dimensional tensor of the type and device of the accumulators.
+    """
 
     lr: float | Tensor
     momentum: float
@@ -31,19 +39,29 @@ class Settings:
     eps: float
     weight_decay: float
     maximize: bool
+    nesterov: bool = False
+    correction: float = 1.0
+    scale: float | Tensor | None = None
 
 
 def update_box(
-    weight: Tensor, grad: Tensor, covers: Sequence[Tensor], momentum_buffer: Tensor | None, settings: Settings
+    weight: Tensor,
+    grad: Tensor,
+    covers: Sequence[Tensor],
+    momentum_buffer: Tensor | None,
+    settings: Settings,
+    squares: SquareSum | None = None,
 ) -> Tensor:
     """Take one SM3-II step on one box.
 
     Args:
         weight: shape ``(n_1, …, n_k)``, any floating type; updated in place.
         grad: same shape, any floating type.
-        covers: old accumulators, number ``i`` of shape ``(1, …, n_i, …, 1)``, float32 (float64 for float64 weights).
+        covers: old accumulators, number ``i`` of shape ``(1, …, n_i, …, 1)`` or another that broadcasts to that of
+            ``weight``, float32 (float64 for float64 weights).
         momentum_buffer: same shape as ``weight``; updated in place. ``None`` where momentum is 0.
         settings: the hyperparameters.
+        squares: adds up the squares of the update after momentum, before it is scaled; ``None``: nobody asks.
 
     Returns:
         ``nu``, of the shape of ``weight`` and the type of the accumulators; the new accumulators are its maxima.
@@ -58,7 +76,8 @@ def update_box(
         nu.mul_(1 - s.beta)
         floor = floor * s.beta
     nu.add_(floor)
-    update = (nu + s.eps).rsqrt_().mul_(grad)
+    corrected = nu * s.correction if s.correction != 1 else nu
+    update = (corrected + s.eps).rsqrt_().mul_(grad)
     if s.maximize:
         update.neg_()
     if momentum_buffer is not None:
@@ -66,7 +85,14 @@ def update_box(
         moment.mul_(s.momentum).add_(update.mul_(1 - s.momentum))
         if moment is not momentum_buffer:
             momentum_buffer.copy_(moment)
-        update.copy_(moment)
+        if s.nesterov:
+            update.add_(moment * s.momentum)
+        else:
+            update.copy_(moment)
+    if squares is not None:
+        squares.add(update)
+    if s.scale is not None:
+        update.mul_(s.scale).clamp_(-1, 1)
     wide = weight.to(nu.dtype)
     if s.weight_decay:
         wide.mul_(1 - s.lr * s.weight_decay)
@@ -83,11 +109,13 @@ def update_shard(
     accumulators: Sequence[Tensor],
     momentum_buffer: Tensor | None,
     settings: Settings,
+    squares: SquareSum | None = None,
 ) -> None:
     """Take one step on every box of a shard, and overwrite the accumulators with the new maxima.
 
-    The tensor is swept along one axis. The accumulator of that axis is complete, and overwritten, as the sweep passes;
-    the others are gathered on the side until its end, for the rest of the sweep needs the old values. The axis is the
+    The tensor is swept in strips along one axis. Entries that no other strip touches are overwritten as the sweep
+    passes; the others are gathered on the side until its end, for the rest of the sweep needs the old values. The first
+    kind are those of the axis' own accumulator; with block covers all, for strips end where blocks end. The axis is the
     first one, along which memory is contiguous, unless what must be kept on the side would be large.
 
     Args:
@@ -97,29 +125,35 @@ def update_shard(
         accumulators: this rank's part of accumulator ``i``, of shape ``shard.stored[i].shape``; updated in place.
         momentum_buffer: laid out as ``shard.state_views`` says, updated in place; ``None`` where momentum is 0.
         settings: the hyperparameters.
+        squares: adds up the squares of the update after momentum; ``None``: nobody asks.
     """
     limit = CHUNK_BYTES // accumulators[0].element_size()
-    axis = _sweep_axis(shard.extent.shape, limit)
+    block = shard.cover_block
+    axis = 0 if block is not None else _sweep_axis(shard.extent.shape, limit)
     weights, grads = shard.views(weight), shard.views(grad)
     moments: Sequence[Tensor | None] = [None] * len(shard.boxes)
     if momentum_buffer is not None:
         moments = shard.state_views(momentum_buffer)
-    maxima = [acc if i == axis else torch.zeros_like(acc) for i, acc in enumerate(accumulators)]
-    for strip in _strips(shard.extent, axis, limit):
-        swept = touched(strip, axis)
-        maxima[axis] = accumulators[axis].new_zeros(swept.shape)
+    aside = {} if block is not None else {i: torch.zeros_like(a) for i, a in enumerate(accumulators) if i != axis}
+    for strip in _strips(shard.extent, axis, limit, block or 1):
+        swept = [shard.touched(strip, i) for i in range(len(accumulators))]
+        new = [aside[i] if i in aside else a.new_zeros(swept[i].shape) for i, a in enumerate(accumulators)]
         for box, w, g, m in zip(shard.boxes, weights, grads, moments, strict=True):
             for chunk in (box & strip).chunks(limit):
                 at = chunk.within(box)
-                old = [acc[touched(chunk, i).within(shard.stored[i])] for i, acc in enumerate(accumulators)]
-                nu = update_box(w[at], g[at], old, None if m is None else m[at], settings)
-                for i, maximum in enumerate(maxima):
-                    stored = swept if i == axis else shard.stored[i]
-                    _raise_to(maximum[touched(chunk, i).within(stored)], nu, i)
-        accumulators[axis][swept.within(shard.stored[axis])] = maxima[axis]
-    for i, acc in enumerate(accumulators):
-        if i != axis:
-            acc.copy_(maxima[i])
+                rects = [shard.touched(chunk, i) for i in range(len(accumulators))]
+                covers = [
+                    spread(acc[rects[i].within(shard.stored[i])], chunk, i, block) for i, acc in enumerate(accumulators)
+                ]
+                nu = update_box(w[at], g[at], covers, None if m is None else m[at], settings, squares)
+                for i, maximum in enumerate(new):
+                    part = maximum[rects[i].within(swept[i])]
+                    torch.maximum(part, maxima(nu, chunk, i, block), out=part)
+        for i, acc in enumerate(accumulators):
+            if i not in aside:
+                acc[swept[i].within(shard.stored[i])] = new[i]
+    for i, maximum in aside.items():
+        accumulators[i].copy_(maximum)
 
 
 def update_rows(weight: Tensor, grad: Tensor, accumulators: Sequence[Tensor], settings: Settings) -> None:
@@ -156,7 +190,8 @@ def update_rows(weight: Tensor, grad: Tensor, accumulators: Sequence[Tensor], se
         for i in range(1, sparse_dim):
             accumulators[i].view(-1).scatter_reduce_(0, index[i], per_value, "amax")
         for i in range(sparse_dim, weight.dim()):
-            _raise_to(accumulators[i].view(-1), nu.movedim(i - sparse_dim + 1, 0).flatten(1).amax(1), 0)
+            other = accumulators[i].view(-1)
+            torch.maximum(other, nu.movedim(i - sparse_dim + 1, 0).flatten(1).amax(1), out=other)
     row_accumulator[rows] = maxima
 
 
@@ -166,15 +201,11 @@ def _sweep_axis(shape: Sequence[int], limit: int) -> int:
     return max(range(len(shape)), key=lambda d: shape[d])
 
 
-def _strips(extent: Box, axis: int, limit: int) -> list[Box]:
+def _strips(extent: Box, axis: int, limit: int, multiple: int) -> list[Box]:
+    """Strips of about ``limit`` elements, which end at multiples of ``multiple`` in the coordinates of the tensor."""
     if extent.numel == 0:
         return []
     step = max(1, limit * extent.shape[axis] // extent.numel)
-    starts = range(extent.start[axis], extent.stop[axis], step)
+    step = -(-step // multiple) * multiple
+    starts = range(extent.start[axis] // multiple * multiple, extent.stop[axis], step)
     return [extent.along(axis, start, start + step) for start in starts]
-
-
-def _raise_to(maximum: Tensor, nu: Tensor, i: int) -> None:
-    """``maximum = max(maximum, max of nu over all dimensions but i)``."""
-    others = [d for d in range(nu.dim()) if d != i]
-    torch.maximum(maximum, nu.amax(others, keepdim=True) if others else nu, out=maximum)

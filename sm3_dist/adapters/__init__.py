@@ -16,13 +16,14 @@ from sm3_dist.shard import LocalShard
 __all__ = ["Flattened", "describe", "like", "local"]
 
 
-def describe(param: Tensor, label: str, flattened: Flattened) -> tuple[LocalShard, ...]:
+def describe(param: Tensor, label: str, flattened: Flattened, cover_block: int | None = None) -> tuple[LocalShard, ...]:
     """The local shards of the original tensors that ``param`` consists of.
 
     Args:
         param: a parameter of the optimizer, as the wrapper left it.
         label: what error messages call it.
         flattened: what is known of the model's flattened parameters.
+        cover_block: indices per block of the covers, ``None`` for whole slices.
 
     Raises:
         TypeError: for complex and integer parameters.
@@ -34,8 +35,8 @@ def describe(param: Tensor, label: str, flattened: Flattened) -> tuple[LocalShar
             + ("Pass torch.view_as_real(parameter) instead." if param.dtype.is_complex else "Leave it out.")
         )
     if isinstance(param, DTensor):
-        return dtensor.describe(param, label)
-    return flattened.describe(param, label) or whole.describe(param)
+        return dtensor.describe(param, label, cover_block)
+    return flattened.describe(param, label, cover_block) or whole.describe(param, cover_block)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -46,6 +47,6 @@ def local(tensor: Tensor) -> Tensor:
     return plain.wait() if hasattr(plain, "wait") else plain
 
 
-def like(param: Tensor, part: Tensor, i: int) -> Tensor:
-    """The state tensor for accumulator ``i``, of whose entries this rank stores ``part``."""
-    return dtensor.accumulator(param, part, i) if isinstance(param, DTensor) else part
+def like(param: Tensor, part: Tensor, shard: LocalShard, i: int) -> Tensor:
+    """The state tensor for accumulator ``i`` of ``shard``, of whose entries this rank stores ``part``."""
+    return dtensor.accumulator(param, part, shard, i) if isinstance(param, DTensor) else part

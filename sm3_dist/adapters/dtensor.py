@@ -3,12 +3,18 @@
 A mesh dimension that shards tensor dimension ``d`` cuts every row of the other dimensions, so accumulator ``i`` is a
 maximum over all mesh dimensions that shard a dimension other than ``i``. Over the remaining ones it is already right:
 it is itself a DTensor, sharded where the parameter is sharded along ``i`` and replicated elsewhere.
+
+With block covers only the blocks that an edge of a shard cuts are maxima over several ranks. Where no edge cuts one,
+an accumulator is a DTensor with the placements of the parameter. Where one does, neighbours both store it; a DTensor
+cannot say so, and the state tensor is this rank's rectangle of the grid, a plain tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -17,47 +23,104 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from sm3_dist.box import Box
-from sm3_dist.cover import touched
+from sm3_dist.box import Box, overlaps
+from sm3_dist.cover import grid, touched
 from sm3_dist.shard import LocalShard, Peers, Shared
 
 Run = tuple[int, int]
 """Indices ``[start, stop)`` of one tensor dimension."""
 
 
-def describe(param: Tensor, label: str) -> tuple[LocalShard, ...]:
+def describe(param: Tensor, label: str, cover_block: int | None) -> tuple[LocalShard, ...]:
     """One box: the product of the index ranges that the placements leave this rank."""
     assert isinstance(param, DTensor)
-    mesh, placements = param.device_mesh, param.placements
-    _refuse_unsupported(placements, label)
-    shape = tuple(param.shape) or (1,)
-    ranges = [_held(shape, dim, mesh, placements, label) for dim in range(len(shape))]
-    box = Box(tuple(a for a, _ in ranges), tuple(b for _, b in ranges))
+    cut = _Cut.of(param)
+    _refuse_unsupported(cut.placements, label)
+    here = param.device_mesh.get_coordinate()
+    if here is None:
+        raise ValueError(
+            f"{label}: this rank is not part of its mesh {param.device_mesh.mesh.tolist()}. "
+            "Leave the parameter out here."
+        )
+    runs = [_held(cut, dim, tuple(here)) for dim in range(len(cut.shape))]
+    for dim, separate in enumerate(runs):
+        if len(separate) > 1:
+            raise NotImplementedError(
+                f"{label}: placements {cut.placements} give this rank the separate ranges {list(separate)} of "
+                f"dimension {dim}. SM3 takes contiguous shards; redistribute the parameter to Shard placements."
+            )
+    box = _box(cut, tuple(here))
     if param.dim() and tuple(param.to_local().shape) != box.shape:
         raise ValueError(
-            f"{label}: the local tensor has shape {tuple(param.to_local().shape)}, but placements {placements} on a "
-            f"mesh of shape {tuple(mesh.shape)} give this rank {box.shape} of {shape}. Make the DTensor with the shape "
+            f"{label}: the local tensor has shape {tuple(param.to_local().shape)}, but placements {cut.placements} on "
+            f"a mesh of shape {cut.sizes} give this rank {box.shape} of {cut.shape}. Make the DTensor with the shape "
             "and stride of the whole tensor (DTensor.from_local(..., shape=, stride=))."
         )
+    mesh = param.device_mesh
+    sharding = cut.dims_that_shard(lambda dim: True)
     return (
         LocalShard(
-            shape,
+            cut.shape,
             boxes=(box,) if box.numel else (),
             extent=box,
-            shared=tuple(_shared(box, i, mesh, placements) for i in range(len(shape))),
+            shared=tuple(_shared(cut, i, cover_block, mesh) for i in range(len(cut.shape))),
             ranks=tuple(mesh.mesh.flatten().tolist()),
-            layout=f"{tuple(map(str, placements))} on mesh {mesh.mesh.tolist()}",
+            layout=f"{tuple(map(str, cut.placements))} on mesh {mesh.mesh.tolist()}",
+            cover_block=cover_block,
+            holders=_peers(mesh, sharding) if sharding else None,
         ),
     )
 
 
-def accumulator(param: DTensor, part: Tensor, i: int) -> DTensor:
-    """Accumulator ``i`` of a DTensor parameter, as a DTensor of shape ``(n_i,)`` whose local part is ``part``."""
-    placements = [_along(placement, i) for placement in param.placements]
-    size = param.shape[i] if param.dim() else 1
+def accumulator(param: DTensor, part: Tensor, shard: LocalShard, i: int) -> Tensor:
+    """Accumulator ``i`` of a DTensor parameter, whose local part is ``part``: a DTensor, unless ranks overlap in part.
+
+    It has shape ``(n_i,)``, or that of the grid with block covers.
+    """
+    block = shard.cover_block
+    if block is None:
+        placements = [_along(placement, i) for placement in param.placements]
+        shape: tuple[int, ...] = (shard.shape[i],)
+    elif _blocks_follow_shards(_Cut.of(param), i, block):
+        placements, shape = list(param.placements), grid(shard.shape, i, block)
+    else:
+        return part
+    stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        part, param.device_mesh, placements, run_check=False, shape=torch.Size([size]), stride=(1,)
+        part, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How a tensor is cut: all that the index ranges of every rank follow from."""
+
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+    placements: tuple[Placement, ...]
+
+    @classmethod
+    def of(cls, param: DTensor) -> _Cut:
+        return cls(tuple(param.shape) or (1,), tuple(param.device_mesh.shape), tuple(param.placements))
+
+    def dims_that_shard(self, which: Callable[[int], bool]) -> tuple[int, ...]:
+        """The mesh dimensions that shard a tensor dimension of which ``which`` is true."""
+        return tuple(
+            mesh_dim
+            for mesh_dim, placement in enumerate(self.placements)
+            if _cuts(placement) and self.sizes[mesh_dim] > 1 and which(placement.dim)  # type: ignore[attr-defined]
+        )
+
+    def coordinates(self) -> Iterable[tuple[int, ...]]:
+        """The coordinate of each rank in the mesh."""
+        return product(*map(range, self.sizes))
+
+
+@lru_cache(maxsize=4096)
+def _blocks_follow_shards(cut: _Cut, i: int, block: int) -> bool:
+    """Whether a grid cut like the tensor gives every rank exactly the entries that its elements need."""
+    blocks = replace(cut, shape=grid(cut.shape, i, block))
+    return all(touched(_box(cut, here), i, block) == _box(blocks, here) for here in cut.coordinates())
 
 
 def _along(placement: Placement, i: int) -> Placement:
@@ -82,27 +145,23 @@ def _refuse_unsupported(placements: Sequence[Placement], label: str) -> None:
             )
 
 
-def _held(shape: Sequence[int], dim: int, mesh: DeviceMesh, placements: Sequence[Placement], label: str) -> Run:
-    """The indices of one tensor dimension that this rank holds."""
-    runs: list[Run] = [(0, shape[dim])]
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        raise ValueError(
-            f"{label}: this rank is not part of its mesh {mesh.mesh.tolist()}. Leave the parameter out here."
-        )
-    for mesh_dim, placement in enumerate(placements):
+def _box(cut: _Cut, coordinate: tuple[int, ...]) -> Box:
+    """What the rank at this coordinate of the mesh holds, its ranges being contiguous."""
+    ranges = [_held(cut, dim, coordinate) or ((n, n),) for dim, n in enumerate(cut.shape)]
+    return Box(tuple(runs[0][0] for runs in ranges), tuple(runs[-1][1] for runs in ranges))
+
+
+@lru_cache(maxsize=1 << 16)
+def _held(cut: _Cut, dim: int, coordinate: tuple[int, ...]) -> tuple[Run, ...]:
+    """The indices of one tensor dimension that the rank at this coordinate of the mesh holds."""
+    runs: list[Run] = [(0, cut.shape[dim])]
+    for placement, size, index in zip(cut.placements, cut.sizes, coordinate, strict=True):
         if not _cuts(placement) or placement.dim != dim:  # type: ignore[attr-defined]
             continue
         # A strided shard was cut by a mesh dimension further right before: FSDP2 cuts what tensor parallel left.
         pieces = _split(runs, int(placement.split_factor)) if isinstance(placement, _StridedShard) else [runs]
-        size, index = int(mesh.size(mesh_dim)), coordinate[mesh_dim]
         runs = _merged([run for piece in pieces for run in _split(piece, size)[index]])
-    if len(runs) > 1:
-        raise NotImplementedError(
-            f"{label}: placements {tuple(placements)} give this rank the separate ranges {runs} of dimension {dim}. "
-            "SM3 takes contiguous shards; redistribute the parameter to Shard placements."
-        )
-    return runs[0] if runs else (shape[dim], shape[dim])
+    return tuple(runs)
 
 
 def _split(runs: Sequence[Run], parts: int) -> list[list[Run]]:
@@ -132,14 +191,21 @@ def _merged(runs: Sequence[Run]) -> list[Run]:
     return merged
 
 
-def _shared(box: Box, i: int, mesh: DeviceMesh, placements: Sequence[Placement]) -> Shared | None:
+def _shared(cut: _Cut, i: int, block: int | None, mesh: DeviceMesh) -> Shared | None:
     """Accumulator ``i`` is a maximum over the mesh dimensions that shard another tensor dimension."""
-    dims = tuple(
-        mesh_dim
-        for mesh_dim, placement in enumerate(placements)
-        if _cuts(placement) and placement.dim != i and mesh.size(mesh_dim) > 1  # type: ignore[attr-defined]
-    )
-    return Shared(_peers(mesh, dims), (touched(box, i),)) if dims else None
+    dims = cut.dims_that_shard(lambda dim: dim != i)
+    regions = _overlaps(cut, i, block, _among(cut, dims, tuple(mesh.get_coordinate() or ()))) if dims else ()
+    return Shared(_peers(mesh, dims), regions) if regions else None
+
+
+def _among(cut: _Cut, dims: tuple[int, ...], here: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The coordinates that differ from ``here`` in ``dims`` alone."""
+    return tuple(product(*(range(size) if d in dims else (here[d],) for d, size in enumerate(cut.sizes))))
+
+
+@lru_cache(maxsize=4096)
+def _overlaps(cut: _Cut, i: int, block: int | None, peers: tuple[tuple[int, ...], ...]) -> tuple[Box, ...]:
+    return overlaps([touched(_box(cut, peer), i, block) for peer in peers])
 
 
 def _peers(mesh: DeviceMesh, dims: tuple[int, ...]) -> Peers:

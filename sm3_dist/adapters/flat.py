@@ -39,7 +39,7 @@ class Flattened:
                 if original.param is not None:
                     self._found[original.param] = (tensor, (original,))
 
-    def describe(self, param: Tensor, label: str) -> tuple[LocalShard, ...] | None:
+    def describe(self, param: Tensor, label: str, cover_block: int | None) -> tuple[LocalShard, ...] | None:
         """One shard for each original tensor in ``param``; ``None`` where nobody flattened it.
 
         Raises:
@@ -52,7 +52,7 @@ class Flattened:
         if param not in self._found:
             raise ValueError(self._how_to_pass_the_model(label))
         tensor, originals = self._found[param]
-        return tuple(_describe(tensor, original) for original in originals)
+        return tuple(_describe(tensor, original, cover_block) for original in originals)
 
     def check_sharded(self) -> None:
         """Raise unless every rank holds its part, and no more, of each flat tensor.
@@ -81,7 +81,7 @@ class Flattened:
         )
 
 
-def _describe(tensor: FlatTensor, original: Original) -> LocalShard:
+def _describe(tensor: FlatTensor, original: Original, cover_block: int | None) -> LocalShard:
     """What this rank holds of one original tensor."""
     if original.extension:
         raise NotImplementedError(
@@ -90,7 +90,7 @@ def _describe(tensor: FlatTensor, original: Original) -> LocalShard:
         )
     shape, separate = original.shape or (1,), original.param is not None
     if tensor.group is None and separate:
-        return LocalShard(shape, (Box.whole(shape),))
+        return LocalShard(shape, (Box.whole(shape),), cover_block=cover_block)
     rank = tensor.group.rank() if tensor.group is not None else 0
     order = original.order or tuple(range(len(shape)))
     start, stop = held(original, tensor.part, rank)
@@ -100,23 +100,37 @@ def _describe(tensor: FlatTensor, original: Original) -> LocalShard:
         flat_start=0 if separate else max(0, original.start - rank * tensor.part),
         flat_numel=stop - start if separate else tensor.part,
         order=original.order,
-        shared=_shared(tensor, original, order),
+        shared=_shared(tensor, original, order, cover_block),
         ranks=tensor.ranks,
         layout=f"at {original.start} of a flat tensor in parts of {tensor.part} over ranks {list(tensor.ranks)}",
         name="" if separate else original.name,
+        cover_block=cover_block,
+        holders=_peers(tensor) if len(_parts(tensor, original)) > 1 else None,
     )
 
 
-def _shared(tensor: FlatTensor, original: Original, order: Sequence[int]) -> tuple[Shared | None, ...]:
-    """For each accumulator the entries that two or more parts touch."""
+def _parts(tensor: FlatTensor, original: Original) -> range:
+    """The ranks of the group that hold some of an original tensor."""
+    if tensor.group is None or original.numel == 0:
+        return range(0)
+    return range(original.start // tensor.part, (original.start + original.numel - 1) // tensor.part + 1)
+
+
+def _peers(tensor: FlatTensor) -> Peers:
     group = tensor.group
-    if group is None or original.numel == 0:
+    assert group is not None
+    return Peers(tensor.ranks, lambda: group)
+
+
+def _shared(
+    tensor: FlatTensor, original: Original, order: Sequence[int], cover_block: int | None
+) -> tuple[Shared | None, ...]:
+    """For each accumulator the entries that two or more parts touch."""
+    ranges = [held(original, tensor.part, part) for part in _parts(tensor, original)]
+    if len(ranges) < 2:
         return ()
     shape = original.shape or (1,)
-    last = original.start + original.numel - 1
-    parts = range(original.start // tensor.part, last // tensor.part + 1)
-    ranges = [held(original, tensor.part, part) for part in parts]
-    shared = shared_entries([shape[d] for d in order], ranges, Peers(tensor.ranks, lambda: group))
+    shared = shared_entries([shape[d] for d in order], ranges, _peers(tensor), cover_block)
     in_order = (shared[order.index(i)] for i in range(len(shape)))
     return tuple(s and Shared(s.peers, tuple(_restored(box, order) for box in s.regions)) for s in in_order)
 

@@ -8,7 +8,7 @@ from sm3_dist.box import Box
 from sm3_dist.shard import LocalShard
 
 
-def describe(param: Tensor) -> tuple[LocalShard, ...]:
+def describe(param: Tensor, cover_block: int | None) -> tuple[LocalShard, ...]:
     """One box, shared with nobody: replicas compute the same thing."""
     shape = tuple(param.shape) or (1,)
-    return (LocalShard(shape, (Box.whole(shape),)),)
+    return (LocalShard(shape, (Box.whole(shape),), cover_block=cover_block),)
