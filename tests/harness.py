@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,8 @@ PRELOAD = [
     "torch.distributed.tensor.parallel",
     "pytest",
 ]
+# Of the server, which must stay single-threaded to be forked, and of the workers.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
 START_TIMEOUT = 120.0
 GRACE = 5.0  # how long the other ranks may go on after one has failed
 SLACK = datetime.timedelta(minutes=10)  # gloo must not give up before the harness does
@@ -79,10 +82,8 @@ class Worker:
     printed: int = 0
 
     def new_output(self) -> str:
-        """What the process has written to stdout and stderr since the run began."""
-        with self.log.open(errors="replace") as log:
-            log.seek(self.printed)
-            return log.read()
+        """What the process has written to stdout and stderr and nobody has printed yet."""
+        return self.log.read_bytes()[self.printed :].decode(errors="replace")
 
 
 class Pool:
@@ -138,18 +139,18 @@ class Pool:
             ours, theirs = self._context.Pipe()
             log = Path(self._directory.name, f"rank-{rank}-{next(self._runs)}.log")
             process = self._context.Process(target=work, args=(rank, theirs, str(log)), daemon=True)
-            os.environ["OMP_NUM_THREADS"] = "1"  # read when the server imports torch
-            process.start()
+            with patch.dict(os.environ, ENVIRONMENT):
+                process.start()
             theirs.close()
             self.workers.append(Worker(process, ours, log))
-        for rank in new:
-            if not self.workers[rank].connection.poll(START_TIMEOUT):
-                raise WorkersError(f"worker {rank} is not ready after {START_TIMEOUT:.0f} s")
-            self.workers[rank].connection.recv_bytes()
+        for worker in self.workers[new.start :]:
+            if not worker.connection.poll(START_TIMEOUT):
+                raise WorkersError(f"a worker did not start within {START_TIMEOUT:g} s")
+            worker.connection.recv_bytes()
 
     def _collect(self, world_size: int, timeout: float, grace: float) -> dict[int, Outcome]:
         """One outcome per rank. Ranks that are still busy at the end have their stacks printed and the pool killed."""
-        deadline = time.monotonic() + timeout
+        deadline, limit = time.monotonic() + timeout, f"{timeout:g} s"
         outcomes: dict[int, Outcome] = {}
         busy = list(range(world_size))
         connections = [worker.connection for worker in self.workers]
@@ -157,16 +158,15 @@ class Pool:
             for rank in [rank for rank in busy if connections[rank] in ready]:
                 busy.remove(rank)
                 outcomes[rank] = self._receive(rank)
-                if outcomes[rank].error:
-                    deadline = min(deadline, time.monotonic() + grace)
+                if outcomes[rank].error and time.monotonic() + grace < deadline:
+                    deadline, limit = time.monotonic() + grace, f"{grace:g} s of the failure of rank {rank}"
         self._dump_stacks(busy)
         for rank in range(world_size):
             self._print_output(rank)
         if busy or any(isinstance(outcome.error, ProcessLookupError) for outcome in outcomes.values()):
             self.kill()
         for rank in busy:
-            reason = "another rank had failed" if outcomes and grace < timeout else f"the limit is {timeout:g} s"
-            outcomes[rank] = Outcome(error=TimeoutError(f"rank {rank} did not return ({reason}); its stack is printed"))
+            outcomes[rank] = Outcome(error=TimeoutError(f"did not return within {limit}; its stack is printed"))
         return outcomes
 
     def _receive(self, rank: int) -> Outcome:
@@ -175,7 +175,7 @@ class Pool:
         except (EOFError, ConnectionError):
             process = self.workers[rank].process
             process.join(GRACE)
-            return Outcome(error=ProcessLookupError(f"rank {rank} died with exit code {process.exitcode}"))
+            return Outcome(error=ProcessLookupError(f"died with exit code {process.exitcode}"))
         assert isinstance(outcome, Outcome)
         return outcome
 
@@ -191,10 +191,9 @@ class Pool:
 
     def _print_output(self, rank: int) -> None:
         worker = self.workers[rank]
-        output = worker.new_output()
-        worker.printed += len(output.encode())
-        for line in output.splitlines():
+        for line in worker.new_output().splitlines():
             print(f"[rank {rank}] {line}")
+        worker.printed = worker.log.stat().st_size
 
 
 @dataclass
@@ -265,7 +264,6 @@ def work(rank: int, connection: Connection, log: str) -> None:
     os.dup2(descriptor, 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.register(signal.SIGUSR1, file=descriptor)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     gc.freeze()  # what torch's import made is never garbage: collecting between tests takes 2 ms, not 200
     connection.send_bytes(b"ready")

@@ -111,7 +111,7 @@ def test_function_that_cannot_be_sent_harms_nothing(workers):
 
 
 def test_rank_waiting_for_a_failed_one_is_ended(workers, capsys):
-    with pytest.raises(WorkersError, match=r"(?s)rank 1: .*bad input.*rank 0: .*another rank had failed"):
+    with pytest.raises(WorkersError, match=r"(?s)rank 1: .*bad input.*rank 0: .*within 5 s of the failure of rank 1"):
         workers(2).run(raise_on, [1])
     assert "[rank 0]" in (printed := capsys.readouterr().out)
     assert "in barrier" in printed
@@ -120,7 +120,7 @@ def test_rank_waiting_for_a_failed_one_is_ended(workers, capsys):
 
 def test_hang_prints_every_stack_and_is_ended(workers, capsys):
     pids = workers(3).run(process_id)
-    with pytest.raises(WorkersError, match=r"(?s)rank 1: returned None.*rank 0 did not return \(the limit is 1 s\)"):
+    with pytest.raises(WorkersError, match=r"(?s)rank 1: returned None.*rank 0: .*did not return within 1 s"):
         workers(3, timeout=1).run(hang_on, [0, 2])
     printed = capsys.readouterr().out.splitlines()
     for rank in (0, 2):
@@ -129,7 +129,7 @@ def test_hang_prints_every_stack_and_is_ended(workers, capsys):
 
 
 def test_death_of_a_rank_is_reported_and_survived(workers):
-    with pytest.raises(WorkersError, match="rank 1 died with exit code 7"):
+    with pytest.raises(WorkersError, match=r"rank 1: .*died with exit code 7"):
         workers(2).run(die_on, [1])
     assert workers(2).run(weighted_sum, 1) == [(0, 2, 1), (1, 2, 1)]
 
@@ -145,7 +145,7 @@ def test_run_raises_returns_the_exception_of_each_rank(workers):
         (ValueError, raise_then_return, "bad", "rank 0: returned 'fine'"),
         (TypeError, raise_then_return, "bad", "TypeError matching 'bad' was to be raised"),
         (ValueError, raise_on, "good", "ValueError matching 'good' was to be raised"),
-        (ValueError, raise_on, "bad", "rank 0 did not return"),
+        (ValueError, raise_on, "bad", "rank 0: .*did not return within 3 s"),
     ],
     ids=["returned", "other type", "other text", "hung"],
 )

@@ -1,0 +1,55 @@
+"""Promises of the package as a whole."""
+
+import subprocess
+import sys
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import sm3_dist
+
+ROOT = Path(sm3_dist.__file__).parent.parent
+
+IMPORT_EVERY_MODULE = """
+import importlib, pkgutil, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {forbidden!r}:
+            raise ModuleNotFoundError(f"{{name}} is not installed where only torch is", name=name)
+
+sys.meta_path.insert(0, Refuse())
+import sm3_dist
+for module in pkgutil.walk_packages(sm3_dist.__path__, "sm3_dist."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+        print(module.name)
+"""
+
+
+def required_by(distribution):
+    """The names of a distribution and of all that it requires, without extras."""
+    found, pending = set(), [distribution]
+    while pending:
+        name = canonicalize_name(pending.pop())
+        if name not in found:
+            found.add(name)
+            requirements = [Requirement(text) for text in requires(name) or []]
+            pending += [each.name for each in requirements if not each.marker or each.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_every_module_is_imported_where_only_torch_is_installed():
+    allowed = {"sm3-dist", *required_by("torch")}
+    forbidden = {
+        package
+        for package, owners in packages_distributions().items()
+        if not allowed & {canonicalize_name(owner) for owner in owners}
+    }
+    assert {"numpy", "pytest"} <= forbidden
+    code = IMPORT_EVERY_MODULE.format(forbidden=forbidden)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "sm3_dist.optimizer" in result.stdout.splitlines()
