@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from sm3_dist import adapters
 from sm3_dist.agreement import check_agreement
+from sm3_dist.publish import Publisher
+from sm3_dist.same_gradients import check_same_gradients
 from sm3_dist.shard import LocalShard
 from sm3_dist.state import State, adopt_state, fill_state, local_accumulators, local_square_sum
 from sm3_dist.step_plan import Entry, StepPlan, agreement_lines
@@ -65,10 +67,13 @@ class SM3(Optimizer):
             the blocks that an edge of a shard cuts.
         model: the wrapped root module, where parameters were flattened (FullyShardedDataParallel of torch or
             fairscale): their original shapes are read there. Other models may be passed too.
-        shard_over: process group or 1-D mesh over which parameters are replicated and state is to be sharded.
+        shard_over: process group or 1-D mesh over which parameters are replicated (ZeRO-1). Each rank keeps the state
+            of an equal range of all parameters and updates that alone; a step ends when every rank has all new weights.
         shard_covers: store each shared accumulator entry on one rank alone. A step then begins with an all-gather and
             ends with a reduce-scatter that nothing hides, and to read ``state`` is a collective: do it on every rank.
         momentum_dtype: type of the momentum buffer, if not that of the accumulators.
+        check_gradients: with ``shard_over``, in how many first steps to check that gradients are the same to the bit on
+            every rank, as DistributedDataParallel leaves them; 0 for never.
         backend: ``"auto"``, ``"eager"``, ``"c"`` or ``"triton"``.
 
     Raises:
@@ -77,6 +82,8 @@ class SM3(Optimizer):
         NotImplementedError: for keywords that this version does not have yet.
         sm3_dist.PlanMismatchError: in the first step, on every rank, if ranks that share accumulators differ in their
             parameters or settings.
+        sm3_dist.GradientMismatchError: in one of the first steps, on every rank, if gradients of replicated parameters
+            differ (``shard_over``).
 
     Source: Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization", 2019, arXiv 1901.11150. The first five
     arguments are those of the package torch-SM3.
@@ -110,17 +117,21 @@ class SM3(Optimizer):
         shard_over: ProcessGroup | DeviceMesh | None = None,
         shard_covers: bool = False,
         momentum_dtype: torch.dtype | None = None,
+        check_gradients: int = 3,
         backend: str = "auto",
     ) -> None:
-        for name, value in (("shard_over", shard_over), ("momentum_dtype", momentum_dtype)):
-            if value is not None:
-                raise NotImplementedError(f"{name}= is not available in this version of sm3_dist. Leave it out.")
+        if momentum_dtype is not None:
+            raise NotImplementedError("momentum_dtype= is not available in this version of sm3_dist. Leave it out.")
         if backend not in ("auto", "eager"):
             raise NotImplementedError(
                 f"backend={backend!r} is not available in this version of sm3_dist. Use 'auto' or 'eager'."
             )
+        if check_gradients < 0:
+            raise ValueError(f"check_gradients must be a number of steps, at least 0, but is {check_gradients}")
         self.shard_covers = shard_covers
         self._flattened = adapters.Flattened(model)
+        self._replicas = None if shard_over is None else adapters.Replicas(shard_over)
+        self._checks_left = 0 if shard_over is None else check_gradients
         self._forget_plan()
         defaults = {
             "lr": lr,
@@ -162,11 +173,9 @@ class SM3(Optimizer):
         self._flattened.check_sharded()
         # 1. Receive: the maxima that were on their way since the end of the last step.
         plan.receive()
+        self._check_gradients()
         # 2. Update: every box from its slices of the accumulators.
-        settings = [_settings(group) for group in self.param_groups]
-        by_group = {id(group): s for group, s in zip(self.param_groups, settings, strict=True)}
-        for entry in plan.entries:
-            entry.update(by_group[id(entry.group)])
+        plan.update({id(group): _settings(group) for group in self.param_groups})
         state = self._held_state
         stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if stepped:
@@ -247,6 +256,9 @@ class SM3(Optimizer):
             for group in loaded["param_groups"]
             for key in group["params"]
         }
+        if self._replicas is not None:
+            self._replicas.include(self._active_params())
+            self._replicas.include(params[key][0] for key in loaded["state"] if key in params)
         for key, value in loaded["state"].items():
             if key in params:
                 param, label, _ = params[key]
@@ -256,6 +268,8 @@ class SM3(Optimizer):
         return adopted
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._replicas is not None:
+            raise TypeError("SM3 with shard_over= holds a process group and cannot be pickled; save its state_dict()")
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups} | {
             "shard_covers": self.shard_covers
         }
@@ -265,6 +279,7 @@ class SM3(Optimizer):
         held = state.pop("state", None)
         if "_plan" not in self.__dict__:  # unpickled or copied
             self._flattened = adapters.Flattened(None)
+            self._replicas, self._checks_left = None, 0
             self._forget_plan()
         super().__setstate__(state)
         if held is not None:
@@ -281,7 +296,7 @@ class SM3(Optimizer):
         self._positions: dict[tuple[int, int], Tensor] = {}
 
     def _describe(self, param: Tensor, label: str, cover_block: int | None) -> tuple[LocalShard, ...]:
-        return adapters.describe(param, label, self._flattened, cover_block)
+        return adapters.describe(param, label, self._flattened, self._replicas, cover_block)
 
     def _labelled_params(self) -> list[tuple[Tensor, str, dict[str, Any]]]:
         return [
@@ -290,12 +305,20 @@ class SM3(Optimizer):
             for index, param in enumerate(group["params"])
         ]
 
+    def _active_params(self) -> list[Tensor]:
+        """The parameters that can have a gradient, or have state."""
+        return [p for p, _, _ in self._labelled_params() if _can_move(p) or p in self._held_state]
+
+    def _check_gradients(self) -> None:
+        if self._replicas is not None and self._checks_left:
+            params = [(param, label) for param, label, _ in self._labelled_params() if _can_move(param)]
+            check_same_gradients(params, self._replicas.group)
+            self._checks_left -= 1
+
     def _current_plan(self) -> StepPlan:
         """The plan, made anew where parameters were added, exchanged, frozen or thawed."""
         signature = tuple(
-            (id(p), p.requires_grad or p.grad is not None, *_layout_options(group))
-            for group in self.param_groups
-            for p in group["params"]
+            (id(p), _can_move(p), *_layout_options(group)) for group in self.param_groups for p in group["params"]
         )
         if self._plan is None or signature != self._signature:
             if self._plan is not None:
@@ -306,14 +329,16 @@ class SM3(Optimizer):
 
     def _make_plan(self) -> StepPlan:
         self._flattened.read()
+        self._follow_exchanged_params()
+        if self._replicas is not None:
+            self._replicas.include(self._active_params())
         shards = {
             param: self._describe(param, label, group["cover_block"]) for param, label, group in self._labelled_params()
         }
-        self._follow_exchanged_params(shards)
         entries = []
         for g, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
-                if not (param.requires_grad or param.grad is not None or param in self._held_state):
+                if not (_can_move(param) or param in self._held_state):
                     continue
                 state = self._held_state[param]
                 fill_state(state, param, shards[param], group)
@@ -327,16 +352,22 @@ class SM3(Optimizer):
         plans = agreement_lines(entries)
         if plans:
             check_agreement(plans)
-        return StepPlan(entries, self.shard_covers, self._groups)
+        publisher = None
+        if self._replicas is not None:
+            publisher = Publisher(self._replicas.group, self._replicas.partitions, _can_move)
+        return StepPlan(entries, self.shard_covers, self._groups, publisher)
 
-    def _follow_exchanged_params(self, shards: dict[Tensor, tuple[LocalShard, ...]]) -> None:
+    def _follow_exchanged_params(self) -> None:
         """Hand on the state of parameters that somebody replaced in ``param_groups``, as accelerate does."""
         for g, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
                 old = self._positions.get((g, index))
                 if old is not None and old is not param and old in self._held_state and param not in self._held_state:
                     label = _label(group, g, index)
-                    self._held_state[param] = adopt_state(self._held_state[old], param, shards[param], label)
+                    if self._replicas is not None:
+                        self._replicas.exchange(old, param)
+                    shards = self._describe(param, label, group["cover_block"])
+                    self._held_state[param] = adopt_state(self._held_state[old], param, shards, label)
                     del self._held_state[old]
 
     def _remember_positions(self) -> None:
@@ -359,6 +390,11 @@ def _layout_options(group: dict[str, Any]) -> tuple[Any, ...]:
     """What the state, and so the plan, depends on."""
     unit = tuple(group[key] for key in ("momentum", "beta", "nesterov", "bias_correction"))
     return group["momentum"] > 0, group["cover_block"], unit if group["update_rms"] is not None else None
+
+
+def _can_move(param: Tensor) -> bool:
+    """Whether a step may change it: whether it can have a gradient, or has one."""
+    return param.requires_grad or param.grad is not None
 
 
 def _settings(group: dict[str, Any]) -> Settings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from sm3_dist import adapters
 from sm3_dist.bucket import MaxBucket, Slot, SumBucket
+from sm3_dist.publish import Parts, Publisher
 from sm3_dist.rms import SquareSum
 from sm3_dist.shard import WHOLE, LocalShard, Peers
 from sm3_dist.update import Settings, update_rows, update_shard
@@ -108,23 +109,40 @@ class StepPlan:
         entries: the tensors, in the order of the param groups.
         shard_covers: see :class:`~sm3_dist.bucket.MaxBucket`.
         groups: process groups by ranks, made so far; new ones are added.
+        publisher: brings the new weights to the other ranks, where parameters are replicated.
     """
 
     def __init__(
-        self, entries: Sequence[Entry], shard_covers: bool, groups: dict[tuple[int, ...], ProcessGroup]
+        self,
+        entries: Sequence[Entry],
+        shard_covers: bool,
+        groups: dict[tuple[int, ...], ProcessGroup],
+        publisher: Publisher | None = None,
     ) -> None:
         self.entries = entries
         self.buckets = _buckets(entries, shard_covers, groups)
+        self.publisher = publisher
+        self._stages = _stages(entries, publisher)
 
     def receive(self) -> None:
         """Bring the accumulators up to date with what the other ranks sent at the end of the last step."""
         for bucket in self.buckets:
             bucket.finish()
 
+    def update(self, settings: Mapping[int, Settings]) -> None:
+        """Update every entry, from the settings of its param group by ``id``. New weights leave as they are made."""
+        for entries, weights in self._stages:
+            for entry in entries:
+                entry.update(settings[id(entry.group)])
+            if self.publisher is not None and weights is not None:
+                self.publisher.start(weights)
+
     def send(self) -> None:
-        """Send the new maxima."""
+        """Send the new maxima, and wait for the weights that other ranks updated."""
         for bucket in self.buckets:
             bucket.start()
+        if self.publisher is not None:
+            self.publisher.finish()
 
 
 def agreement_lines(entries: Iterable[Entry]) -> dict[tuple[int, ...], list[str]]:
@@ -138,6 +156,19 @@ def agreement_lines(entries: Iterable[Entry]) -> dict[tuple[int, ...], list[str]
         wider = {other for other in {entry.shard.ranks for entry in entries} if set(ranks) <= set(other)}
         lines[tuple(sorted(ranks))] = [entry.describe() for entry in entries if entry.shard.ranks in wider]
     return lines
+
+
+def _stages(entries: Sequence[Entry], publisher: Publisher | None) -> list[tuple[list[Entry], Parts | None]]:
+    """Entries to update one after another, each time with the bucket of weights that can leave then."""
+    if publisher is None:
+        return [(list(entries), None)]
+    waiting: list[Entry] = list(entries)
+    stages: list[tuple[list[Entry], Parts | None]] = []
+    for bucket in publisher.buckets:
+        needed = publisher.waits_for(bucket)
+        stages.append(([entry for entry in waiting if entry.param in needed], bucket))
+        waiting = [entry for entry in waiting if entry.param not in needed]
+    return [*stages, (waiting, None)]
 
 
 def _buckets(

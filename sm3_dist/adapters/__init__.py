@@ -11,18 +11,26 @@ from torch.distributed.tensor import DTensor
 
 from sm3_dist.adapters import dtensor, whole
 from sm3_dist.adapters.flat import Flattened
+from sm3_dist.adapters.zero import Replicas
 from sm3_dist.shard import LocalShard
 
-__all__ = ["Flattened", "describe", "like", "local"]
+__all__ = ["Flattened", "Replicas", "describe", "like", "local"]
 
 
-def describe(param: Tensor, label: str, flattened: Flattened, cover_block: int | None = None) -> tuple[LocalShard, ...]:
+def describe(
+    param: Tensor,
+    label: str,
+    flattened: Flattened,
+    replicas: Replicas | None = None,
+    cover_block: int | None = None,
+) -> tuple[LocalShard, ...]:
     """The local shards of the original tensors that ``param`` consists of.
 
     Args:
         param: a parameter of the optimizer, as the wrapper left it.
         label: what error messages call it.
         flattened: what is known of the model's flattened parameters.
+        replicas: who updates what, where the parameters are replicas of one another.
         cover_block: indices per block of the covers, ``None`` for whole slices.
 
     Raises:
@@ -34,6 +42,13 @@ def describe(param: Tensor, label: str, flattened: Flattened, cover_block: int |
             f"SM3 takes real floating-point parameters, but {label} of shape {tuple(param.shape)} is {param.dtype}. "
             + ("Pass torch.view_as_real(parameter) instead." if param.dtype.is_complex else "Leave it out.")
         )
+    if replicas is not None:
+        if isinstance(param, DTensor) or flattened.describe(param, label, cover_block):
+            raise ValueError(
+                f"{label} is sharded already (as a DTensor or by FSDP), but shard_over= takes parameters that lie "
+                "whole on every rank. Leave shard_over out: the state is then sharded as the parameters are."
+            )
+        return replicas.describe(param, cover_block)
     if isinstance(param, DTensor):
         return dtensor.describe(param, label, cover_block)
     return flattened.describe(param, label, cover_block) or whole.describe(param, cover_block)

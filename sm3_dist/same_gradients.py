@@ -1,0 +1,66 @@
+"""The check that replicated parameters have the same gradients on every rank, as DistributedDataParallel leaves them.
+
+Each rank of ZeRO-1 updates its range from its own gradients. If they differ, training goes wrong and nothing shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+from sm3_dist.box import Box
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 18  # elements; their bits as 64-bit integers take 2 MB
+
+
+class GradientMismatchError(RuntimeError):
+    """Ranks that are to be replicas of one another have different gradients."""
+
+
+def check_same_gradients(params: Sequence[tuple[Tensor, str]], group: ProcessGroup) -> None:
+    """Raise on every rank unless every rank of the group has the same gradients, to the bit.
+
+    One all-reduce of two integers per parameter. It is exact: the checksums are sums of integers.
+
+    Args:
+        params: the parameters, each with what error messages call it, the same on every rank.
+        group: the ranks over which they are replicated.
+
+    Raises:
+        GradientMismatchError: on every rank; it names the first parameter whose gradients differ.
+    """
+    if not params:
+        return
+    sums = torch.stack([checksum(param.grad).to(params[0][0].device) for param, _ in params])
+    largest = torch.cat([sums, ~sums])  # the largest complement is the complement of the smallest
+    dist.all_reduce(largest, op=ReduceOp.MAX, group=group)
+    top, bottom = largest.chunk(2)
+    differ = (top != ~bottom).nonzero().flatten().tolist()
+    if differ:
+        raise GradientMismatchError(
+            f"the gradients of {params[differ[0]][1]}, and of {len(differ) - 1} more of {len(params)} parameters, "
+            f"differ between ranks {dist.get_process_group_ranks(group)}. With shard_over= each rank updates its range "
+            "from its own gradients, so they must be the same: wrap the model in DistributedDataParallel, or average "
+            "the gradients over these ranks before step(). check_gradients=0 switches this check off."
+        )
+
+
+def checksum(grad: Tensor | None) -> Tensor:
+    """The sum of the bit patterns of a gradient, as a 64-bit integer that wraps around.
+
+    Example:
+        >>> checksum(torch.tensor([1.0, 2.0])).item() == 0x3F800000 + 0x40000000
+        True
+    """
+    if grad is None or grad.is_sparse:  # a sparse one is refused later, by the update
+        return torch.tensor(torch.iinfo(torch.int64).min)
+    grad, total = grad.detach(), torch.zeros((), dtype=torch.int64, device=grad.device)
+    whole, kind = Box.whole(grad.shape), _BITS[grad.element_size()]
+    for chunk in whole.chunks(_CHUNK):
+        total += grad[chunk.within(whole)].view(kind).sum(dtype=torch.int64)
+    return total
