@@ -102,7 +102,7 @@ class _Check:
     def _read(self, name: str, author: int) -> str:
         key = f"{self.prefix}/{name}"
         try:
-            self.store.wait([key], self.timeout + timedelta(seconds=30))
+            self.store.wait([key], self.timeout + timedelta(seconds=5))
         except RuntimeError as error:
             raise PlanMismatchError(
                 f"rank {author} of {list(self.ranks)} did not take part in the check of SM3's plans within "

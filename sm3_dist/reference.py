@@ -26,7 +26,7 @@ class ReferenceState:
     def zeros(cls, weight: Tensor) -> ReferenceState:
         """The state before the first step, in float32 (float64 for float64 weights)."""
         dtype = accumulator_dtype(weight.dtype)
-        shapes = [(n,) for n in weight.shape] or [()]
+        shapes: list[tuple[int, ...]] = [(n,) for n in weight.shape] or [()]
         return cls([torch.zeros(s, dtype=dtype) for s in shapes], torch.zeros(weight.shape, dtype=dtype))
 
 

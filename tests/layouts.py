@@ -1,8 +1,8 @@
 """The table of DTensor layouts: each cuts the parameters of a module in its own way.
 
-A layout takes a module of :class:`Tensors` and returns it wrapped. What a test gives and reads are whole tensors: `give`
-puts a rank's part of a full gradient into place, `full` puts a parameter or a state tensor together again. Both go
-through DTensor itself, not through the code under test.
+A layout takes a module of :class:`Tensors` and returns it wrapped. What a test gives and reads are whole tensors:
+`give` puts a rank's part of a full gradient into place, `full` puts a parameter or a state tensor together again. Both
+go through DTensor itself, not through the code under test.
 """
 
 from __future__ import annotations
@@ -81,12 +81,16 @@ def _fsdp2_last_dim(module: Tensors) -> nn.Module:
 def _hsdp(replicas: int) -> Callable[[Tensors], nn.Module]:
     def wrap(module: Tensors) -> nn.Module:
         shards = dist.get_world_size() // replicas
-        return fully_shard(module, mesh=init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replica", "shard")))
+        return fully_shard(
+            module, mesh=init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replica", "shard"))
+        )
 
     return wrap
 
 
-def _distribute(module: nn.Module, mesh: DeviceMesh, placements_of: Callable[[int, Tensor], Sequence[Placement]]) -> None:
+def _distribute(
+    module: nn.Module, mesh: DeviceMesh, placements_of: Callable[[int, Tensor], Sequence[Placement]]
+) -> None:
     """Make every parameter a DTensor, as ``parallelize_module`` does."""
     number = iter(range(1000))
 

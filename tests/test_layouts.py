@@ -69,7 +69,9 @@ def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
     workers(world_size).run(compare_all_options, name, {})
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("fsdp2", 4), ("fsdp2", 3), ("hsdp", 4), ("tp-2d", 4), ("fsdp2-tp", 4)])
+@pytest.mark.parametrize(
+    ("name", "world_size"), [("fsdp2", 4), ("fsdp2", 3), ("hsdp", 4), ("tp-2d", 4), ("fsdp2-tp", 4)]
+)
 def test_equals_one_process_with_sharded_covers(workers: Pool, name: str, world_size: int) -> None:
     workers(world_size).run(compare_all_options, name, {"shard_covers": True})
 
@@ -91,7 +93,9 @@ def states_of_a_mixed_model(shard_covers: bool) -> None:
     optimizer = SM3(model.parameters(), shard_covers=shard_covers)
     for step in range(3):
         for number, (param, weight, state) in enumerate(zip(model.parameters(), whole, states, strict=True)):
-            grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step + 10 * number)).to(weight.dtype)
+            grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step + 10 * number)).to(
+                weight.dtype
+            )
             give(param, grad)
             reference_step(weight, grad, state)
         optimizer.step()

@@ -14,7 +14,21 @@ from torch import Tensor
 from sm3_dist import SM3
 from sm3_dist.reference import ReferenceState, reference_step
 
-SHAPES = [(), (1,), (7,), (3, 5), (1, 9), (8, 1), (33, 17), (2, 3, 4), (5, 1, 3), (2, 3, 2, 5), (2, 2, 1, 2, 3), (0,), (0, 4)]
+SHAPES = [
+    (),
+    (1,),
+    (7,),
+    (3, 5),
+    (1, 9),
+    (8, 1),
+    (33, 17),
+    (2, 3, 4),
+    (5, 1, 3),
+    (2, 3, 2, 5),
+    (2, 2, 1, 2, 3),
+    (0,),
+    (0, 4),
+]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -78,7 +92,9 @@ def test_equals_the_reference_to_the_last_bit(shape: tuple[int, ...], dtype: tor
             assert torch.equal(got["momentum_buffer"], state.momentum_buffer), options
 
 
-@pytest.mark.parametrize("shape", [(700, 900), (3, 300_000), (300_000, 3), (400_000,), (1, 300_000), (60, 70, 80)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(700, 900), (3, 300_000), (300_000, 3), (400_000,), (1, 300_000), (60, 70, 80)], ids=str
+)
 def test_chunks_do_not_show(shape: tuple[int, ...]) -> None:
     grads = gradients(shape, 2)
     expected, state = torch.zeros(shape), ReferenceState.zeros(torch.zeros(shape))
@@ -92,7 +108,7 @@ def test_chunks_do_not_show(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 4), (2, 3, 2, 5)], ids=str)
 def test_agrees_with_torch_sm3(shape: tuple[int, ...], momentum: float) -> None:
-    """Sums only: with ``beta > 0`` torch-SM3 takes the maximum with the old accumulator, so its average never decays."""
+    """Sums only: with ``beta > 0`` torch-SM3 takes the maximum with the old accumulator: its average never decays."""
     grads = gradients(shape, 6)
     theirs = torch.nn.Parameter(torch.zeros(shape))
     optimizer = torch_sm3.SM3([theirs], lr=0.1, momentum=momentum)

@@ -58,8 +58,16 @@ def test_the_first_arguments_are_those_of_torch_sm3() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("lr", -0.1), ("lr", float("nan")), ("momentum", 1.0), ("beta", -0.5), ("beta", 1.0), ("eps", -1e-8)]
-    + [("weight_decay", -0.1), ("lr", torch.ones(2))],
+    [
+        ("lr", -0.1),
+        ("lr", float("nan")),
+        ("lr", torch.ones(2)),
+        ("momentum", 1.0),
+        ("beta", -0.5),
+        ("beta", 1.0),
+        ("eps", -1e-8),
+        ("weight_decay", -0.1),
+    ],
 )
 def test_refuses_values_out_of_range_and_says_which(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
@@ -67,7 +75,9 @@ def test_refuses_values_out_of_range_and_says_which(name: str, value: Any) -> No
 
 
 def test_refuses_complex_and_integer_parameters() -> None:
-    with pytest.raises(TypeError, match=r"parameter 0 of param group 0 of shape \(2,\) is torch.complex64.*view_as_real"):
+    with pytest.raises(
+        TypeError, match=r"parameter 0 of param group 0 of shape \(2,\) is torch.complex64.*view_as_real"
+    ):
         SM3([torch.zeros(2, dtype=torch.complex64)])
     with pytest.raises(TypeError, match=r"parameter 'table'.* is torch.int64"):
         SM3([("table", torch.zeros(2, dtype=torch.int64))])
@@ -419,7 +429,9 @@ def test_hooks_see_the_state_dict_that_is_loaded() -> None:
     twin.register_load_state_dict_post_hook(lambda loaded: seen.append(len(loaded.state)))
     twin.load_state_dict(optimizer.state_dict())
     first, ours = weights(optimizer)[0], twin.state[twin.param_groups[0]["params"][0]]
-    assert torch.equal(ours["accumulator_0"], optimizer.state[optimizer.param_groups[0]["params"][0]]["accumulator_0"] * 2)
+    assert torch.equal(
+        ours["accumulator_0"], optimizer.state[optimizer.param_groups[0]["params"][0]]["accumulator_0"] * 2
+    )
     assert seen == [3]
     assert first.shape == (4, 3)
 
