@@ -7,14 +7,11 @@ differ learn what differs instead of waiting for one another. Ranks send a hash,
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
-
-_rounds: Counter[tuple[int, ...]] = Counter()
 
 
 class PlanMismatchError(RuntimeError):
@@ -45,9 +42,10 @@ class _Check:
     def __init__(self, store: Store, ranks: tuple[int, ...], lines: Sequence[str]) -> None:
         self.store, self.ranks, self.lines = store, ranks, lines
         members = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-        self.prefix = f"sm3_dist/plan/{members}/{_rounds[ranks]}"
-        _rounds[ranks] += 1
         self.rank = dist.get_rank()
+        # The store counts, not this module: a group that is left and made anew has a new store, and begins anew.
+        round_ = store.add(f"sm3_dist/plan/{members}/rounds/{self.rank}", 1)
+        self.prefix = f"sm3_dist/plan/{members}/{round_}"
         self.timeout: timedelta = store.timeout  # type: ignore[attr-defined]  # missing in the stubs
 
     def publish(self) -> None:
