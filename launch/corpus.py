@@ -52,7 +52,10 @@ def load(path: Path | None = None, held_out_bytes: int | None = None) -> Corpus:
     Raises:
         UserError: there is nothing to read, or not enough to hold something out.
     """
-    whole = read_all(path)
+    try:
+        whole = read_all(path)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; check --data and its permissions") from error
     return replace(whole, held_out=whole.held_out[:held_out_bytes])
 
 
@@ -76,7 +79,7 @@ def split(files: Iterable[Path]) -> Corpus:
     """Hold out whole files. The split depends on the files' contents alone, and no content is on both sides."""
     contents: dict[str, tuple[Path, bytes]] = {}  # keyed by digest: copies of a file count once
     for file in sorted(files):
-        if file.is_file() and (content := read(file)):
+        if file.is_file() and (content := file.read_bytes()):
             contents.setdefault(hashlib.sha256(content).hexdigest(), (file, content))
     if len(contents) < 2:
         raise UserError(
@@ -94,18 +97,11 @@ def split(files: Iterable[Path]) -> Corpus:
 
 def cut(file: Path) -> Corpus:
     """Hold out the end of one file."""
-    content = read(file)
+    content = file.read_bytes()
     if len(content) < 2:
         raise UserError(f"--data {file}: {len(content)} bytes are too few to learn from and to hold some out")
     edge = len(content) - max(1, round(HELD_OUT * len(content)))
     return corpus([(file, content[:edge])], [(file, content[edge:])])
-
-
-def read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}; check --data and its permissions") from error
 
 
 def corpus(train: list[tuple[Path, bytes]], held_out: list[tuple[Path, bytes]]) -> Corpus:

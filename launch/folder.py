@@ -36,11 +36,11 @@ class Folder:
         """
         if importlib.util.find_spec("matplotlib") is None:
             raise UserError("--out draws a picture with matplotlib, which is missing; pip install 'sm3_dist[train]'")
-        held = [path / name for name in (CONFIG, METRICS, PICTURE) if (path / name).exists()]
-        if held and not overwrite:
-            names = ", ".join(file.name for file in held)
-            raise UserError(f"--out {path} already holds a run ({names}); choose another, or pass --overwrite")
         try:
+            held = [path / name for name in (CONFIG, METRICS, PICTURE) if (path / name).exists()]
+            if held and not overwrite:
+                names = ", ".join(file.name for file in held)
+                raise UserError(f"--out {path} already holds a run ({names}); choose another, or pass --overwrite")
             path.mkdir(parents=True, exist_ok=True)
             for file in held:
                 file.unlink()

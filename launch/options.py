@@ -45,6 +45,9 @@ class Options:
     overwrite: bool = option(False, "replace a run that --out already holds")
     seed: int = option(0, "which weights to start from and which order of the data")
     device: str = option("auto", "auto: CUDA where there is any", choices=["auto", "cpu", "cuda"])
+    reshard: bool = option(
+        False, "fsdp2, hsdp: drop gathered weights after forward; slower, less memory"
+    )
     replicas: int = option(2, "hsdp: copies of the model, each sharded over world / copies ranks")
     tp_size: int | None = option(None, "tp: ranks that share each layer; default: all", type=int)
 

@@ -40,10 +40,14 @@ def share_out(model: GPT, world: World, device: torch.device, options: Options) 
     Raises:
         UserError: that way does not suit this number of ranks or this model.
     """
-    name = options.parallel
-    if name == "auto":
-        name = "fsdp2" if world.size > 1 else "none"
-    return PARALLEL[name](model.to(device), world, device.type, options)
+    return PARALLEL[way(options, world)](model.to(device), world, device.type, options)
+
+
+def way(options: Options, world: World) -> str:
+    """Return the name of the way to share the model: ``--parallel``, or what "auto" stands for."""
+    if options.parallel != "auto":
+        return options.parallel
+    return "fsdp2" if world.size > 1 else "none"
 
 
 def none(model: GPT, world: World, device: str, options: Options) -> Parallel:
@@ -61,7 +65,7 @@ def ddp(model: GPT, world: World, device: str, options: Options) -> Parallel:
 def fsdp2(model: GPT, world: World, device: str, options: Options) -> Parallel:
     """Every rank has a slice of each parameter and gathers the rest, block by block, when it is needed."""
     mesh = init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
-    return Parallel(shard(model, mesh), Share(world.rank, world.size))
+    return Parallel(shard(model, mesh, options), Share(world.rank, world.size))
 
 
 def hsdp(model: GPT, world: World, device: str, options: Options) -> Parallel:
@@ -73,7 +77,7 @@ def hsdp(model: GPT, world: World, device: str, options: Options) -> Parallel:
             f"of {copies}; choose a divisor of {world.size}, or pass fsdp2"
         )
     mesh = init_device_mesh(device, (copies, world.size // copies), mesh_dim_names=("replicate", "shard"))
-    return Parallel(shard(model, mesh), Share(world.rank, world.size))
+    return Parallel(shard(model, mesh, options), Share(world.rank, world.size))
 
 
 def tp(model: GPT, world: World, device: str, options: Options) -> Parallel:
@@ -97,7 +101,7 @@ def tp(model: GPT, world: World, device: str, options: Options) -> Parallel:
     if groups > 1:
         # True of the logits, which nobody writes to.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        shard(model, mesh["data"])
+        shard(model, mesh["data"], options)
     return Parallel(model, Share(world.rank // size, groups))
 
 
@@ -111,11 +115,11 @@ PARALLEL: dict[str, Callable[[GPT, World, str, Any], Parallel]] = {
 }
 
 
-def shard(model: GPT, mesh: DeviceMesh) -> nn.Module:
+def shard(model: GPT, mesh: DeviceMesh, options: Options) -> nn.Module:
     """Apply FSDP2 to each block, then to what is left: embeddings, last norm and head, which share a weight."""
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=options.reshard)
+    fully_shard(model, mesh=mesh, reshard_after_forward=options.reshard)
     return model
 
 

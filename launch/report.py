@@ -43,9 +43,9 @@ class Bar:
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()
 
-    def show(self, step: int, loss: float, lr: float, speed: float) -> None:
-        """Show where the run is after ``step`` steps; ``speed`` is in tokens, that is bytes, per second."""
-        facts = f"loss {loss:.3f}  lr {lr:.2e}  {speed:,.0f} tokens/s"
+    def show(self, step: int, train_bits_per_byte: float, lr: float, tokens_per_second: float) -> None:
+        """Show where the run is after ``step`` steps."""
+        facts = f"loss {train_bits_per_byte:.3f} bits  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s"
         self.bar.update(self.task, completed=step, facts=facts)
         if not self.console.is_terminal and (step >= self.spoken + self.steps / 20 or step == self.steps):
             self.spoken = step

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from launch.batches import IGNORED, Batches, Passage
 from launch.folder import Folder
 from launch.model import GPT, PRESETS, cross_entropy
 from launch.options import Options, parse
-from launch.parallel import share_out
+from launch.parallel import share_out, way
 from launch.report import Bar, Stopwatch, size, table
 from launch.world import UserError, World, join
 
@@ -41,9 +40,8 @@ def main(arguments: list[str]) -> int:
             run.learn()
             run.conclude(run.judge())
         except UserError as error:
-            Console(stderr=True, quiet=not world.leads).print(
-                f"error: {error}", markup=False, highlight=False, soft_wrap=True
-            )
+            errors = Console(stderr=True, quiet=not world.leads, soft_wrap=True)
+            errors.print(f"error: {error}", markup=False, highlight=False)
             return 2
     return 0
 
@@ -86,7 +84,8 @@ class Run:
         folder.configure(
             self.options.as_json()
             | asdict(self.settings)
-            | {"world_size": self.world.size, "parameters": self.parameters, "corpus": self.text.digest}
+            | {"parallel": way(self.options, self.world), "world_size": self.world.size}
+            | {"parameters": self.parameters, "corpus": self.text.digest}
         )
         return folder
 
@@ -94,55 +93,50 @@ class Run:
         """Take all the steps."""
         self.console.print(
             f"{self.parameters:,} parameters; {len(self.text.train):,} bytes to learn from, "
-            f"{len(self.text.held_out):,} held out; {self.world.size} process(es) on {self.device.type}",
+            f"{len(self.text.held_out):,} held out; {self.options.optimizer}, {way(self.options, self.world)}, "
+            f"{self.world.size} process(es) on {self.device.type}",
             highlight=False,
             soft_wrap=True,
         )
-        recent, since = torch.zeros((), device=self.device), time.perf_counter()
+        losses: list[Tensor] = []
         with Bar(self.console, self.options.steps) as bar:
             for step in range(self.options.steps):
-                lr = self.schedule.get_last_lr()[0]
                 with self.whole_steps.running():
-                    recent += self.take_step(step)
-                done = step + 1
-                if done % LOG_EVERY == 0 or done == self.options.steps:
-                    count = (done - 1) % LOG_EVERY + 1
-                    loss = self.world.sum(recent).item() / self.world.size / count
-                    speed = count * self.options.batch_size * self.options.seq_len / (time.perf_counter() - since)
-                    self.log(done, loss, float(lr), speed)
-                    bar.show(done, loss, float(lr), speed)
-                    recent, since = torch.zeros_like(recent), time.perf_counter()
+                    losses.append(self.take_step(*self.batches[step]))
+                if len(losses) == LOG_EVERY or step + 1 == self.options.steps:
+                    record = self.record(step + 1, losses)
+                    self.folder.log(record)
+                    bar.show(**record)
+                    losses.clear()
+                self.schedule.step()
 
-    def take_step(self, step: int) -> Tensor:
+    def take_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Learn from one batch; return its loss on this rank."""
-        inputs, targets = (tensor.to(self.device) for tensor in self.batches[step])
-        loss = cross_entropy(self.model(inputs), targets)
+        loss = cross_entropy(self.model(inputs.to(self.device)), targets.to(self.device))
         loss.backward()
         if math.isfinite(self.options.clip):
             clip_grad_norm_(self.model.parameters(), self.options.clip)
         with self.optimizer_steps.running():
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.schedule.step()
         return loss.detach()
 
-    def log(self, step: int, loss: float, lr: float, speed: float) -> None:
-        """Write down how training goes.
+    def record(self, step: int, losses: list[Tensor]) -> dict[str, Any]:
+        """Return what there is to say after ``step`` steps, of which the last had these ``losses`` on this rank.
 
         Raises:
-            UserError: it has come to nothing.
+            UserError: on every rank, if training has come to nothing.
         """
+        loss = self.world.sum(torch.stack(losses).mean()).item() / self.world.size
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} after step {step}; pass a lower --lr than {self.settings.lr}")
-        self.folder.log(
-            {
-                "step": step,
-                "train_bits_per_byte": loss / math.log(2),
-                "lr": lr,
-                "tokens_per_second": speed,
-                "optimizer_ms": 1e3 * self.optimizer_steps.seconds[-1],
-            }
-        )
+        seconds = sum(self.whole_steps.seconds[-len(losses) :])
+        return {
+            "step": step,
+            "train_bits_per_byte": loss / math.log(2),
+            "lr": float(self.schedule.get_last_lr()[0]),
+            "tokens_per_second": len(losses) * self.options.batch_size * self.options.seq_len / seconds,
+        }
 
     @torch.no_grad()
     def judge(self) -> float:
@@ -166,6 +160,7 @@ class Run:
         step_ms, optimizer_ms = self.whole_steps.median_ms(), self.optimizer_steps.median_ms()
         figures = {
             "step": self.options.steps,
+            "seconds": sum(self.whole_steps.seconds),
             "validation_loss": loss,
             "validation_bits_per_byte": bits,
             "yardsticks": yardsticks,
@@ -180,6 +175,7 @@ class Run:
         rows |= {f"  {name}": f"{value:.3f} bits per byte" for name, value in yardsticks.items()}
         rows |= {"optimizer state per rank": size(state), "  AdamW would hold": size(adamw)}
         rows |= {"time per step": f"{step_ms:.1f} ms", "  in the optimizer": f"{optimizer_ms:.1f} ms"}
+        rows |= {"time of all steps": f"{figures['seconds']:.0f} s"}
         self.console.print(table(f"{self.options.optimizer} after {self.options.steps} steps", rows))
         return figures
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import io
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import launch
 from launch.model import GPT, PRESETS
 from launch.options import Options, parse
 from launch.recipe import adamw_bytes, count_bytes, state_bytes
+from launch.report import Bar
 from launch.train import Run, main
 from launch.world import UserError, World
 
@@ -65,7 +67,7 @@ def test_two_processes_train_and_a_second_run_does_not_touch_the_first(tmp_path:
     for said in ("bits per byte", "order-0", "order-1", "bz2", "AdamW would hold", "in the optimizer", "tokens/s"):
         assert said in first.stdout
     config = json.loads((out / "config.json").read_text())
-    assert (config["world_size"], config["optimizer"], config["lr"], config["seed"]) == (2, "sm3", 0.01, 0)
+    assert (config["world_size"], config["parallel"], config["optimizer"], config["lr"]) == (2, "fsdp2", "sm3", 0.01)
     *training, final = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in training] == [10, 12]
     assert final["validation_bits_per_byte"] == pytest.approx(final["validation_loss"] / math.log(2))
@@ -114,7 +116,7 @@ def alone(workers: Pool, text: Path) -> dict[str, dict[str, Any]]:
         (2, "fsdp2"),
         (2, "hsdp"),
         (2, "tp"),
-        (4, "fsdp2"),
+        (4, "fsdp2 --reshard"),
         (4, "hsdp --replicas 2"),
         (4, "tp --tp-size 2"),
     ],
@@ -133,6 +135,17 @@ def test_sharding_divides_the_state(workers: Pool, text: Path, alone: dict[str, 
     result = workers(2).run(figures, f"{FAST} --parallel fsdp2", text)[0]
     assert result["adamw_bytes_per_rank"] == alone["sm3"]["adamw_bytes_per_rank"] / 2
     assert result["state_bytes_per_rank"] < 0.6 * result["adamw_bytes_per_rank"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_on_a_terminal_and_in_a_log(terminal: bool) -> None:
+    written = io.StringIO()
+    with Bar(Console(file=written, force_terminal=terminal, width=120), steps=1000) as bar:
+        for step in range(10, 1010, 10):
+            bar.show(step, train_bits_per_byte=4.5, lr=1e-3, tokens_per_second=12345.6)
+    assert "loss 4.500 bits  lr 1.00e-03  12,346 tokens/s" in written.getvalue()
+    assert terminal or len(written.getvalue().splitlines()) == 20
+    assert "1000/1000" in written.getvalue()
 
 
 def test_state_is_counted_in_bytes_of_this_rank() -> None:
