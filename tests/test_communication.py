@@ -1,6 +1,7 @@
 """What travels between ranks, and when: one all-reduce per process group and step, hidden behind the next gradients."""
 
 import datetime
+import math
 import time
 from collections import Counter
 from typing import Any
@@ -15,6 +16,8 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 from sm3_dist import SM3, PlanMismatchError
+from sm3_dist.box import Box
+from sm3_dist.bucket import MaxBucket, Slot
 
 
 def wrapped(name: str, **options: Any) -> tuple[torch.nn.Module, SM3]:
@@ -151,6 +154,27 @@ def state_dict_on_one_rank() -> None:
 
 def test_one_rank_alone_may_read_the_state(workers: Pool) -> None:
     workers(2).run(state_dict_on_one_rank)
+
+
+def reduce_specials() -> list[float]:
+    """Each rank has a NaN of one sign, an infinity, a denormal number and a zero where the other has 1."""
+    specials = torch.tensor([float("nan"), -float("nan"), float("inf"), 1e-45, 0.0])
+    mine = slice(0, 3) if dist.get_rank() == 0 else slice(3, 5)
+    accumulator = torch.ones(5)
+    accumulator[mine] = specials[mine]
+    whole = Box((0,), (5,))
+    assert dist.group.WORLD is not None
+    slot = Slot(accumulator, whole, (whole,), contributes=True)
+    bucket = MaxBucket(dist.group.WORLD, [slot], torch.device("cpu"), shard_covers=False)
+    bucket.start()
+    bucket.finish()
+    return accumulator.tolist()
+
+
+def test_maxima_of_nan_infinity_denormals_and_zero(workers: Pool) -> None:
+    for maxima in workers(2).run(reduce_specials):
+        assert [math.isnan(value) for value in maxima] == [True, True, False, False, False]
+        assert maxima[2:] == [math.inf, 1.0, 1.0]
 
 
 # Layouts that cannot be trained
