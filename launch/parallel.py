@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_module
@@ -28,10 +30,12 @@ class Parallel(NamedTuple):
     Attributes:
         model: what to call and to train.
         share: the part of every batch that this rank computes.
+        shard_over: the ranks that are to share the optimizer's state, where the model itself does not say it.
     """
 
     model: nn.Module
     share: Share
+    shard_over: ProcessGroup | None = None
 
 
 def share_out(model: GPT, world: World, device: torch.device, options: Options) -> Parallel:
@@ -60,6 +64,11 @@ def none(model: GPT, world: World, device: str, options: Options) -> Parallel:
 def ddp(model: GPT, world: World, device: str, options: Options) -> Parallel:
     """Every rank has the whole model; gradients are averaged."""
     return Parallel(DistributedDataParallel(model), Share(world.rank, world.size))
+
+
+def zero1(model: GPT, world: World, device: str, options: Options) -> Parallel:
+    """Like ddp, but each rank has the optimizer state of a part of the parameters, and updates that part."""
+    return Parallel(DistributedDataParallel(model), Share(world.rank, world.size), dist.group.WORLD)
 
 
 def fsdp2(model: GPT, world: World, device: str, options: Options) -> Parallel:
@@ -109,6 +118,7 @@ def tp(model: GPT, world: World, device: str, options: Options) -> Parallel:
 PARALLEL: dict[str, Callable[[GPT, World, str, Any], Parallel]] = {
     "none": none,
     "ddp": ddp,
+    "zero1": zero1,
     "fsdp2": fsdp2,
     "hsdp": hsdp,
     "tp": tp,

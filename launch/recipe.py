@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -32,8 +33,8 @@ class Settings:
     weight_decay: float = 0.0
 
 
-def sm3(model: nn.Module, s: Settings) -> Optimizer:
-    return SM3(model.named_parameters(), s.lr, s.momentum, s.beta, weight_decay=s.weight_decay)
+def sm3(model: nn.Module, s: Settings, shard_over: ProcessGroup | None = None) -> Optimizer:
+    return SM3(model.named_parameters(), s.lr, s.momentum, s.beta, weight_decay=s.weight_decay, shard_over=shard_over)
 
 
 def adamw(model: nn.Module, s: Settings) -> Optimizer:
@@ -97,9 +98,20 @@ def settings(options: Options) -> Settings:
     return replace(recipe.best, **said)
 
 
-def build(model: nn.Module, settings: Settings, options: Options) -> Optimizer:
-    """Make the chosen optimizer for ``model``, the wrapped one."""
-    return OPTIMIZERS[options.optimizer].make(model, settings)
+def build(model: nn.Module, settings: Settings, options: Options, shard_over: ProcessGroup | None = None) -> Optimizer:
+    """Make the chosen optimizer for ``model``, the wrapped one.
+
+    Raises:
+        UserError: its state is to be sharded over ranks, and it cannot do that.
+    """
+    if shard_over is None:
+        return OPTIMIZERS[options.optimizer].make(model, settings)
+    if options.optimizer != "sm3":
+        raise UserError(
+            f"--parallel zero1 is for --optimizer sm3; {options.optimizer} holds the state of every parameter on every "
+            "rank, pass --parallel ddp"
+        )
+    return sm3(model, settings, shard_over)
 
 
 def schedule(optimizer: Optimizer, options: Options) -> LambdaLR:

@@ -131,6 +131,13 @@ def test_every_layout_trains_like_one_process(
     assert losses[0] < math.log(256) - 0.5  # it has learnt something
 
 
+def test_zero1_trains_exactly_like_ddp(workers: Pool, text: Path) -> None:
+    ddp = workers(2).run(figures, f"{FAST} --parallel ddp", text)[0]
+    zero1 = workers(2).run(figures, f"{FAST} --parallel zero1", text)[0]
+    assert zero1["validation_loss"] == ddp["validation_loss"]
+    assert 0.5 <= zero1["state_bytes_per_rank"] / ddp["state_bytes_per_rank"] < 0.52
+
+
 def test_sharding_divides_the_state(workers: Pool, text: Path, alone: dict[str, dict[str, Any]]) -> None:
     result = workers(2).run(figures, f"{FAST} --parallel fsdp2", text)[0]
     assert result["adamw_bytes_per_rank"] == alone["sm3"]["adamw_bytes_per_rank"] / 2
@@ -229,6 +236,7 @@ def test_mistakes_are_explained(arguments: str, message: str, text: Path, capsys
         (3, "--parallel tp", "2 heads .--model tiny. cannot be split evenly over --tp-size 3"),
         (3, "--parallel ddp", "--batch-size 8 cannot be shared evenly by 3 data-parallel ranks"),
         (2, "--optimizer adafactor", "cannot update sharded tensors"),
+        (2, "--optimizer adamw --parallel zero1", "zero1 is for --optimizer sm3; adamw holds the state of every"),
     ],
 )
 def test_layouts_that_do_not_fit_are_refused_on_every_rank(
