@@ -65,6 +65,22 @@ class Box:
             (*self.stop[:dim], hi, *self.stop[dim + 1 :]),
         )
 
+    def without(self, other: Box) -> list[Box]:
+        """Disjoint boxes that together hold the elements of this box that are not in ``other``.
+
+        Example:
+            >>> Box((0, 0), (2, 3)).without(Box((1, 1), (9, 9)))
+            [Box(start=(0, 0), stop=(1, 3)), Box(start=(1, 0), stop=(2, 1))]
+        """
+        common = self & other
+        if not common.numel:
+            return [self] if self.numel else []
+        parts, rest = [], self
+        for dim, (start, stop) in enumerate(zip(common.start, common.stop, strict=True)):
+            parts += [rest.along(dim, rest.start[dim], start), rest.along(dim, stop, rest.stop[dim])]
+            rest = rest.along(dim, start, stop)
+        return [part for part in parts if part.numel]
+
     def chunks(self, limit: int) -> Iterator[Box]:
         """Cut into boxes of at most ``limit`` elements, leading dimensions first, in memory order."""
         if self.numel <= limit:

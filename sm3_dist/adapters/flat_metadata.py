@@ -29,12 +29,13 @@ _TORCH_ORIGINALS = (
     "_contiguities",
     "_params",
     "_param_extensions",
+    "_shared_param_infos",
     "_shard_param_infos",
 )
 _TORCH_INFO = ("in_shard", "offset_in_shard", "intra_param_start_idx", "intra_param_end_idx")
 _FAIRSCALE_MODULE = ("params", "process_group", "_num_flatten_params", "_param_name_groups")
 _FAIRSCALE_PARAM = ("_is_sharded", "_orig_size")
-_FAIRSCALE_ORIGINALS = ("_param_infos", "_param_shapes")
+_FAIRSCALE_ORIGINALS = ("_param_infos", "_param_shapes", "_shared_param_infos")
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_orig_mod")
 """Names under which a wrapper holds the module that it wraps."""
@@ -51,6 +52,7 @@ class Original:
         start: position of its first element in the flat tensor.
         param: the parameter of the optimizer that stands for it alone; ``None`` where the flat tensor does.
         extension: whether it is itself the shard of a larger tensor.
+        aliases: further names under which the model has it (tied weights).
     """
 
     name: str
@@ -59,6 +61,7 @@ class Original:
     order: tuple[int, ...] | None = None
     param: Tensor | None = None
     extension: bool = False
+    aliases: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -138,6 +141,11 @@ def _of_torch(path: str, module: FullyShardedDataParallel) -> Iterator[FlatTenso
             None if flat._contiguities[i] else _memory_order(flat._shapes[i], flat._strides[i], name),
             flat._params[i] if separate else None,
             flat._param_extensions[i] is not None,
+            tuple(
+                _join(path, tied.module_name, tied.param_name)
+                for tied in flat._shared_param_infos
+                if _join(tied.prim_module_name, tied.prim_param_name) == _clean(name)
+            ),
         )
         for i, name in enumerate(flat._fqns)
     )
@@ -166,14 +174,18 @@ def _of_fairscale(path: str, module: Any) -> Iterator[FlatTensor]:
         _check(param, _FAIRSCALE_PARAM, "fairscale")
         separate = k >= module._num_flatten_params
         if separate:
-            shapes = [param._orig_size]
+            shapes, tied = [param._orig_size], []
         else:
             _check(param, _FAIRSCALE_ORIGINALS, "fairscale")
             names = [_join(inner, name) for inner, _, name in param._param_infos]
             shapes = param._param_shapes
+            # module and name where it occurs again; the module's name and the name where it occurs first
+            tied = [(_join(m, n), _join(first, n0)) for m, first, _, n, _, n0 in param._shared_param_infos]
         originals, position = [], 0
         for name, shape in zip(names, shapes, strict=True):
-            original = Original(_join(path, name), tuple(shape), position, param=param if separate else None)
+            aliases = tuple(_join(path, again) for again, first in tied if first == _clean(name))
+            alone = param if separate else None
+            original = Original(_join(path, name), tuple(shape), position, param=alone, aliases=aliases)
             originals.append(original)
             position += original.numel
         group = module.process_group if param._is_sharded else None
@@ -219,5 +231,5 @@ def _clean(name: str) -> str:
     return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
 
 
-def _join(path: str, name: str) -> str:
-    return ".".join(word for word in (path, _clean(name)) if word)
+def _join(*names: str) -> str:
+    return ".".join(word for word in map(_clean, names) if word)

@@ -1,0 +1,265 @@
+"""The canonical form of SM3's state: by parameter name, the same for every wrapper, mesh and number of ranks.
+
+For each original tensor of shape ``(n_1, …, n_k)``: ``step``, ``accumulator_i`` of shape ``(n_i,)`` (with block covers:
+of the shape of its grid), with momentum ``momentum_buffer`` of the tensor's shape, and with ``update_rms`` the scalar
+``update_square_sum``. What a rank holds of a value is a list of boxes (one for a whole tensor or a
+DTensor, several for a flat range), so reading and writing state are the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sm3_dist.box import Box
+from sm3_dist.checkpoint.names import canonical_names
+from sm3_dist.checkpoint.slots import Reader, Slot, values
+from sm3_dist.cover import grid
+from sm3_dist.optimizer import SM3, _validate
+from sm3_dist.shard import WHOLE, LocalShard
+from sm3_dist.state import accumulator_key
+from sm3_dist.step_plan import Entry
+
+SCALAR = Box((), ())
+_OPTIONAL = {"momentum_buffer": "momentum > 0", "update_square_sum": "update_rms"}
+"""What only some hyperparameters need."""
+
+
+class Canonical:
+    """SM3's state, seen by name. Making one waits for the maxima on their way; do it on every rank.
+
+    Args:
+        model: the wrapped root module.
+        optimizer: trains (some of) its parameters. Its plan is made now, if it has not been yet.
+
+    Raises:
+        ValueError: if a parameter of the optimizer is not one of the model.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: SM3) -> None:
+        self.optimizer = optimizer
+        self._names = canonical_names(model)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        plan = self.optimizer._current_plan()
+        plan.receive()
+        self.entries = {self._name(entry.param, entry.shard, entry.label): entry for entry in plan.entries}
+
+    def _name(self, param: Tensor, shard: LocalShard, label: str) -> str:
+        if param not in self._names:
+            raise ValueError(
+                f"{label} of the optimizer, of shape {tuple(param.shape)}, is not a parameter of the model. Pass the "
+                "wrapped root module whose parameters the optimizer got."
+            )
+        return shard.name or self._names[param]
+
+    def group_names(self) -> list[list[str]]:
+        """For each param group the names of its original tensors, frozen ones included."""
+        names: dict[int, list[str]] = {id(group): [] for group in self.optimizer.param_groups}
+        for param, label, group in self.optimizer._labelled_params():
+            shards = self.optimizer._describe(param, label, group["cover_block"])
+            names[id(group)] += [self._name(param, shard, label) for shard in shards]
+        return list(names.values())
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The state by name: live tensors and DTensors, and for flat ranges BoxedTensors with views of the state."""
+        slots = {(name, key): slot for name, entry in self.entries.items() for key, slot in self.slots(entry).items()}
+        result: dict[str, dict[str, Tensor]] = {name: {} for name in self.entries}
+        for (name, key), value in values(slots).items():
+            result[name][key] = value
+        return result
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The param groups, with names in place of parameters."""
+        return [
+            {"params": names, **_options(group)}
+            for names, group in zip(self.group_names(), self.optimizer.param_groups, strict=True)
+        ]
+
+    def load(
+        self, shapes: Mapping[str, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], loaded: Values, strict: bool
+    ) -> None:
+        """Take over state by name. Everything is checked before anything is changed.
+
+        Args:
+            shapes: for each name and key something with the ``shape`` of the value.
+            groups: the param groups, with names.
+            loaded: name, key and value, in the same order on every rank; whole tensors, DTensors or BoxedTensors.
+            strict: whether every trained tensor must be there.
+
+        Raises:
+            ValueError: names are missing, shapes or hyperparameters do not fit; the optimizer is then as it was.
+        """
+        options = self._matching_options(groups, strict)
+        self._check(shapes, options, strict)
+        for group, new in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(new)
+        self._refresh()
+        slots = {name: self.slots(entry) for name, entry in self.entries.items()}
+        steps: dict[Tensor, list[Tensor]] = defaultdict(list)
+        for name, key, value in loaded:
+            slot = slots.get(name, {}).get(key)
+            reader = Reader(value, slot.tensor if slot and slot.whole else None)
+            if slot is None:
+                continue
+            if key == "step":  # one for all tensors of a flattened parameter
+                steps[self.entries[name].param].append(reader.read(SCALAR))
+                continue
+            for box, part in zip(slot.boxes, slot.parts, strict=True):
+                part.copy_(reader.read(box))
+        for param, counts in steps.items():
+            self.optimizer._held_state[param]["step"].copy_(torch.stack([c.float().cpu() for c in counts]).max())
+
+    def slots(self, entry: Entry) -> dict[str, Slot]:
+        """What this rank holds of the state of one original tensor."""
+        state = self.optimizer._held_state[entry.param]
+        shard, flat = entry.shard, not (entry.shard.layout == WHOLE or isinstance(entry.param, DTensor))
+        speaks, scalar = not flat or shard.numel > 0, entry.param.dim() == 0
+        # One for all tensors of a flattened parameter, which may have taken different numbers of steps elsewhere.
+        step = state["step"].clone() if flat else state["step"]
+        slots = {"step": Slot((), [SCALAR], [step], step, not flat, speaks)}
+        for i, part in enumerate(entry.accumulators):
+            shape, stored = _canonical(shard, i)
+            slots[f"accumulator_{i}"] = _slot(shape, [stored], [part], state[accumulator_key(shard, i)], shard, scalar)
+        if entry.momentum_buffer is not None:
+            parts = shard.state_views(entry.momentum_buffer)
+            slots["momentum_buffer"] = _slot(shard.shape, shard.boxes, parts, state["momentum_buffer"], shard, scalar)
+        if entry.squares is not None:
+            total = entry.squares.total
+            slots["update_square_sum"] = Slot((), [SCALAR], [total], total, not flat, speaks)
+        return slots
+
+    def _matching_options(self, groups: Sequence[Mapping[str, Any]], strict: bool) -> list[dict[str, Any]]:
+        """For each param group the hyperparameters under which its tensors were saved."""
+        saved = {name: group for group in groups for name in group["params"]}
+        result = []
+        for names in self.group_names():
+            found = {id(saved[name]): saved[name] for name in names if name in saved}
+            missing = [name for name in names if name not in saved and name in self.entries]
+            if strict and missing:
+                raise ValueError(_missing(missing, saved))
+            options = [
+                {k: v for k, v in group.items() if k not in ("params", "param_names")} for group in found.values()
+            ]
+            for other in options[1:]:
+                if other != options[0]:
+                    raise ValueError(
+                        f"the param group of {names[0]!r} holds tensors that were saved in groups with different "
+                        f"hyperparameters: {options[0]} and {other}. Make the param groups as they were when saving."
+                    )
+            result.append(options[0] if options else {})
+        return result
+
+    def _check(self, shapes: Mapping[str, Mapping[str, Any]], changes: list[dict[str, Any]], strict: bool) -> None:
+        """Raise unless the loaded state fits."""
+        missing = [name for name in self.entries if name not in shapes]
+        if missing and strict:
+            raise ValueError(_missing(missing, shapes))
+        new = {}
+        for group, change in zip(self.optimizer.param_groups, changes, strict=True):
+            new[id(group)] = {**group, **change}
+            _validate(new[id(group)])
+        for name, entry in self.entries.items():
+            if name not in shapes:
+                continue
+            wanted = {key: slot.shape for key, slot in self.slots(entry).items()}
+            options = new[id(entry.group)]
+            wanted = {key: shape for key, shape in wanted.items() if key not in _OPTIONAL}
+            if options["momentum"] > 0:
+                wanted["momentum_buffer"] = () if entry.param.dim() == 0 else entry.shard.shape
+            if options["update_rms"] is not None:
+                wanted["update_square_sum"] = ()
+            for key, shape in wanted.items():
+                if key not in shapes[name]:
+                    raise ValueError(_missing_key(name, key, list(shapes[name])))
+                found = tuple(shapes[name][key].shape)
+                if found != shape:
+                    raise ValueError(
+                        f"{key} of {name!r} has shape {found} in the loaded state, but this model needs {shape}. "
+                        "It is the checkpoint of another model, or was saved with another cover_block."
+                    )
+
+
+Values = Iterable[tuple[str, str, Tensor]]
+
+
+def _canonical(shard: LocalShard, i: int) -> tuple[tuple[int, ...], Box]:
+    """Canonical shape of accumulator ``i``, and the box of it that this rank stores."""
+    shape, stored = grid(shard.shape, i, shard.cover_block), shard.stored[i]
+    if shard.cover_block is not None:
+        return shape, stored
+    # Whole slices: a vector. The other dimensions have one cover set each, if this rank holds anything.
+    return (shape[i],), Box(
+        stored.start[i : i + 1], stored.stop[i : i + 1] if stored.numel else stored.start[i : i + 1]
+    )
+
+
+def _slot(
+    shape: tuple[int, ...],
+    boxes: Sequence[Box],
+    parts: Sequence[Tensor],
+    tensor: Tensor,
+    shard: LocalShard,
+    scalar: bool,
+) -> Slot:
+    if scalar:  # counts as a vector of one element everywhere else
+        shape, boxes = (), [SCALAR for box in boxes if box.numel]
+    held = [(box, part.view(box.shape)) for box, part in zip(boxes, parts, strict=True) if box.numel]
+    whole = shard.layout == WHOLE or isinstance(tensor, DTensor)
+    return Slot(shape, [box for box, _ in held], [part for _, part in held], tensor, whole)
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _missing(names: Sequence[str], found: Iterable[str]) -> str:
+    return (
+        f"the loaded state has nothing for {len(names)} of the optimizer's tensors: {', '.join(list(names)[:5])}. It "
+        f"has {', '.join(list(found)[:5]) or 'none'}. Load the checkpoint of this model, or pass "
+        "StateDictOptions(strict=False) to keep what these tensors have."
+    )
+
+
+def _missing_key(name: str, key: str, found: Sequence[str]) -> str:
+    if "exp_avg_sq" in found:
+        hint = "This is the state of Adam; convert it with sm3_dist.checkpoint.from_adamw."
+    elif key in _OPTIONAL:
+        hint = f"It is needed for {_OPTIONAL[key]}: make the optimizer with the hyperparameters that it was saved with."
+    else:
+        hint = "It is not the state of SM3."
+    return f"the loaded state of {name!r} has no {key}, but {list(found)}. {hint}"
+
+
+def flatten(state: Mapping[str, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One flat dict, as ``StateDictOptions(flatten_optimizer_state_dict=True)`` asks for.
+
+    Example:
+        >>> flatten({"w": {"step": 3}}, [{"params": ["w"], "lr": 0.1}])
+        {'state.w.step': 3, 'param_groups.w.lr': 0.1}
+    """
+    flat = {f"state.{name}.{key}": value for name, values in state.items() for key, value in values.items()}
+    for group in groups:
+        for name in group["params"]:
+            flat |= {f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """The inverse of :func:`flatten`, with a param group for each name."""
+    state: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    for path, value in flat.items():
+        kind, _, rest = path.partition(".")
+        name, _, key = rest.rpartition(".")
+        if kind == "state":
+            state.setdefault(name, {})[key] = value
+        else:
+            groups.setdefault(name, {"params": [name]})[key] = value
+    return state, list(groups.values())

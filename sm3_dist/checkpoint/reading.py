@@ -1,0 +1,210 @@
+"""Reading checkpoints of ``torch.distributed.checkpoint`` without running any code that is in them.
+
+PyTorch's own reader unpickles the file ``.metadata`` and every value that is not a tensor, and a pickle can call
+anything. Here both go through unpicklers that know a short list of harmless types.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+import pickle
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load as torch_load
+
+from sm3_dist.checkpoint.train_state import check_version
+
+_CLASSES = (
+    metadata.Metadata,
+    metadata.TensorStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.BytesStorageMetadata,
+    metadata.TensorProperties,
+    metadata.MetadataIndex,
+    metadata.StorageMeta,
+    metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo,
+    pathlib.PurePosixPath,
+    pathlib.PosixPath,
+    pathlib.PureWindowsPath,
+    pathlib.WindowsPath,
+    torch.Size,
+)
+_KNOWN: dict[tuple[str, str], Any] = {
+    **{(cls.__module__, cls.__name__): cls for cls in _CLASSES},
+    **{("pathlib", cls.__name__): cls for cls in _CLASSES if issubclass(cls, pathlib.PurePath)},
+    **{
+        ("torch", str(value).removeprefix("torch.")): value
+        for value in vars(torch).values()
+        if isinstance(value, torch.dtype)
+    },
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read. The message says which, and why."""
+
+
+def load(state_dict: dict[str, Any], checkpoint_id: str | os.PathLike[str], *, no_dist: bool = False) -> None:
+    """Load a checkpoint that ``torch.distributed.checkpoint.save`` wrote; no code in it is run. Call it on every rank.
+
+    Like ``torch.distributed.checkpoint.load``, it loads in place, and calls ``load_state_dict`` of values that have it.
+
+    Args:
+        state_dict: what to load, such as ``{"train": TrainState(...)}``, with the keys under which it was saved.
+        checkpoint_id: the directory.
+        no_dist: whether this rank loads alone.
+
+    Raises:
+        CheckpointError: on every rank, if the checkpoint is incomplete or damaged, belongs to another model, was
+            written in a newer format, or has something in it that would have to be run. What was loaded in place
+            before the damage was found stays overwritten.
+    """
+    alone = no_dist or not dist.is_initialized()
+    reader = SafeReader(checkpoint_id)
+    try:
+        torch_load(state_dict, storage_reader=reader, planner=SafeLoadPlanner(reader), no_dist=alone)
+    except CheckpointException as error:
+        rank, (reason, _) = min(error.failures.items())
+        where = "" if alone else f" (rank {rank})"
+        raise CheckpointError(f"cannot load the checkpoint {checkpoint_id}{where}: {explain(reason)}") from error
+    except ValueError as error:
+        raise CheckpointError(f"cannot load the checkpoint {checkpoint_id}: {error}") from error
+
+
+def explain(reason: BaseException) -> str:
+    """What went wrong, in words."""
+    text = str(reason)
+    if isinstance(reason, FileNotFoundError):
+        return f"the file {reason.filename} is missing"
+    if "Missing key" in text or "Size mismatch" in text:
+        return f"{text}. It is the checkpoint of another model, or of an optimizer with other settings"
+    return f"{type(reason).__name__}: {text}"
+
+
+class SafeReader(FileSystemReader):
+    """Reads a checkpoint's directory; ``.metadata`` may hold nothing but what describes tensors.
+
+    Args:
+        path: the directory.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read ``.metadata``.
+
+        Raises:
+            CheckpointError: if it is missing or damaged, or has anything else in it.
+        """
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as file:
+                found = _unpickle(file)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"the file {path} is missing: the checkpoint was not finished, or is none") from error
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is not read: {error}") from error
+        except Exception as error:
+            raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
+            raise CheckpointError(f"{path} does not describe a checkpoint, but is a {type(found).__name__}")
+        for info in found.storage_data.values():
+            if not isinstance(info, filesystem._StorageInfo) or Path(info.relative_path).name != info.relative_path:
+                raise CheckpointError(f"{path} names a file outside of the checkpoint: {info}")
+        found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return found
+
+    def read_bytes(self, path: str, found: Metadata) -> io.BytesIO:
+        """The bytes of one value that is not a tensor.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        info = found.storage_data.get(metadata.MetadataIndex(path))
+        if info is None:
+            raise CheckpointError(f"it has no {path}: it is no TrainState, or that of another program")
+        with (Path(self.path) / info.relative_path).open("rb") as file:
+            file.seek(info.offset)
+            return io.BytesIO(file.read(info.length))
+
+
+class SafeLoadPlanner(DefaultLoadPlanner):
+    """Reads values that are not tensors with ``torch.load(weights_only=True)``, versions of the format before all else.
+
+    Args:
+        reader: reads the same checkpoint.
+    """
+
+    def __init__(self, reader: SafeReader) -> None:
+        super().__init__()
+        self.reader = reader
+
+    def create_local_plan(self) -> LoadPlan:
+        """Plan what to read, if the checkpoint's format is one that this package knows.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        for path, value in self.state_dict.items():
+            if path.endswith(".format_version") and not isinstance(value, torch.Tensor):
+                assert self.metadata is not None
+                check_version(_plain(self.reader.read_bytes(path, self.metadata), path))
+        return super().create_local_plan()
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put one value into the state dict.
+
+        Raises:
+            CheckpointError: if something would have to be run to make it.
+        """
+        path = read_item.dest_index.fqn
+        set_element(self.original_state_dict, self.mappings[path], _plain(value, path))
+
+
+def _plain(value: io.BytesIO, path: str) -> Any:
+    try:
+        return torch.load(value, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than plain values: {str(error).splitlines()[0]}") from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """An unpickler that knows the types of ``.metadata`` and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _KNOWN:
+            raise CheckpointError(f"it asks for {module}.{name}, which does not belong into a checkpoint")
+        return _KNOWN[module, name]
+
+
+def _unpickle(file: IO[bytes]) -> Any:
+    """Unpickle ``.metadata``. A pickle can set attributes of classes too; they are put right at once."""
+    before = [(cls, dict(vars(cls))) for cls in _CLASSES]
+    try:
+        return _MetadataUnpickler(file).load()
+    finally:
+        for cls, attributes in before:
+            _put_right(cls, attributes)
+
+
+def _put_right(cls: type, attributes: dict[str, Any]) -> None:
+    changed = [name for name, value in vars(cls).items() if attributes.get(name, _put_right) is not value]
+    for name in changed:
+        if name in attributes:
+            setattr(cls, name, attributes[name])
+        else:
+            delattr(cls, name)
+    if changed:
+        raise CheckpointError(f"it changes {changed} of {cls}, which does not belong into a checkpoint")

@@ -1,0 +1,123 @@
+"""Slots: what a rank holds of a value of a state dict, and how such values are put together and taken apart."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sm3_dist import adapters
+from sm3_dist.box import Box
+from sm3_dist.checkpoint.boxed import BoxedTensor
+
+Boxes = list[Box]
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One value of a state dict, and what this rank holds of it.
+
+    Attributes:
+        shape: canonical shape of the whole value.
+        boxes: what this rank holds, non-empty boxes in canonical coordinates.
+        parts: for each box its elements, views of what the model or the optimizer holds.
+        tensor: what it is held in.
+        whole: whether that has the canonical shape already, as whole tensors and DTensors have.
+        speaks: whether what this rank holds is to be relied on. Not so for scalars where it holds no elements.
+    """
+
+    shape: tuple[int, ...]
+    boxes: Boxes
+    parts: list[Tensor]
+    tensor: Tensor
+    whole: bool
+    speaks: bool = True
+
+
+def values(slots: Mapping[Key, Slot]) -> dict[Key, Tensor]:
+    """The values: live tensors and DTensors, and where a rank holds boxes :class:`BoxedTensor` with views of them.
+
+    A collective over all ranks, unless every slot is whole.
+    """
+    cut = {key: slot for key, slot in slots.items() if not slot.whole}
+    pieces = _share_out({key: slot.boxes if slot.speaks else [] for key, slot in cut.items()})
+    result: dict[Key, Tensor] = {}
+    for key, slot in slots.items():
+        if slot.whole:
+            result[key] = slot.tensor
+        elif 0 in slot.shape:  # nobody holds any of it, and everybody knows all of it
+            result[key] = slot.tensor.new_zeros(slot.shape)
+        else:
+            result[key] = _boxed(slot, pieces[key] or [(box, False) for box in slot.boxes])
+    return result
+
+
+def _boxed(slot: Slot, pieces: Sequence[tuple[Box, bool]]) -> BoxedTensor:
+    """The pieces of a slot as a tensor; pieces lie in the slot's boxes."""
+    held = [
+        (piece, part[piece.within(box)], owned)
+        for piece, owned in pieces
+        for box, part in zip(slot.boxes, slot.parts, strict=True)
+        if (piece & box) == piece
+    ]
+    boxes, parts, owned = zip(*held, strict=True) if held else ((), (), ())
+    return BoxedTensor(slot.shape, boxes, parts, owned, slot.tensor.dtype, slot.tensor.device)
+
+
+def _share_out(held: dict[Key, Boxes]) -> dict[Key, list[tuple[Box, bool]]]:
+    """Cut what this rank holds into pieces that it owns and pieces that a lower rank owns.
+
+    Each entry is owned by the lowest rank that holds it, so that it is written once. A collective over all
+    ranks, unless there is nothing to cut.
+    """
+    below: dict[Key, Boxes] = defaultdict(list)
+    if held and dist.is_initialized() and dist.get_world_size() > 1:
+        everyone: list[dict[Key, Boxes]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, {at: boxes for at, boxes in held.items() if boxes})
+        for theirs in everyone[: dist.get_rank()]:
+            for at, boxes in theirs.items():
+                below[at] += boxes
+    return {at: [piece for box in boxes for piece in _cut(box, below[at])] for at, boxes in held.items()}
+
+
+def _cut(box: Box, others: Boxes) -> Iterator[tuple[Box, bool]]:
+    mine = [box]
+    for other in others:
+        remaining = []
+        for piece in mine:
+            if (piece & other).numel:
+                yield piece & other, False
+            remaining += piece.without(other)
+        mine = remaining
+    yield from ((piece, True) for piece in mine)
+
+
+class Reader:
+    """Boxes of a loaded value, whatever holds it. Every rank makes one for each value, in the same order."""
+
+    def __init__(self, value: Tensor, like: Tensor | None) -> None:
+        if isinstance(value, DTensor):
+            same = isinstance(like, DTensor) and (like.device_mesh, like.placements) == (
+                value.device_mesh,
+                value.placements,
+            )
+            # Of the same layout: the box that is asked for is what this rank holds. If not: a collective.
+            self._local = adapters.local(value) if same else None
+            self._value = value if same else value.full_tensor()
+        else:
+            self._local, self._value = None, value
+
+    def read(self, box: Box) -> Tensor:
+        """The elements of a box that this rank holds."""
+        if self._local is not None:
+            return self._local.reshape(box.shape)
+        if isinstance(self._value, BoxedTensor):
+            return self._value.read(box)
+        return torch.as_tensor(self._value)[tuple(map(slice, box.start, box.stop))]

@@ -1,0 +1,33 @@
+"""Checkpoints move: every layout to every other, at every world size, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness import Pool
+from moving import LAYOUTS, PLACES, WORLDS, load_all, save_all, written_once
+
+
+@pytest.fixture(scope="module")
+def saved(workers: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the same training from every layout and world size."""
+    folder = tmp_path_factory.mktemp("moving")
+    for world in WORLDS:
+        found = workers(world).run(save_all, folder, world)
+        assert found == [[]] * world
+    return folder
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_layout_loads_what_every_layout_saved(workers: Pool, saved: Path, world: int) -> None:
+    assert len(list(saved.iterdir())) == len(PLACES)
+    assert workers(world, timeout=120).run(load_all, saved, world) == [[]] * world
+
+
+def test_every_element_is_written_once(saved: Path) -> None:
+    assert {place.name: written_once(place) for place in saved.iterdir()} == {f"{n}-{w}": [] for n, w in PLACES}
+
+
+def test_the_table_is_complete() -> None:
+    assert len(PLACES) == 1 + len(LAYOUTS) * len(WORLDS)
