@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sm3_dist import adapters
 from sm3_dist.agreement import check_agreement
 from sm3_dist.publish import Publisher
-from sm3_dist.same_gradients import check_same_gradients
+from sm3_dist.same_gradients import check_same_gradients, refuse_sparse_gradients
 from sm3_dist.shard import LocalShard
 from sm3_dist.state import State, adopt_state, fill_state, local_accumulators, local_square_sum
 from sm3_dist.step_plan import Entry, StepPlan, agreement_lines
@@ -310,8 +310,11 @@ class SM3(Optimizer):
         return [p for p, _, _ in self._labelled_params() if _can_move(p) or p in self._held_state]
 
     def _check_gradients(self) -> None:
-        if self._replicas is not None and self._checks_left:
-            params = [(param, label) for param, label, _ in self._labelled_params() if _can_move(param)]
+        if self._replicas is None:
+            return
+        params = [(param, label) for param, label, _ in self._labelled_params() if _can_move(param)]
+        refuse_sparse_gradients(params)
+        if self._checks_left:
             check_same_gradients(params, self._replicas.group)
             self._checks_left -= 1
 

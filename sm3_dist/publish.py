@@ -182,7 +182,7 @@ class Publisher:
 
 
 def _buckets(partition: Partition, moving: Callable[[Tensor], bool]) -> list[Parts]:
-    """Cut every rank's range into the same number of parts."""
+    """Cut every rank's range into the same number of parts; those that need the least updating come first."""
     parts: Parts = [[] for _ in partition.cuts[1:]]
     for index, param in enumerate(partition.params):
         if moving(param):
@@ -195,7 +195,13 @@ def _buckets(partition: Partition, moving: Callable[[Tensor], bool]) -> list[Par
     limit = max(1, BUCKET_BYTES // (len(parts) * partition.params[0].element_size()))
     size = math.ceil(largest / math.ceil(largest / limit))  # no more buckets than with the limit, but all alike
     pieces = [_pieces(part, math.ceil(largest / size), size) for part in parts]
-    return [list(bucket) for bucket in zip(*pieces, strict=True)]
+    owned = [{segment.param: segment.numel for segment in part} for part in parts]
+
+    def wait(bucket: Sequence[Sequence[Segment]]) -> int:
+        """Elements to update before it can leave, on the rank where they are most: a tensor is updated as a whole."""
+        return max(sum(o[segment.param] for segment in part) for o, part in zip(owned, bucket, strict=True))
+
+    return sorted((list(bucket) for bucket in zip(*pieces, strict=True)), key=wait)
 
 
 def _pieces(segments: Sequence[Segment], count: int, size: int) -> list[list[Segment]]:

@@ -33,6 +33,16 @@ def check_same_gradients(params: Sequence[tuple[Tensor, str]], group: ProcessGro
 
     Raises:
         GradientMismatchError: on every rank; it names the first parameter whose gradients differ.
+
+    Example:
+        Every rank of a group calls it; here the only one:
+
+        >>> _ = torch.manual_seed(0)
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> weight.grad = torch.randn(3)
+        >>> check_same_gradients([(weight, "weight")], dist.group.WORLD)
+        >>> dist.destroy_process_group()
     """
     if not params:
         return
@@ -50,6 +60,23 @@ def check_same_gradients(params: Sequence[tuple[Tensor, str]], group: ProcessGro
         )
 
 
+def refuse_sparse_gradients(params: Sequence[tuple[Tensor, str]]) -> None:
+    """Raise if a gradient is sparse: before anything is sent, so that no rank waits for one that has raised.
+
+    Args:
+        params: the parameters, each with what error messages call it.
+
+    Raises:
+        NotImplementedError: it names the first such parameter.
+    """
+    for param, label in params:
+        if param.grad is not None and param.grad.is_sparse:
+            raise NotImplementedError(
+                f"{label} has a sparse gradient, which shard_over= does not take. Use nn.Embedding(..., sparse=False), "
+                "or give the parameter an SM3 of its own without shard_over."
+            )
+
+
 def checksum(grad: Tensor | None) -> Tensor:
     """The sum of the bit patterns of a gradient, as a 64-bit integer that wraps around.
 
@@ -57,7 +84,7 @@ def checksum(grad: Tensor | None) -> Tensor:
         >>> checksum(torch.tensor([1.0, 2.0])).item() == 0x3F800000 + 0x40000000
         True
     """
-    if grad is None or grad.is_sparse:  # a sparse one is refused later, by the update
+    if grad is None:
         return torch.tensor(torch.iinfo(torch.int64).min)
     grad, total = grad.detach(), torch.zeros((), dtype=torch.int64, device=grad.device)
     whole, kind = Box.whole(grad.shape), _BITS[grad.element_size()]

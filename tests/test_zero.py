@@ -396,15 +396,21 @@ def test_a_gradient_that_one_rank_lacks_is_an_error_on_every_rank(workers: Pool)
     workers(3).run_raises(GradientMismatchError, one_rank_lacks_a_gradient, match="parameter 0 of param group 0")
 
 
-def other_parameters() -> None:
-    params = params_of([(4, 3), (5 + dist.get_rank(),)])
+def other_parameters(difference: str) -> None:
+    rank = dist.get_rank()
+    params = params_of([(4, 3), (5 + rank,) if difference == "shape" else (5,)])
+    if difference == "stride" and rank:
+        params[0] = nn.Parameter(params[0].detach().t().contiguous().t())
+    if difference == "history":  # one rank cuts the two together, the other one after another
+        params[1].requires_grad_(rank == 0)
     optimizer = SM3(params, shard_over=dist.group.WORLD)
     give(params, 0)
     optimizer.step()
 
 
-def test_ranks_with_other_parameters(workers: Pool) -> None:
-    workers(2).run_raises(PlanMismatchError, other_parameters, match="rank 1 has")
+@pytest.mark.parametrize("difference", ["shape", "stride", "history"])
+def test_ranks_with_other_parameters(workers: Pool, difference: str) -> None:
+    workers(2).run_raises(PlanMismatchError, other_parameters, difference, match="rank 1 has")
 
 
 def refused() -> None:
@@ -434,10 +440,13 @@ def test_refuses_what_it_cannot_do(workers: Pool) -> None:
 
 
 def sparse() -> None:
+    """With more buckets than are sent without waiting: a rank that has nothing to do with the table must raise too."""
+    publish.BUCKET_BYTES = 100
     table = nn.Embedding(6, 4, sparse=True)
-    optimizer = SM3(table.parameters(), shard_over=dist.group.WORLD)
     table(torch.tensor([1, 3])).sum().backward()
-    optimizer.step()
+    params = params_of([(20, 9), (12, 12)])
+    give(params, 0)
+    SM3([*params, *table.parameters()], shard_over=dist.group.WORLD).step()
 
 
 def test_sparse_gradients_are_refused_on_every_rank(workers: Pool) -> None:
