@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +16,26 @@ class ReferenceState:
     """State of one tensor of shape ``(n_1, …, n_k)``.
 
     Attributes:
-        accumulators: ``mu_i`` of shape ``(n_i,)`` for each dimension; the tensor's own shape for ``k <= 1``.
+        accumulators: ``mu_i`` of shape ``(n_i,)`` for each dimension; the tensor's own shape for ``k <= 1``. With
+            blocks of ``B`` it has ``k`` dimensions: ``n_i``, and ``ceil(n_d / B)`` in every other dimension ``d``.
         momentum_buffer: the tensor's shape; zero at first.
+        step: number of steps taken.
+        update_square_sum: of the last update that was not all zero, in the unit of :func:`square_unit`.
     """
 
     accumulators: list[Tensor]
     momentum_buffer: Tensor
+    step: int = 0
+    update_square_sum: int = 0
 
     @classmethod
-    def zeros(cls, weight: Tensor) -> ReferenceState:
+    def zeros(cls, weight: Tensor, cover_block: int | None = None) -> ReferenceState:
         """The state before the first step, in float32 (float64 for float64 weights)."""
         dtype = accumulator_dtype(weight.dtype)
         shapes: list[tuple[int, ...]] = [(n,) for n in weight.shape] or [()]
+        if cover_block is not None and weight.dim():
+            blocks = [math.ceil(n / cover_block) for n in weight.shape]
+            shapes = [(*blocks[:i], n, *blocks[i + 1 :]) for i, n in enumerate(weight.shape)]
         return cls([torch.zeros(s, dtype=dtype) for s in shapes], torch.zeros(weight.shape, dtype=dtype))
 
 
@@ -41,6 +50,10 @@ def reference_step(
     eps: float = 1e-30,
     weight_decay: float = 0.0,
     maximize: bool = False,
+    bias_correction: bool = False,
+    nesterov: bool = False,
+    update_rms: float | None = None,
+    cover_block: int | None = None,
 ) -> None:
     """One step of SM3-II, with whole-tensor temporaries and no care for speed; each line rounds as written.
 
@@ -54,6 +67,10 @@ def reference_step(
         eps: added under the square root.
         weight_decay: decoupled weight decay.
         maximize: follow the gradient up.
+        bias_correction: correct the moving average of squared gradients for having started at zero.
+        nesterov: look ahead along the momentum.
+        update_rms: scale the update by what would have given that of the step before this root mean square.
+        cover_block: elements per block of the covers; ``None`` for whole slices.
 
     Source: arXiv 1901.11150, algorithm SM3-II.
 
@@ -69,31 +86,59 @@ def reference_step(
     """
     k = weight.dim()
     dtype = state.momentum_buffer.dtype
+    state.step += 1
     g = -grad.to(dtype) if maximize else grad.to(dtype)
-    smallest = _along(state.accumulators[0], 0, k)
+    smallest = _along(state.accumulators[0], 0, weight.shape, cover_block)
     for i in range(1, k):
-        smallest = torch.minimum(smallest, _along(state.accumulators[i], i, k))
+        smallest = torch.minimum(smallest, _along(state.accumulators[i], i, weight.shape, cover_block))
     nu = g * g + smallest if beta == 0 else g * g * (1 - beta) + smallest * beta
-    u = torch.rsqrt(nu + eps) * g
+    corrected = nu * (1 / (1 - beta**state.step)) if bias_correction else nu
+    u = torch.rsqrt(corrected + eps) * g
     if momentum > 0:
         state.momentum_buffer = state.momentum_buffer * momentum + u * (1 - momentum)
-        u = state.momentum_buffer
+        u = u * (1 - momentum) + state.momentum_buffer * momentum if nesterov else state.momentum_buffer
+    if update_rms is not None:
+        first = (1 - momentum) * (1 + momentum if nesterov else 1) / (1 if bias_correction else math.sqrt(1 - beta))
+        unit, largest = square_unit(u.numel(), beta)
+        mean = state.update_square_sum / (unit * u.numel()) if state.update_square_sum else first**2
+        squares = (u * u * unit).clamp(max=largest).nan_to_num(nan=largest).round()
+        state.update_square_sum = sum(map(int, squares.flatten().tolist())) or state.update_square_sum
+        u = (u * torch.tensor(1 / math.sqrt(mean) * update_rms, dtype=dtype)).clamp(-1, 1)
     w = weight.to(dtype)
     if weight_decay > 0:
         w = w * (1 - lr * weight_decay)
     weight.copy_(w - u * lr)
-    state.accumulators = [_maximum(nu, i) for i in range(max(k, 1))]
+    if nu.numel():
+        state.accumulators = [_maximum(nu, i, cover_block) for i in range(max(k, 1))]
 
 
-def _along(accumulator: Tensor, i: int, k: int) -> Tensor:
+def square_unit(numel: int, beta: float) -> tuple[float, float]:
+    """How many units make a square of 1, and the largest square of one element, in units.
+
+    ``numel`` elements of the largest square add up to at most ``2^62``, and an element of length
+    ``sqrt(2 / (1 - beta))``, which is longer than any, just fits.
+    """
+    largest = 2.0 ** (62 - math.ceil(math.log2(max(1, numel))))
+    return largest / 2 ** math.ceil(math.log2(2 / (1 - beta))), largest
+
+
+def _along(accumulator: Tensor, i: int, shape: torch.Size, block: int | None) -> Tensor:
     """``mu_i``, broadcast over the other ``k - 1`` dimensions."""
-    return accumulator.view([-1 if d == i else 1 for d in range(k)])
+    if block is None:
+        return accumulator.view([-1 if d == i else 1 for d in range(len(shape))])
+    for d, n in enumerate(shape):
+        if d != i:
+            accumulator = accumulator.repeat_interleave(block, d).narrow(d, 0, n)
+    return accumulator
 
 
-def _maximum(nu: Tensor, i: int) -> Tensor:
-    """``mu_i(r)``: the largest ``nu(j)`` with ``j_i = r``."""
+def _maximum(nu: Tensor, i: int, block: int | None) -> Tensor:
+    """``mu_i(r)``: the largest ``nu(j)`` with ``j_i = r``; with blocks, within each block."""
     if nu.dim() < 2:
         return nu
-    if nu.numel() == 0:
-        return nu.new_zeros(nu.shape[i])
+    if block is not None:
+        for d in range(nu.dim()):
+            if d != i:
+                nu = torch.stack([part.amax(d) for part in nu.split(block, d)], d)
+        return nu
     return nu.movedim(i, 0).flatten(1).amax(1)

@@ -1,0 +1,232 @@
+"""Bias correction, Nesterov momentum, RMS matching and block covers: to the last bit, under every layout."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from harness import Pool
+from layouts import LAYOUTS, Tensors, cases, full, give
+from test_layouts import STEPS, gradient
+from test_maths import gradients, trained
+from torch import Tensor
+
+from sm3_dist import SM3
+from sm3_dist.reference import ReferenceState, reference_step
+from sm3_dist.rms import LARGEST, Unit
+
+EVERYTHING: dict[str, Any] = {
+    "momentum": 0.9,
+    "beta": 0.95,
+    "weight_decay": 0.1,
+    "bias_correction": True,
+    "nesterov": True,
+    "update_rms": 0.2,
+    "cover_block": 2,
+}
+OPTIONS: list[dict[str, Any]] = [
+    EVERYTHING,
+    {"momentum": 0.9, "beta": 0.95, "bias_correction": True},
+    {"momentum": 0.9, "nesterov": True, "maximize": True},
+    {"beta": 0.95, "update_rms": 0.2},
+    {"momentum": 0.9, "update_rms": 0.01, "cover_block": 3},
+    {"beta": 0.9, "cover_block": 1},
+    {"momentum": 0.5, "cover_block": 100},
+]
+
+
+def compare_with_reference(name: str, options: dict[str, Any], **keywords: Any) -> None:
+    """Train a wrapped module and whole tensors side by side."""
+    layout, block = LAYOUTS[name], options.get("cover_block")
+    whole = [weight.detach().clone() for weight in Tensors(layout.shapes).parameters()]
+    states = [ReferenceState.zeros(weight, block) for weight in whole]
+    model = layout.wrap(Tensors(layout.shapes))
+    optimizer = SM3(model.named_parameters(), lr=0.3, **options, **keywords)
+    for step in range(STEPS):
+        for number, (param, weight, state) in enumerate(zip(model.parameters(), whole, states, strict=True)):
+            grad = gradient(step, number, weight.shape)
+            give(param, grad)
+            if grad is not None:
+                reference_step(weight, grad, state, lr=0.3, **options)
+        optimizer.step()
+    held, plan = optimizer.state, optimizer._current_plan()
+    for entry, param, weight, state in zip(plan.entries, model.parameters(), whole, states, strict=True):
+        where = f"{name}, {options}, shape {tuple(weight.shape)}"
+        assert torch.equal(full(param), weight), where
+        for i, (part, accumulator) in enumerate(zip(entry.accumulators, state.accumulators, strict=True)):
+            rectangle = entry.shard.stored[i]
+            grid = [n if d == i else 1 for d, n in enumerate(weight.shape)] if block is None else accumulator.shape
+            expected = accumulator.view(grid)[tuple(map(slice, rectangle.start, rectangle.stop))]
+            assert torch.equal(part, expected), f"{where}, accumulator {i}, entries {rectangle}"
+        if options.get("momentum"):
+            assert torch.equal(full(held[param]["momentum_buffer"]), state.momentum_buffer), where
+        if options.get("update_rms"):
+            assert held[param]["update_square_sum"].item() == state.update_square_sum, where
+
+
+def compare_all_options(name: str, keywords: dict[str, Any]) -> None:
+    for options in OPTIONS:
+        compare_with_reference(name, options, **keywords)
+
+
+@pytest.mark.parametrize(("name", "world_size"), list(cases()))
+def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
+    workers(world_size).run(compare_all_options, name, {})
+
+
+@pytest.mark.parametrize(("name", "world_size"), [("fsdp2", 3), ("hsdp", 4), ("tp-2d", 4)])
+def test_equals_one_process_with_sharded_covers(workers: Pool, name: str, world_size: int) -> None:
+    workers(world_size).run(compare_all_options, name, {"shard_covers": True})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_types(dtype: torch.dtype) -> None:
+    grads = gradients((7, 5), 4, dtype)
+    expected = torch.ones(7, 5, dtype=dtype)
+    state = ReferenceState.zeros(expected, 2)
+    for grad in grads:
+        reference_step(expected, grad, state, **EVERYTHING)
+    weight, _ = trained(torch.ones(7, 5, dtype=dtype), grads, **EVERYTHING)
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0, 4), (700, 900), (3, 300_000), (300_000, 3), (60, 70, 80)], ids=str)
+@pytest.mark.parametrize("block", [3, 64, 1000])
+def test_chunks_do_not_show_with_block_covers(shape: tuple[int, ...], block: int) -> None:
+    """Strips end where blocks end, and chunks end anywhere."""
+    options = {"beta": 0.9, "cover_block": block}
+    expected, state = torch.zeros(shape), ReferenceState.zeros(torch.zeros(shape), block)
+    grads = gradients(shape, 2)
+    for grad in grads:
+        reference_step(expected, grad, state, **options)
+    weight, got = trained(torch.zeros(shape), grads, **options)
+    assert torch.equal(weight, expected)
+    assert all(torch.equal(got[f"accumulator_{i}"], mu) for i, mu in enumerate(state.accumulators))
+
+
+def test_blocks_of_one_are_adam_without_momentum() -> None:
+    """With a cover set for each element SM3 is RMSprop, bias-corrected: Adam with beta1 = 0."""
+    grads = gradients((5, 4), 10)
+    theirs = torch.nn.Parameter(torch.ones(5, 4))
+    adam = torch.optim.Adam([theirs], lr=0.01, betas=(0.0, 0.95), eps=1e-12)
+    for grad in grads:
+        theirs.grad = grad.clone()
+        adam.step()
+    ours, _ = trained(torch.ones(5, 4), grads, lr=0.01, beta=0.95, bias_correction=True, cover_block=1)
+    assert torch.allclose(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_as_long_as_the_tensor_are_whole_slices() -> None:
+    grads = gradients((5, 4, 3), 3)
+    blocks, state = trained(torch.ones(5, 4, 3), grads, cover_block=5)
+    slices, _ = trained(torch.ones(5, 4, 3), grads)
+    assert torch.equal(blocks, slices)
+    assert [tuple(state[f"accumulator_{i}"].shape) for i in range(3)] == [(5, 1, 1), (1, 4, 1), (1, 1, 3)]
+
+
+def test_state_is_two_over_the_block_size() -> None:
+    _, state = trained(torch.ones(128, 64), gradients((128, 64), 1), cover_block=32)
+    assert [tuple(state[f"accumulator_{i}"].shape) for i in range(2)] == [(128, 2), (4, 64)]
+
+
+def root_mean_squares(grads: list[Tensor], **options: Any) -> list[float]:
+    """Of the change of the weights in each step, at a learning rate of 1."""
+    param = torch.nn.Parameter(torch.zeros_like(grads[0]))
+    optimizer = SM3([param], lr=1.0, **options)
+    result = []
+    for grad in grads:
+        before = param.detach().clone()
+        param.grad = grad
+        optimizer.step()
+        result.append((param.detach() - before).square().mean().sqrt().item())
+    return result
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.95}, EVERYTHING | {"weight_decay": 0.0}], ids=str)
+def test_updates_have_the_wanted_root_mean_square(options: dict[str, Any]) -> None:
+    found = root_mean_squares(gradients((40, 30), 30), **options | {"update_rms": 0.2})
+    assert math.isclose(found[0], 0.2, rel_tol=1e-4)  # the first is known beforehand
+    assert max(found) < 0.4
+    assert all(0.17 < rms < 0.23 for rms in found[15:])  # later ones go by the step before
+
+
+def test_a_gradient_that_comes_back_moves_no_weight_further_than_lr() -> None:
+    """The update of the step before was tiny, and so the scale is huge."""
+    grads = [torch.ones(4, 4)] + [torch.zeros(4, 4)] * 150 + [torch.ones(4, 4)]
+    found = root_mean_squares(grads, momentum=0.9, beta=0.95, update_rms=0.2)
+    assert found[-1] <= 1.0001
+
+
+def test_a_gradient_of_zero_at_first_does_no_harm() -> None:
+    weight, state = trained(torch.ones(3, 4), [torch.zeros(3, 4)], update_rms=0.2)
+    assert torch.equal(weight, torch.ones(3, 4))
+    assert state["update_square_sum"] == 0
+    found = root_mean_squares([torch.zeros(3, 4), torch.ones(3, 4)], update_rms=0.2)
+    assert found[0] == 0
+    assert math.isclose(found[1], 0.2, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_a_value_that_is_not_finite_spoils_its_own_weight_alone(value: float) -> None:
+    grads = gradients((50, 40), 6)
+    grads[2][3, 4] = value
+    weight, _ = trained(torch.zeros(50, 40), grads, lr=0.1, beta=0.95, momentum=0.9, update_rms=0.2, cover_block=1)
+    assert weight.isnan().sum() == 1
+    assert weight.nan_to_num().abs().max() < 1.0
+
+
+@pytest.mark.parametrize("numel", [1, 2, 3, 1000, 10**6, 10**9, 10**12, 2**50 - 1])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.95, 0.999, 1 - 1e-9])
+def test_a_sum_of_squares_cannot_overflow(numel: int, beta: float) -> None:
+    unit = Unit.of((numel,), momentum=0.9, beta=beta, nesterov=False, bias_correction=False)
+    assert numel * int(unit.cap) <= LARGEST < 2**63
+    assert math.log2(unit.cap).is_integer()
+    assert math.log2(unit.per_one).is_integer()
+    assert unit.per_one * 1.9 / (1 - beta) <= unit.cap
+
+
+def test_small_squares_are_not_lost() -> None:
+    """Not even in a tensor of 10^9 elements."""
+    unit = Unit.of((1000, 10**6), momentum=0.0, beta=0.95, nesterov=False, bias_correction=True)
+    assert unit.per_one * 0.002**2 > 100
+
+
+def test_a_loaded_state_goes_on_as_if_nothing_had_been() -> None:
+    grads = gradients((7, 5), 8)
+    once, _ = trained(torch.ones(7, 5), grads, **EVERYTHING)
+    param = torch.nn.Parameter(torch.ones(7, 5))
+    optimizer = SM3([param], **EVERYTHING)
+    for k, grad in enumerate(grads):
+        if k == 4:
+            saved, optimizer = optimizer.state_dict(), SM3([param])  # the options come with the state
+            optimizer.load_state_dict(saved)
+        param.grad = grad
+        optimizer.step()
+    assert torch.equal(param.detach(), once)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias_correction": True}, "beta is 0"),
+        ({"nesterov": True}, "momentum is 0"),
+        ({"update_rms": 0.0}, "update_rms must be greater than 0"),
+        ({"update_rms": math.nan}, "update_rms must be greater than 0"),
+        ({"cover_block": 0}, "cover_block must be an integer of at least 1"),
+        ({"cover_block": 2.0}, "cover_block must be an integer of at least 1"),
+        ({"cover_block": True}, "cover_block must be an integer of at least 1"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SM3([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize("options", [{"update_rms": 0.2}, {"cover_block": 2}], ids=str)
+def test_sparse_gradients_refuse_what_has_no_meaning_for_them(options: dict[str, Any]) -> None:
+    embedding = torch.nn.Embedding(5, 4, sparse=True)
+    optimizer = SM3(embedding.parameters(), **options)
+    embedding(torch.tensor([1, 3])).sum().backward()
+    with pytest.raises(NotImplementedError, match="sparse gradient"):
+        optimizer.step()
