@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from launch.model import PRESETS
 from launch.parallel import PARALLEL
-from launch.recipe import OPTIMIZERS, SCHEDULES
+from launch.recipe import OPTIMIZERS, RECIPES, SCHEDULES
 from launch.world import UserError
 
 
@@ -25,6 +25,7 @@ class Options:
 
     model: str = option("small", "size of the model", choices=list(PRESETS))
     optimizer: str = option("sm3", "what takes the steps", choices=list(OPTIMIZERS))
+    recipe: str | None = option(None, "how to use sm3 (default: adamw-like)", type=str, choices=list(RECIPES))
     parallel: str = option(
         "auto", "how ranks share the work; auto: fsdp2, or none for a single process", choices=["auto", *PARALLEL]
     )
@@ -37,6 +38,9 @@ class Options:
         None, "decay of the squared gradients (adamw: beta2), for sm3 0 sums them; default: the optimizer's", type=float
     )
     weight_decay: float = option(0.0, "decoupled weight decay")
+    cover_block: int | None = option(
+        None, "sm3: elements of a row that one entry of its state covers; default: the recipe's", type=int
+    )
     schedule: str = option("paper", "learning rate after its warm-up", choices=list(SCHEDULES))
     clip: float = option(1.0, "largest norm of the whole gradient; inf: no clipping")
     data: Path | None = option(None, "file or directory to train on; default: Python's standard library", type=Path)  # noqa: RUF009
@@ -45,16 +49,14 @@ class Options:
     overwrite: bool = option(False, "replace a run that --out already holds")
     seed: int = option(0, "which weights to start from and which order of the data")
     device: str = option("auto", "auto: CUDA where there is any", choices=["auto", "cpu", "cuda"])
-    reshard: bool = option(
-        False, "fsdp2, hsdp: drop gathered weights after forward; slower, less memory"
-    )
+    reshard: bool = option(False, "fsdp2, hsdp: drop gathered weights after forward; slower, less memory")
     replicas: int = option(2, "hsdp: copies of the model, each sharded over world / copies ranks")
     tp_size: int | None = option(None, "tp: ranks that share each layer; default: all", type=int)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "replicas"):
             require(getattr(self, name) >= 1, f"{flag(name)} {getattr(self, name)} must be at least 1")
-        for name in ("tp_size", "held_out_bytes"):
+        for name in ("tp_size", "held_out_bytes", "cover_block"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{flag(name)} {value} must be at least 1")
         require(0 <= self.seed < 2**63, f"--seed {self.seed} must be at least 0 and less than 2^63")

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from launch import peers
 from launch.world import UserError
 from sm3_dist import SM3
 from sm3_dist.schedule import CosineSchedule, PaperSchedule
@@ -31,10 +32,19 @@ class Settings:
     momentum: float = 0.0
     beta: float = 0.0
     weight_decay: float = 0.0
+    cover_block: int | None = None
 
 
-def sm3(model: nn.Module, s: Settings, shard_over: ProcessGroup | None = None) -> Optimizer:
-    return SM3(model.named_parameters(), s.lr, s.momentum, s.beta, weight_decay=s.weight_decay, shard_over=shard_over)
+def sm3_adamw_like(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
+    return SM3.adamw_like(model.named_parameters(), s.lr, **sm3_options(s), **sharding)
+
+
+def sm3_paper(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
+    return SM3(model.named_parameters(), s.lr, **sm3_options(s), **sharding)
+
+
+def sm3_options(s: Settings) -> dict[str, Any]:
+    return {name: getattr(s, name) for name in ("momentum", "beta", "weight_decay", "cover_block")}
 
 
 def adamw(model: nn.Module, s: Settings) -> Optimizer:
@@ -42,8 +52,6 @@ def adamw(model: nn.Module, s: Settings) -> Optimizer:
 
 
 def adafactor(model: nn.Module, s: Settings) -> Optimizer:
-    if is_sharded(model):
-        raise UserError("torch.optim.Adafactor cannot update sharded tensors (DTensor); pass --parallel ddp")
     return Adafactor(model.named_parameters(), s.lr, weight_decay=s.weight_decay)
 
 
@@ -61,23 +69,52 @@ class Recipe:
     """An optimizer and how to use it.
 
     Args:
-        make: makes it, of the wrapped model and the settings.
+        make: makes it, of the wrapped model and the settings; for SM3 also of ``shard_over``.
         best: the settings that were found best on the default job.
         unknown: settings that this optimizer does not have.
+        whole: whether it takes whole tensors alone.
     """
 
-    make: Callable[[nn.Module, Settings], Optimizer]
+    make: Callable[..., Optimizer]
     best: Settings
-    unknown: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ("cover_block",)
+    whole: bool = False
 
+
+# One entry for each choice of --recipe, which is for SM3.
+RECIPES = {
+    "adamw-like": Recipe(sm3_adamw_like, Settings(lr=2e-3, momentum=0.9, beta=0.95, cover_block=32), unknown=()),
+    "paper": Recipe(sm3_paper, Settings(lr=5e-3, momentum=0.9, beta=0.0), unknown=()),
+}
 
 # One entry for each choice of --optimizer.
 OPTIMIZERS = {
-    "sm3": Recipe(sm3, Settings(lr=1e-3, momentum=0.9, beta=0.95)),
+    "sm3": RECIPES["adamw-like"],
     "adamw": Recipe(adamw, Settings(lr=2e-3, momentum=0.9, beta=0.95)),
-    "adafactor": Recipe(adafactor, Settings(lr=3e-2), unknown=("momentum", "beta")),
-    "sgd": Recipe(sgd, Settings(lr=0.3, momentum=0.9), unknown=("beta",)),
+    "adamw-8bit": Recipe(peers.adamw_8bit, Settings(lr=2e-3, momentum=0.9, beta=0.95), whole=True),
+    "adafactor": Recipe(adafactor, Settings(lr=3e-2), unknown=("momentum", "beta", "cover_block"), whole=True),
+    "adafactor-transformers": Recipe(
+        peers.adafactor_transformers, Settings(lr=1e-2), unknown=("momentum", "beta", "cover_block"), whole=True
+    ),
+    "adam-mini": Recipe(peers.adam_mini, Settings(lr=2e-3, momentum=0.9, beta=0.95), whole=True),
+    "came": Recipe(peers.came, Settings(lr=1e-3, momentum=0.9, beta=0.999), whole=True),
+    "lion": Recipe(peers.lion, Settings(lr=5e-4, momentum=0.9, beta=0.99), whole=True),
+    "muon": Recipe(peers.muon, Settings(lr=2e-3, momentum=0.95, beta=0.95), whole=True),
+    "sgd": Recipe(sgd, Settings(lr=0.3, momentum=0.9), unknown=("beta", "cover_block")),
 }
+
+
+def chosen(options: Options) -> Recipe:
+    """What ``--optimizer`` and ``--recipe`` ask for.
+
+    Raises:
+        UserError: there are no recipes for that optimizer.
+    """
+    if options.recipe is None:
+        return OPTIMIZERS[options.optimizer]
+    if options.optimizer != "sm3":
+        raise UserError(f"--recipe {options.recipe} is a way to use SM3, and --optimizer is {options.optimizer}")
+    return RECIPES[options.recipe]
 
 
 def settings(options: Options) -> Settings:
@@ -86,13 +123,13 @@ def settings(options: Options) -> Settings:
     Raises:
         UserError: the optimizer has no such setting, or the value is out of range.
     """
-    recipe = OPTIMIZERS[options.optimizer]
-    said = {name: getattr(options, name) for name in ("lr", "momentum", "beta", "weight_decay")}
+    recipe = chosen(options)
+    said = {name: getattr(options, name) for name in ("lr", "momentum", "beta", "weight_decay", "cover_block")}
     said = {name: value for name, value in said.items() if value is not None}
     for name, value in said.items():
         limit = 1.0 if name in ("momentum", "beta") else float("inf")
         if name in recipe.unknown:
-            raise UserError(f"--optimizer {options.optimizer} has no {name}; leave --{name} out")
+            raise UserError(f"--optimizer {options.optimizer} has no {name}; leave --{name.replace('_', '-')} out")
         if not 0 <= value < limit:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 0 and less than {limit}")
     return replace(recipe.best, **said)
@@ -102,16 +139,19 @@ def build(model: nn.Module, settings: Settings, options: Options, shard_over: Pr
     """Make the chosen optimizer for ``model``, the wrapped one.
 
     Raises:
-        UserError: its state is to be sharded over ranks, and it cannot do that.
+        UserError: it cannot update this model, or its state is to be sharded over ranks, and it cannot do that.
     """
+    recipe = chosen(options)
+    if recipe.whole and is_sharded(model):
+        raise UserError(f"--optimizer {options.optimizer} cannot update sharded tensors (DTensor); pass --parallel ddp")
     if shard_over is None:
-        return OPTIMIZERS[options.optimizer].make(model, settings)
+        return recipe.make(model, settings)
     if options.optimizer != "sm3":
         raise UserError(
             f"--parallel zero1 is for --optimizer sm3; {options.optimizer} holds the state of every parameter on every "
             "rank, pass --parallel ddp"
         )
-    return sm3(model, settings, shard_over)
+    return recipe.make(model, settings, shard_over=shard_over)
 
 
 def schedule(optimizer: Optimizer, options: Options) -> LambdaLR:

@@ -147,6 +147,37 @@ class SM3(Optimizer):
         }
         super().__init__(params, defaults)
 
+    @classmethod
+    def adamw_like(
+        cls,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 1e-3,
+        **options: Any,
+    ) -> SM3:
+        """SM3 with the options that measurements favour, to be used at AdamW's learning rates. Start here.
+
+        Momentum 0.9, a bias-corrected moving average of squared gradients with ``beta=0.95``, updates of AdamW's root
+        mean square, and covers of 32 elements, which make 0.25 bytes of accumulators per parameter of a matrix. What
+        each of these brings is in ``docs/quality.md``.
+
+        Args:
+            params: as for :class:`SM3`.
+            lr: learning rate, as for :class:`torch.optim.AdamW`.
+            options: further arguments of :class:`SM3`, and others in place of these.
+
+        Example:
+            >>> import torch
+            >>> from sm3_dist import SM3
+            >>> layer = torch.nn.Linear(64, 48)
+            >>> optimizer = SM3.adamw_like(layer.parameters(), lr=2e-3, weight_decay=0.1)
+            >>> layer(torch.ones(2, 64)).square().mean().backward()
+            >>> optimizer.step()
+            >>> {key: tuple(value.shape) for key, value in optimizer.state[layer.weight].items() if "acc" in key}
+            {'accumulator_0': (48, 2), 'accumulator_1': (2, 64)}
+        """
+        recipe: dict[str, Any] = {"momentum": 0.9, "beta": 0.95, "bias_correction": True}
+        return cls(params, lr, **recipe | {"update_rms": 0.2, "cover_block": 32} | options)
+
     @overload
     def step(self, closure: None = None) -> None: ...
 

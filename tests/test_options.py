@@ -94,7 +94,7 @@ def test_other_types(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("block", [3, 64, 1000])
 def test_chunks_do_not_show_with_block_covers(shape: tuple[int, ...], block: int) -> None:
     """Strips end where blocks end, and chunks end anywhere."""
-    options = {"beta": 0.9, "cover_block": block}
+    options: dict[str, Any] = {"beta": 0.9, "cover_block": block}
     expected, state = torch.zeros(shape), ReferenceState.zeros(torch.zeros(shape), block)
     grads = gradients(shape, 2)
     for grad in grads:

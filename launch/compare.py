@@ -1,0 +1,331 @@
+"""Train the same model with several optimizers, each at its best learning rate, and compare.
+
+    python launch/compare.py --out compared --optimizers adamw sm3 sm3-paper --models small medium --steps 1000
+
+Every optimizer starts from the learning rate that `launch/train.py` uses by default. Rates are doubled and halved until
+the best lies between two others; the best and its two neighbours are then run with every seed. Each run is a
+`launch/train.py` in a process of its own. Finished ones are kept in `--out`, and a second call goes on where the first
+was stopped. At the end stand a table and two pictures: loss curves, and final loss against bytes of optimizer state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from launch.folder import CONFIG, METRICS
+from launch.model import PRESETS
+from launch.options import Parser
+from launch.recipe import OPTIMIZERS, RECIPES
+from launch.world import UserError
+
+RESULTS, CURVES, BYTES, TABLE = "results.jsonl", "curves.png", "bytes.png", "table.txt"
+Place = tuple[int, int]
+"""``(k, seed)``: learning rate ``start * 2^k``."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimizer on a model.
+
+    Args:
+        model: size of the model.
+        name: ``adamw``; ``sm3-paper``: SM3 with that recipe; ``sm3-16``: with covers of 16 elements.
+    """
+
+    model: str
+    name: str
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What `launch/train.py` is told of it.
+
+        Raises:
+            UserError: nobody knows it.
+
+        Example:
+            >>> Contestant("small", "sm3-16").arguments
+            ('--model', 'small', '--optimizer', 'sm3', '--cover-block', '16')
+        """
+        kind, _, variant = self.name.partition("-")
+        if self.name in OPTIMIZERS:
+            how: tuple[str, ...] = (self.name,)
+        elif kind == "sm3" and variant in RECIPES:
+            how = ("sm3", "--recipe", variant)
+        elif kind == "sm3" and variant.isdecimal():
+            how = ("sm3", "--cover-block", variant)
+        else:
+            known = ", ".join([*OPTIMIZERS, *(f"sm3-{recipe}" for recipe in RECIPES), "sm3-16 (covers of 16 elements)"])
+            raise UserError(f"--optimizers {self.name}: there is none of that name; known are {known}")
+        return ("--model", self.model, "--optimizer", *how)
+
+    @property
+    def start(self) -> float:
+        """The learning rate that its sweep starts from."""
+        variant = self.name.removeprefix("sm3-")
+        recipe = RECIPES[variant] if variant in RECIPES else OPTIMIZERS.get(self.name, OPTIMIZERS["sm3"])
+        return recipe.best.lr
+
+
+def wanted(results: Mapping[Place, float], seeds: int) -> list[Place]:
+    """Which runs are still to be made, given the final losses so far (``inf`` where training came to nothing).
+
+    Example:
+        >>> wanted({}, seeds=2)
+        [(-1, 0), (0, 0), (1, 0)]
+        >>> wanted({(-1, 0): 3.0, (0, 0): 2.0, (1, 0): 1.0}, seeds=2)  # the best lies at the edge
+        [(2, 0)]
+        >>> wanted({(-1, 0): 3.0, (0, 0): 1.0, (1, 0): 2.0}, seeds=2)
+        [(-1, 1), (0, 1), (1, 1)]
+    """
+    best = best_rate(results) if results else 0
+    around = (best - 1, best, best + 1)
+    sweep = [(k, 0) for k in around if (k, 0) not in results]
+    return sweep or [(k, seed) for k in around for seed in range(seeds) if (k, seed) not in results]
+
+
+def best_rate(results: Mapping[Place, float]) -> int:
+    """The learning rate with the lowest loss, mean over the seeds."""
+    return min({k for k, _ in results}, key=lambda k: at_rate(results, k))
+
+
+def at_rate(results: Mapping[Place, float], k: int) -> float:
+    """The mean loss at a learning rate."""
+    return mean(loss for (other, _), loss in results.items() if other == k)
+
+
+class Comparison:
+    """All runs, those made and those to make.
+
+    Args:
+        out: the directory that holds them.
+        contestants: what is compared.
+        seeds: how many seeds each best learning rate is tried with.
+        common: further arguments of `launch/train.py`, the same for every run.
+    """
+
+    def __init__(self, out: Path, contestants: Sequence[Contestant], seeds: int, common: Sequence[str]) -> None:
+        self.out, self.contestants, self.seeds, self.common = out, contestants, seeds, tuple(common)
+        out.mkdir(parents=True, exist_ok=True)
+        lines = (out / RESULTS).read_text().splitlines() if (out / RESULTS).exists() else []
+        self.records: dict[str, dict[str, Any]] = {each["run"]: each for each in map(json.loads, lines)}
+
+    def arguments(self, contestant: Contestant, place: Place) -> tuple[str, ...]:
+        """What `launch/train.py` is told for one run."""
+        k, seed = place
+        return (*contestant.arguments, "--lr", f"{contestant.start * 2.0**k:g}", "--seed", str(seed), *self.common)
+
+    def record(self, contestant: Contestant, place: Place) -> dict[str, Any] | None:
+        """What came of one run; ``None``: it has not been made."""
+        return self.records.get(" ".join(self.arguments(contestant, place)))
+
+    def results(self, contestant: Contestant) -> dict[Place, float]:
+        """The final losses of a contestant, in bits per byte."""
+        places = ((k, seed) for k in range(-20, 21) for seed in range(self.seeds))
+        records = ((place, self.record(contestant, place)) for place in places)
+        return {place: math.inf if r["bits"] is None else r["bits"] for place, r in records if r is not None}
+
+    def folder(self, contestant: Contestant, place: Place) -> Path:
+        """Where one run writes."""
+        rate = f"{contestant.start * 2.0 ** place[0]:g}"
+        return self.out / "runs" / f"{contestant.model}-{contestant.name}-lr{rate}-seed{place[1]}"
+
+    def run(self, contestant: Contestant, place: Place) -> dict[str, Any]:
+        """Make one run.
+
+        Raises:
+            UserError: it failed, other than by a loss that is not finite.
+        """
+        arguments, folder = self.arguments(contestant, place), self.folder(contestant, place)
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments]
+        command += ["--out", str(folder), "--overwrite"]
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        record = {"run": " ".join(arguments), "bits": None, "bytes_per_parameter": None}
+        if done.returncode == 0:
+            final = json.loads((folder / METRICS).read_text().splitlines()[-1])
+            parameters = json.loads((folder / CONFIG).read_text())["parameters"]
+            record["bits"] = final["validation_bits_per_byte"]
+            record["bytes_per_parameter"] = final["state_bytes_per_rank"] / parameters
+        elif "the loss is " not in done.stderr:
+            raise UserError(f"launch/train.py {' '.join(arguments)} failed:\n{done.stderr.strip()}")
+        return record
+
+    def run_all(self, jobs: int, console: Console) -> None:
+        """Make all runs that are wanted, ``jobs`` at a time."""
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        with ThreadPoolExecutor(jobs) as pool, progress:
+            bar = progress.add_task("runs", total=None)
+            running: dict[Future[dict[str, Any]], tuple[Contestant, Place]] = {}
+            while True:
+                todo = [(c, place) for c in self.contestants for place in wanted(self.results(c), self.seeds)]
+                for job in todo:
+                    if job not in running.values() and len(running) < jobs:
+                        running[pool.submit(self.run, *job)] = job
+                made = sum(len(self.results(c)) for c in self.contestants)
+                progress.update(bar, completed=made, total=made + len(todo))
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    contestant, (k, seed) = running.pop(future)
+                    self.keep(future.result())
+                    console.print(self.line(contestant, (k, seed)), highlight=False, soft_wrap=True)
+
+    def keep(self, record: dict[str, Any]) -> None:
+        """Remember what came of a run, here and in the directory."""
+        self.records[record["run"]] = record
+        with (self.out / RESULTS).open("a") as results:
+            results.write(json.dumps(record) + "\n")
+
+    def line(self, contestant: Contestant, place: Place) -> str:
+        """One run in a line."""
+        record = self.record(contestant, place)
+        assert record is not None
+        bits = "came to nothing" if record["bits"] is None else f"{record['bits']:.4f} bits per byte"
+        rate = contestant.start * 2.0 ** place[0]
+        return f"{contestant.model} {contestant.name} lr {rate:g} seed {place[1]}: {bits}"
+
+    def bytes_per_parameter(self, contestant: Contestant) -> float:
+        """Of optimizer state."""
+        record = self.record(contestant, (best_rate(self.results(contestant)), 0))
+        assert record is not None
+        return float(record["bytes_per_parameter"] or math.nan)
+
+    def table(self) -> Table:
+        """One line for each contestant, the best of a model first."""
+        table = Table(title="Validation, bits per byte, at the best learning rate, half of it and twice of it")
+        for name in ("model", "optimizer", "lr", "best", "± (seeds)", "at lr / 2", "at 2 lr", "bytes per parameter"):
+            table.add_column(name, justify="left" if name in ("model", "optimizer") else "right")
+        for model in dict.fromkeys(c.model for c in self.contestants):
+            for c in sorted(of_model(self.contestants, model), key=lambda c: at_rate(*self.best(c))):
+                results, best = self.best(c)
+                losses = [loss for (k, _), loss in results.items() if k == best]
+                spread = f"{stdev(losses):.4f} ({len(losses)})" if len(losses) > 1 else "(1)"
+                near = [f"{at_rate(results, k):.4f}" for k in (best, best - 1, best + 1)]
+                rate, size = f"{c.start * 2.0**best:g}", f"{self.bytes_per_parameter(c):.2f}"
+                table.add_row(model, c.name, rate, near[0], spread, *near[1:], size)
+        return table
+
+    def best(self, contestant: Contestant) -> tuple[dict[Place, float], int]:
+        """Its results, and its best learning rate."""
+        results = self.results(contestant)
+        return results, best_rate(results)
+
+    def draw(self) -> None:
+        """Draw the loss curves, and the final loss against the size of the state."""
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+
+        models = list(dict.fromkeys(c.model for c in self.contestants))
+        for name, draw in ((CURVES, self._curves), (BYTES, self._bytes)):
+            figure, axes = pyplot.subplots(
+                1, len(models), figsize=(7 * len(models), 5), layout="constrained", squeeze=False
+            )
+            for model, ax in zip(models, axes[0], strict=True):
+                draw(ax, of_model(self.contestants, model))
+                ax.set_title(model)
+            figure.savefig(self.out / name, dpi=120)
+            pyplot.close(figure)
+
+    def _curves(self, axes: Any, contestants: Iterable[Contestant]) -> None:
+        for c in contestants:
+            steps, losses = self.curve(c)
+            axes.plot(steps, losses, label=c.name, linewidth=1)
+            axes.set_ylim(top=1.5 * losses[-1])
+        axes.set(xlabel="step", ylabel="training, bits per byte, mean of the seeds")
+        axes.legend()
+
+    def curve(self, contestant: Contestant) -> tuple[list[int], list[float]]:
+        """Training loss by step at the best learning rate, mean over the seeds."""
+        results, best = self.best(contestant)
+        runs = [trained(self.folder(contestant, (k, seed))) for k, seed in results if k == best]
+        return [r["step"] for r in runs[0]], [
+            mean(r["train_bits_per_byte"] for r in same_step) for same_step in zip(*runs, strict=False)
+        ]
+
+    def _bytes(self, axes: Any, contestants: Iterable[Contestant]) -> None:
+        for c in contestants:
+            size, loss = self.bytes_per_parameter(c), at_rate(*self.best(c))
+            axes.plot(size, loss, "o")
+            axes.annotate(c.name, (size, loss), xytext=(4, 4), textcoords="offset points")
+        axes.set(xlabel="bytes of optimizer state per parameter", ylabel="validation, bits per byte")
+
+
+def of_model(contestants: Iterable[Contestant], model: str) -> list[Contestant]:
+    return [c for c in contestants if c.model == model]
+
+
+def trained(folder: Path) -> list[dict[str, Any]]:
+    """The logged steps of one run."""
+    records = map(json.loads, (folder / METRICS).read_text().splitlines())
+    return [record for record in records if "train_bits_per_byte" in record]
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Read the command line; what is not known here is for `launch/train.py`."""
+    parser = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory of the runs; one that has some goes on")
+    parser.add_argument(
+        "--optimizers", nargs="+", default=["adamw", "sm3"], help="any of --optimizer; sm3-paper; sm3-16"
+    )
+    parser.add_argument("--models", nargs="+", default=["small"], choices=list(PRESETS), help="sizes of the model")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds for the best learning rate and its neighbours")
+    parser.add_argument("--steps", default="1000", help="optimizer steps")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    known, common = parser.parse_known_args(arguments)
+    if known.seeds < 1 or known.jobs < 1:
+        raise UserError("--seeds and --jobs must be at least 1")
+    for name in ("--lr", "--seed", "--model", "--optimizer", "--recipe"):
+        if name in common:
+            raise UserError(f"{name} is for compare.py to choose; --models, --optimizers and --seeds say from what")
+    return known, ["--steps", known.steps, "--parallel", "none", *common]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
+    console = Console()
+    try:
+        options, common = parse(arguments)
+        contestants = [Contestant(model, name) for model in options.models for name in options.optimizers]
+        for contestant in contestants:
+            _ = contestant.arguments  # raises before anything is run
+        comparison = Comparison(options.out, contestants, options.seeds, common)
+        comparison.run_all(options.jobs, console)
+        table = comparison.table()
+        console.print(table)
+        with (options.out / TABLE).open("w") as file:
+            Console(file=file, width=120).print(table)
+        comparison.draw()
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""Other people's optimizers, to compare with. Those from packages need ``pip install 'sm3_dist[compare]'``."""
+
+from __future__ import annotations
+
+import importlib
+from collections import defaultdict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from launch.world import UserError
+
+if TYPE_CHECKING:
+    from launch.recipe import Settings
+
+
+def lion(model: nn.Module, s: Settings) -> Optimizer:
+    """Lion (arXiv 2302.06675): momentum and the sign; no second moment."""
+    return _from("lion_pytorch", "Lion")(model.parameters(), s.lr, (s.momentum, s.beta), weight_decay=s.weight_decay)
+
+
+def adamw_8bit(model: nn.Module, s: Settings) -> Optimizer:
+    """AdamW whose moments have 8 bits (arXiv 2110.02861), as torchao has it."""
+    make = _from("torchao.optim", "AdamW8bit")
+    return make(model.parameters(), s.lr, (s.momentum, s.beta), weight_decay=s.weight_decay)
+
+
+def adafactor_transformers(model: nn.Module, s: Settings) -> Optimizer:
+    """Adafactor (arXiv 1804.04235) as transformers has it, with a learning rate from outside."""
+    make = _from("transformers.optimization", "Adafactor")
+    return make(model.parameters(), s.lr, relative_step=False, scale_parameter=False, weight_decay=s.weight_decay)
+
+
+def came(model: nn.Module, s: Settings) -> Optimizer:
+    """CAME (arXiv 2307.02047): Adafactor, with confidence."""
+    make = _from("came_pytorch", "CAME")
+    return make(model.parameters(), s.lr, betas=(s.momentum, s.beta, 0.9999), weight_decay=s.weight_decay)
+
+
+def adam_mini(model: nn.Module, s: Settings) -> Optimizer:
+    """Adam-mini (arXiv 2406.16793): one second moment per block of the model."""
+    make, shape = _from("adam_mini", "Adam_mini"), model.shape
+    return make(
+        model.named_parameters(),
+        s.lr,
+        (s.momentum, s.beta),
+        weight_decay=s.weight_decay,
+        dim=shape.channels,  # type: ignore[union-attr]
+        n_heads=shape.heads,  # type: ignore[union-attr]
+        verbose=False,
+    )
+
+
+def muon(model: nn.Module, s: Settings) -> Optimizer:
+    """Muon (arXiv 2502.16982) on the matrices within the blocks, with AdamW's update size; AdamW on the rest."""
+    inner = {name for name, p in model.named_parameters() if p.dim() == 2 and "blocks." in name}
+    matrices = [p for name, p in model.named_parameters() if name in inner]
+    rest = [p for name, p in model.named_parameters() if name not in inner]
+    return Together(
+        Muon(matrices, s.lr, momentum=s.momentum, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        AdamW(rest, s.lr, (0.9, s.beta), weight_decay=s.weight_decay),
+    )
+
+
+class Together(Optimizer):
+    """Optimizers of different parameters as one; the param groups are theirs, so one schedule drives all.
+
+    Args:
+        parts: the optimizers.
+    """
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The state of each parameter."""
+        return defaultdict(dict, {p: state for part in self.parts for p, state in part.state.items()})
+
+    @state.setter
+    def state(self, value: object) -> None:
+        """The parts have their own."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Let each take its step."""
+        for part in self.parts:
+            part.step()
+
+
+def _from(module: str, name: str) -> Callable[..., Optimizer]:
+    try:
+        found: Callable[..., Optimizer] = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        package = module.split(".")[0].replace("_", "-")
+        raise UserError(
+            f"{name} is in the package {package}, which is missing; pip install 'sm3_dist[compare]'"
+        ) from error
+    return found
