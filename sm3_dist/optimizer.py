@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sm3_dist import adapters
+from sm3_dist import adapters, kernels
 from sm3_dist.agreement import check_agreement
 from sm3_dist.publish import Publisher
 from sm3_dist.same_gradients import check_same_gradients, refuse_sparse_gradients
@@ -122,13 +122,12 @@ class SM3(Optimizer):
     ) -> None:
         if momentum_dtype is not None:
             raise NotImplementedError("momentum_dtype= is not available in this version of sm3_dist. Leave it out.")
-        if backend not in ("auto", "eager"):
-            raise NotImplementedError(
-                f"backend={backend!r} is not available in this version of sm3_dist. Use 'auto' or 'eager'."
-            )
+        if backend not in kernels.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, kernels.BACKENDS))}, but is {backend!r}")
         if check_gradients < 0:
             raise ValueError(f"check_gradients must be a number of steps, at least 0, but is {check_gradients}")
         self.shard_covers = shard_covers
+        self.backend = backend
         self._flattened = adapters.Flattened(model)
         self._replicas = None if shard_over is None else adapters.Replicas(shard_over)
         self._checks_left = 0 if shard_over is None else check_gradients
@@ -207,10 +206,6 @@ class SM3(Optimizer):
         self._check_gradients()
         # 2. Update: every box from its slices of the accumulators.
         plan.update({id(group): _settings(group) for group in self.param_groups})
-        state = self._held_state
-        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if stepped:
-            torch._foreach_add_([state[p]["step"] for p in stepped], 1)
         # 3. Send: the new maxima travel while the next gradients are computed.
         plan.send()
         return loss
@@ -302,7 +297,8 @@ class SM3(Optimizer):
         if self._replicas is not None:
             raise TypeError("SM3 with shard_over= holds a process group and cannot be pickled; save its state_dict()")
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups} | {
-            "shard_covers": self.shard_covers
+            "shard_covers": self.shard_covers,
+            "backend": self.backend,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -352,7 +348,8 @@ class SM3(Optimizer):
     def _current_plan(self) -> StepPlan:
         """The plan, made anew where parameters were added, exchanged, frozen or thawed."""
         signature = tuple(
-            (id(p), _can_move(p), *_layout_options(group)) for group in self.param_groups for p in group["params"]
+            (_layout_options(group), *map(id, group["params"]), *map(_can_move, group["params"]))
+            for group in self.param_groups
         )
         if self._plan is None or signature != self._signature:
             if self._plan is not None:
@@ -389,7 +386,7 @@ class SM3(Optimizer):
         publisher = None
         if self._replicas is not None:
             publisher = Publisher(self._replicas.group, self._replicas.partitions, _can_move)
-        return StepPlan(entries, self.shard_covers, self._groups, publisher)
+        return StepPlan(entries, self.backend, self.shard_covers, self._groups, publisher)
 
     def _follow_exchanged_params(self) -> None:
         """Hand on the state of parameters that somebody replaced in ``param_groups``, as accelerate does."""

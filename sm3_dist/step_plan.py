@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from sm3_dist import adapters
+from sm3_dist import adapters, kernels
 from sm3_dist.bucket import MaxBucket, Slot, SumBucket
 from sm3_dist.publish import Parts, Publisher
 from sm3_dist.rms import SquareSum
@@ -77,7 +77,7 @@ class Entry:
                 )
             update_rows(self.param, grad, self.accumulators, settings)
         elif self.shard.boxes:
-            weight, grad = adapters.local(self.param), self._local_grad(grad)
+            weight, grad = adapters.local(self.param), self.local_grad(grad)
             update_shard(self.shard, weight, grad, self.accumulators, self.momentum_buffer, settings, self.squares)
 
     def _of_this_tensor(self, settings: Settings) -> Settings:
@@ -89,7 +89,7 @@ class Entry:
             settings = replace(settings, scale=scale)
         return settings
 
-    def _local_grad(self, grad: Tensor) -> Tensor:
+    def local_grad(self, grad: Tensor) -> Tensor:
         """The gradient of exactly the elements that this rank holds."""
         if isinstance(self.param, DTensor):
             if not isinstance(grad, DTensor):
@@ -107,6 +107,7 @@ class StepPlan:
 
     Args:
         entries: the tensors, in the order of the param groups.
+        backend: one of ``kernels.BACKENDS``.
         shard_covers: see :class:`~sm3_dist.bucket.MaxBucket`.
         groups: process groups by ranks, made so far; new ones are added.
         publisher: brings the new weights to the other ranks, where parameters are replicated.
@@ -115,6 +116,7 @@ class StepPlan:
     def __init__(
         self,
         entries: Sequence[Entry],
+        backend: str,
         shard_covers: bool,
         groups: dict[tuple[int, ...], ProcessGroup],
         publisher: Publisher | None = None,
@@ -122,7 +124,8 @@ class StepPlan:
         self.entries = entries
         self.buckets = _buckets(entries, shard_covers, groups)
         self.publisher = publisher
-        self._stages = _stages(entries, publisher)
+        stages = _stages(entries, publisher)
+        self._stages = [(kernels.works(entries, backend), weights) for entries, weights in stages]
 
     def receive(self) -> None:
         """Bring the accumulators up to date with what the other ranks sent at the end of the last step."""
@@ -131,9 +134,9 @@ class StepPlan:
 
     def update(self, settings: Mapping[int, Settings]) -> None:
         """Update every entry, from the settings of its param group by ``id``. New weights leave as they are made."""
-        for entries, weights in self._stages:
-            for entry in entries:
-                entry.update(settings[id(entry.group)])
+        for works, weights in self._stages:
+            for work in works:
+                work.update(settings)
             if self.publisher is not None and weights is not None:
                 self.publisher.start(weights)
 
