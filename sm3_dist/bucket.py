@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,7 @@ class MaxBucket:
         wide = any(slot.accumulator.dtype == torch.float64 for slot in slots)
         self.dtype = torch.int64 if wide else torch.int32
         self.numel = sum(region.numel for slot in slots for region in slot.regions)
+        self._pieces = list(self._cut())
         # Accumulators of which every entry is shared need no storage of their own while the owners hold the entries.
         self._releasable = [
             slot.accumulator
@@ -115,18 +116,22 @@ class MaxBucket:
         if self.shard_covers:
             self._buffer = None
 
-    def _parts(self) -> list[tuple[Slot, Box, Tensor]]:
-        """For each shared rectangle what this rank stores of it, and the view of the buffer where that is sent."""
-        assert self._buffer is not None
-        parts, offset = [], 0
+    def _cut(self) -> Iterator[tuple[Slot, Box, Box, int]]:
+        """For each shared rectangle that this rank stores some of: that part, the rectangle, where it is sent."""
+        offset = 0
         for slot in self.slots:
             for region in slot.regions:
                 held = region & slot.stored
-                whole = self._buffer.narrow(0, offset, region.numel).view(region.shape)
                 if held.numel:
-                    parts.append((slot, held, whole[held.within(region)]))
+                    yield slot, held, region, offset
                 offset += region.numel
-        return parts
+
+    def _parts(self) -> Iterator[tuple[Slot, Box, Tensor]]:
+        """For each shared rectangle what this rank stores of it, and the view of the buffer where that is sent."""
+        assert self._buffer is not None
+        for slot, held, region, offset in self._pieces:
+            whole = self._buffer.narrow(0, offset, region.numel).view(region.shape)
+            yield slot, held, whole[held.within(region)]
 
 
 class SumBucket:

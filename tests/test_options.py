@@ -10,8 +10,11 @@ from layouts import LAYOUTS, Tensors, cases, full, give
 from test_layouts import STEPS, gradient
 from test_maths import gradients, trained
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from sm3_dist import SM3
+from sm3_dist.box import Box
 from sm3_dist.reference import ReferenceState, reference_step
 from sm3_dist.rms import LARGEST, Unit
 
@@ -77,6 +80,36 @@ def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
 @pytest.mark.parametrize(("name", "world_size"), [("fsdp2", 3), ("hsdp", 4), ("tp-2d", 4)])
 def test_equals_one_process_with_sharded_covers(workers: Pool, name: str, world_size: int) -> None:
     workers(world_size).run(compare_all_options, name, {"shard_covers": True})
+
+
+def what_fsdp2_shares() -> None:
+    """Two ranks with 8 rows each, then with 6 rows each; blocks of 4 rows."""
+    for rows, cut in ((16, ()), (12, (Box((1, 0), (2, 6)),))):
+        model = fully_shard(Tensors([(rows, 6)]))
+        optimizer = SM3(model.parameters(), cover_block=4)
+        (param,) = model.parameters()
+        give(param, torch.ones(rows, 6))
+        optimizer.step()
+        by_rows, by_columns = optimizer.state[param]["accumulator_0"], optimizer.state[param]["accumulator_1"]
+        (entry,) = optimizer._current_plan().entries
+        shared_rows, shared_columns = entry.shard.shared
+        assert shared_rows is None
+        assert isinstance(by_rows, DTensor)
+        assert by_rows.shape == (rows, 2)
+        if cut:
+            assert shared_columns is not None
+            assert shared_columns.regions == cut
+            assert by_columns.shape == (2, 6)  # neighbours both have row 1 of the three
+            assert not isinstance(by_columns, DTensor)
+        else:
+            assert shared_columns is None
+            assert optimizer._current_plan().buckets == []
+            assert isinstance(by_columns, DTensor)
+            assert by_columns.shape == (4, 6)
+
+
+def test_only_blocks_that_a_shard_edge_cuts_are_shared(workers: Pool) -> None:
+    workers(2).run(what_fsdp2_shares)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
