@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+Fitted = dict[Tensor, tuple[State, tuple[LocalShard, ...]]]
+"""States with the layout that each was made for."""
+
+
 class SM3(Optimizer):
     r"""SM3-II: adaptive learning rates from one small vector per tensor dimension, for whole and sharded parameters.
 
@@ -221,6 +225,7 @@ class SM3(Optimizer):
     def state(self, value: defaultdict[Tensor, State]) -> None:
         self._held_state = value
         self._plan: StepPlan | None = None
+        self._fitted: Fitted = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; see :meth:`torch.optim.Optimizer.add_param_group`. On every rank, if on any."""
@@ -249,11 +254,11 @@ class SM3(Optimizer):
         saved: dict[str, Any] = {}
 
         def keep_aside(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            saved.update(loaded, state=self._adopt(loaded))  # raises before anything is changed
+            saved["state"], saved["fitted"] = self._adopt(loaded)  # raises before anything is changed
             return {**loaded, "state": {}}
 
         def put_back(_: Optimizer) -> None:
-            self.state = saved["state"]
+            self.state, self._fitted = saved["state"], saved["fitted"]
             self._remember_positions()
 
         hooks = (
@@ -266,10 +271,11 @@ class SM3(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _adopt(self, loaded: dict[str, Any]) -> defaultdict[Tensor, State]:
+    def _adopt(self, loaded: dict[str, Any]) -> tuple[defaultdict[Tensor, State], Fitted]:
         if self._plan is not None:
             self._plan.receive()
         adopted: defaultdict[Any, State] = defaultdict(dict)
+        fitted: Fitted = {}
         params = dict(
             zip(
                 (key for group in loaded["param_groups"] for key in group["params"]),
@@ -288,10 +294,12 @@ class SM3(Optimizer):
         for key, value in loaded["state"].items():
             if key in params:
                 param, label, _ = params[key]
-                adopted[param] = adopt_state(value, param, self._describe(param, label, blocks[key]), label)
+                shards = self._describe(param, label, blocks[key])
+                adopted[param] = adopt_state(value, param, shards, label)
+                fitted[param] = (adopted[param], shards)
             else:
                 adopted[key] = value
-        return adopted
+        return adopted, fitted
 
     def __getstate__(self) -> dict[str, Any]:
         if self._replicas is not None:
@@ -346,17 +354,27 @@ class SM3(Optimizer):
             self._checks_left -= 1
 
     def _current_plan(self) -> StepPlan:
-        """The plan, made anew where parameters were added, exchanged, frozen or thawed."""
-        signature = tuple(
-            (_layout_options(group), *map(id, group["params"]), *map(_can_move, group["params"]))
-            for group in self.param_groups
-        )
-        if self._plan is None or signature != self._signature:
+        """The plan, made anew where parameters were added, exchanged, wrapped, frozen or thawed, or their state was."""
+        if self._plan is None or self._signature != self._sign():
             if self._plan is not None:
                 self._plan.receive()
             self._plan = self._make_plan()
-            self._signature = signature
+            self._signature = self._sign()
         return self._plan
+
+    def _sign(self) -> tuple[Any, ...]:
+        """What the plan depends on. ``_fitted`` keeps the states alive, so that no other gets the same id."""
+        held = self._held_state
+        return tuple(
+            (
+                _layout_options(group),
+                *map(id, group["params"]),
+                *map(id, map(held.get, group["params"])),
+                *map(_can_move, group["params"]),
+                *(p.shape for p in group["params"]),
+            )
+            for group in self.param_groups
+        )
 
     def _make_plan(self) -> StepPlan:
         self._flattened.read()
@@ -371,7 +389,7 @@ class SM3(Optimizer):
             for index, param in enumerate(group["params"]):
                 if not (_can_move(param) or param in self._held_state):
                     continue
-                state = self._held_state[param]
+                state = self._fitting_state(param, shards[param], _label(group, g, index))
                 fill_state(state, param, shards[param], group)
                 buffer = adapters.local(state["momentum_buffer"]) if group["momentum"] > 0 else None
                 for shard in shards[param]:
@@ -387,6 +405,21 @@ class SM3(Optimizer):
         if self._replicas is not None:
             publisher = Publisher(self._replicas.group, self._replicas.partitions, _can_move)
         return StepPlan(entries, self.backend, self.shard_covers, self._groups, publisher)
+
+    def _fitting_state(self, param: Tensor, shards: tuple[LocalShard, ...], label: str) -> State:
+        """The state of a parameter, if it fits the layout. One that somebody else put there is copied in our types."""
+        state = self._held_state[param]
+        fitted = self._fitted.get(param)
+        if fitted is None or fitted[0] is not state:
+            state = self._held_state[param] = adopt_state(state, param, shards, label) if state else state
+        elif [shard.signature for shard in fitted[1]] != [shard.signature for shard in shards]:
+            raise ValueError(
+                f"{label} is laid out otherwise than when its state was made: it was {fitted[1][0].signature} and is "
+                f"{shards[0].signature}. Make a new optimizer after wrapping a model or changing its covers, and move "
+                "the state through a checkpoint."
+            )
+        self._fitted[param] = (state, shards)
+        return state
 
     def _follow_exchanged_params(self) -> None:
         """Hand on the state of parameters that somebody replaced in ``param_groups``, as accelerate does."""

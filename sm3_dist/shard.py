@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -93,6 +93,11 @@ class LocalShard:
             object.__setattr__(self, "extent", bounding(self.boxes, len(self.shape)))
         if not self.shared:
             object.__setattr__(self, "shared", (None,) * len(self.shape))
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What state is made for: the same on every rank, and for as long as the layout stays."""
+        return (self.shape, self.layout, self.cover_block)
 
     @property
     def numel(self) -> int:

@@ -1,0 +1,82 @@
+"""Flattened parameters: weights and state equal one process's to the last bit, through each real wrapper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from flat_layouts import LAYOUTS, FlatLayout, Model, cases, clean, exact_gradient
+from harness import Pool
+from torch import Tensor
+
+from sm3_dist import SM3
+from sm3_dist.reference import ReferenceState, reference_step
+
+STEPS = 5
+OPTIONS: list[dict[str, Any]] = [
+    {"momentum": 0.0, "beta": 0.0, "weight_decay": 0.0},
+    {"momentum": 0.9, "beta": 0.95, "weight_decay": 0.1},
+]
+
+
+def wanted(layout: FlatLayout, step: int, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The gradients of a step. Some tensors have none now and then, and some blocks as a whole."""
+    if layout.complete:
+        return {name: exact_gradient(step, name, shape) for name, shape in shapes.items()}
+    absent = {name for number, name in enumerate(shapes) if (step + number) % 4 == 3}
+    absent |= {name for name in shapes if step == 3 and name.startswith("blocks.0.")}
+    return {name: exact_gradient(step, name, shape) for name, shape in shapes.items() if name not in absent}
+
+
+def received(layout: FlatLayout, grads: dict[str, Tensor], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """What the wrapper makes of it: zeros for the tensors that were flattened together with one that has a gradient."""
+    units = {layout.unit(name) for name in grads}
+    return grads | {
+        name: torch.zeros(shape) for name, shape in shapes.items() if name not in grads and layout.unit(name) in units
+    }
+
+
+def compare_with_reference(name: str, options: dict[str, Any], **keywords: Any) -> None:
+    layout = LAYOUTS[name]
+    whole = {key: weight.detach().clone() for key, weight in Model(layout.blocks).named_parameters()}
+    shapes = {key: weight.shape for key, weight in whole.items()}
+    states = {key: ReferenceState.zeros(weight) for key, weight in whole.items()}
+    model = layout.wrap(Model(layout.blocks))
+    optimizer = SM3(model.named_parameters(), lr=0.3, model=model, **options, **keywords)
+    for step in range(STEPS):
+        grads = wanted(layout, step, shapes)
+        if grads:
+            model(grads).backward()
+        optimizer.step()
+        optimizer.zero_grad(layout.set_to_none)
+        for key, grad in received(layout, grads, shapes).items():
+            reference_step(whole[key], grad, states[key], lr=0.3, **options)
+    for key, weight in layout.gather(model).items():
+        assert torch.equal(weight, whole[key]), f"{name}, {options}, {key}"
+    compare_states(optimizer, states, options)
+
+
+def compare_states(optimizer: SM3, states: dict[str, ReferenceState], options: dict[str, Any]) -> None:
+    """What this rank holds of accumulators and momentum are the slices of the reference's that it says they are."""
+    assert optimizer.state  # waits for what is on its way
+    for entry in optimizer._current_plan().entries:
+        (state,) = [states[key] for key in states if f"({key})" in entry.label or f"'{key}'" in clean(entry.label)]
+        for i, (part, stored) in enumerate(zip(entry.accumulators, entry.shard.stored, strict=True)):
+            expected = state.accumulators[i][stored.start[i] : stored.stop[i]]
+            assert torch.equal(part.flatten(), expected), f"{entry.describe()}, accumulator {i}"
+        if options["momentum"]:
+            assert entry.momentum_buffer is not None
+            for box, moment in zip(entry.shard.boxes, entry.shard.state_views(entry.momentum_buffer), strict=True):
+                at = tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))
+                assert torch.equal(moment, state.momentum_buffer[at]), entry.describe()
+
+
+def compare_all_options(name: str) -> None:
+    for options in OPTIONS:
+        compare_with_reference(name, options)
+
+
+@pytest.mark.parametrize(("name", "world_size"), list(cases()))
+def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
+    workers(world_size).run(compare_all_options, name)
