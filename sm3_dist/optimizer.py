@@ -451,9 +451,9 @@ def _label(group: dict[str, Any], g: int, index: int) -> str:
 
 
 def _layout_options(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What the state, and so the plan, depends on."""
-    unit = tuple(group[key] for key in ("momentum", "beta", "nesterov", "bias_correction"))
-    return group["momentum"] > 0, group["cover_block"], unit if group["update_rms"] is not None else None
+    """What the state, and who works on it, depends on."""
+    on = (group["momentum"] > 0, group["update_rms"] is not None)
+    return *on, group["cover_block"], group["bias_correction"], group["nesterov"]
 
 
 def _can_move(param: Tensor) -> bool:

@@ -99,7 +99,7 @@ def reference_step(
         u = u * (1 - momentum) + state.momentum_buffer * momentum if nesterov else state.momentum_buffer
     if update_rms is not None:
         first = (1 - momentum) * (1 + momentum if nesterov else 1) / (1 if bias_correction else math.sqrt(1 - beta))
-        unit, largest = square_unit(u.numel(), beta)
+        unit, largest = square_unit(u.numel())
         mean = state.update_square_sum / (unit * u.numel()) if state.update_square_sum else first**2
         squares = (u * u * unit).clamp(max=largest).nan_to_num(nan=largest).round()
         state.update_square_sum = sum(map(int, squares.flatten().tolist())) or state.update_square_sum
@@ -112,14 +112,13 @@ def reference_step(
         state.accumulators = [_maximum(nu, i, cover_block) for i in range(max(k, 1))]
 
 
-def square_unit(numel: int, beta: float) -> tuple[float, float]:
-    """How many units make a square of 1, and the largest square of one element, in units.
+def square_unit(numel: int) -> tuple[float, float]:
+    """How many units make a square of 1, and the largest square of one element, in units: that of a length of 32.
 
-    ``numel`` elements of the largest square add up to at most ``2^62``, and an element of length
-    ``sqrt(2 / (1 - beta))``, which is longer than any, just fits.
+    ``numel`` elements of the largest square add up to at most ``2^62``.
     """
     largest = 2.0 ** (62 - math.ceil(math.log2(max(1, numel))))
-    return largest / 2 ** math.ceil(math.log2(2 / (1 - beta))), largest
+    return largest / 32**2, largest
 
 
 def _along(accumulator: Tensor, i: int, shape: torch.Size, block: int | None) -> Tensor:

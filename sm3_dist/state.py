@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sm3_dist import adapters
-from sm3_dist.rms import SquareSum, Unit
+from sm3_dist.rms import SquareSum, square_sum
 from sm3_dist.shard import WHOLE, LocalShard, accumulator_dtype
 
 State = dict[str, Any]
@@ -57,9 +56,7 @@ def local_square_sum(state: State, shard: LocalShard, group: Mapping[str, Any]) 
     """What ``update_rms`` goes by; ``None`` without."""
     if group["update_rms"] is None:
         return None
-    unit = Unit.of(shard.shape, group["momentum"], group["beta"], group["nesterov"], group["bias_correction"])
-    total = state[square_sum_key(shard)]
-    return SquareSum(unit, math.prod(shard.shape), torch.zeros_like(total), total)
+    return square_sum(shard.shape, state[square_sum_key(shard)])
 
 
 def adopt_state(loaded: Mapping[str, Any], param: Tensor, shards: Sequence[LocalShard], label: str) -> State:

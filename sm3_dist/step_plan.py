@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from sm3_dist import adapters, kernels
 from sm3_dist.bucket import MaxBucket, Slot, SumBucket
 from sm3_dist.publish import Parts, Publisher
-from sm3_dist.rms import SquareSum
+from sm3_dist.rms import SquareSum, first_rms
 from sm3_dist.shard import WHOLE, LocalShard, Peers
 from sm3_dist.update import Settings, update_rows, update_shard
 
@@ -85,7 +85,8 @@ class Entry:
         if self.group["bias_correction"]:
             settings = replace(settings, correction=1 / (1 - self.group["beta"] ** (self.step.item() + 1)))
         if self.squares is not None:
-            scale = self.squares.scale(self.group["update_rms"], self.accumulators[0].dtype)
+            first = first_rms(*(self.group[key] for key in ("momentum", "beta", "nesterov", "bias_correction")))
+            scale = self.squares.scale(self.group["update_rms"], first, self.accumulators[0].dtype)
             settings = replace(settings, scale=scale)
         return settings
 
