@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup, ReduceOp
 from sm3_dist.box import Box
 from sm3_dist.rms import SquareSum
 
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+"""The integer type as wide as a floating one."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Slot:
         So a maximum of integers is exact, the same in any order, and carries a NaN to every rank; the maximum of floats
         of a communication library may drop it.
         """
-        return self.accumulator.view(_BITS[self.accumulator.dtype])
+        return self.accumulator.view(BITS[self.accumulator.dtype])
 
 
 class MaxBucket:
@@ -112,7 +113,7 @@ class MaxBucket:
         else:
             return
         for slot, region, part in self._parts():
-            slot.bits[region.within(slot.stored)] = part.to(_BITS[slot.accumulator.dtype])
+            slot.bits[region.within(slot.stored)] = part.to(BITS[slot.accumulator.dtype])
         if self.shard_covers:
             self._buffer = None
 

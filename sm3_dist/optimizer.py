@@ -16,7 +16,7 @@ from sm3_dist.agreement import check_agreement
 from sm3_dist.publish import Publisher
 from sm3_dist.same_gradients import check_same_gradients, refuse_sparse_gradients
 from sm3_dist.shard import LocalShard
-from sm3_dist.state import State, adopt_state, fill_state, local_accumulators, local_square_sum
+from sm3_dist.state import State, adopt_state, fill_state, local_accumulators, local_square_sum, parameter_shaped
 from sm3_dist.step_plan import Entry, StepPlan, agreement_lines
 from sm3_dist.update import Settings
 
@@ -203,6 +203,7 @@ class SM3(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        blank = self._is_blank()
         plan = self._current_plan()
         self._flattened.check_sharded()
         # 1. Receive: the maxima that were on their way since the end of the last step.
@@ -210,6 +211,9 @@ class SM3(Optimizer):
         self._check_gradients()
         # 2. Update: every box from its slices of the accumulators.
         plan.update({id(group): _settings(group) for group in self.param_groups})
+        if blank:
+            for entry in plan.entries:
+                entry.step.zero_()
         # 3. Send: the new maxima travel while the next gradients are computed.
         plan.send()
         return loss
@@ -217,6 +221,8 @@ class SM3(Optimizer):
     @property
     def state(self) -> defaultdict[Tensor, State]:
         """The state of each parameter. Reading it waits for the maxima that are still on their way."""
+        if self._unshared:
+            self._current_plan()
         if self._plan is not None:
             self._plan.receive()
         return self._held_state
@@ -226,6 +232,22 @@ class SM3(Optimizer):
         self._held_state = value
         self._plan: StepPlan | None = None
         self._fitted: Fitted = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state by position, as this rank holds it; see :meth:`torch.optim.Optimizer.state_dict`.
+
+        Accumulators of flattened parameters (torch's FSDP1, fairscale) come as ``cover_minimum``, a tensor of the shape
+        of the local parameter from which they follow exactly: what ``FSDP.optim_state_dict`` can gather and cut.
+
+        Raises:
+            NotImplementedError: for flattened parameters with ``update_rms``.
+        """
+        result = super().state_dict()
+        for number, (param, label, group) in enumerate(self._labelled_params()):
+            if param in self._flattened and number in result["state"]:
+                shards = self._describe(param, label, group["cover_block"])
+                result["state"][number] = parameter_shaped(result["state"][number], param, shards, label)
+        return result
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; see :meth:`torch.optim.Optimizer.add_param_group`. On every rank, if on any."""
@@ -259,6 +281,7 @@ class SM3(Optimizer):
 
         def put_back(_: Optimizer) -> None:
             self.state, self._fitted = saved["state"], saved["fitted"]
+            self._unshared = any(param in self._flattened for param, _, _ in self._labelled_params())
             self._remember_positions()
 
         hooks = (
@@ -326,6 +349,7 @@ class SM3(Optimizer):
 
     def _forget_plan(self) -> None:
         self._plan = None
+        self._unshared = False  # whether accumulators are yet to be made maxima over all ranks
         self._signature: tuple[Any, ...] = ()
         self._groups: dict[tuple[int, ...], ProcessGroup] = {}
         self._positions: dict[tuple[int, int], Tensor] = {}
@@ -360,6 +384,9 @@ class SM3(Optimizer):
                 self._plan.receive()
             self._plan = self._make_plan()
             self._signature = self._sign()
+        if self._unshared:
+            self._unshared = False
+            self._plan.send()
         return self._plan
 
     def _sign(self) -> tuple[Any, ...]:
@@ -374,6 +401,18 @@ class SM3(Optimizer):
                 *(p.shape for p in group["params"]),
             )
             for group in self.param_groups
+        )
+
+    def _is_blank(self) -> bool:
+        """Whether this is the step that PyTorch's checkpoint code takes to have the state made: it does not count.
+
+        The first of all, at a learning rate of 0, with a gradient of 0 for every parameter.
+        """
+        if self._held_state or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        grads = [param.grad for group in self.param_groups for param in group["params"] if param.requires_grad]
+        return all(
+            grad is not None and not grad.is_sparse and not adapters.local(grad).count_nonzero() for grad in grads
         )
 
     def _make_plan(self) -> StepPlan:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sm3_dist import adapters
+from sm3_dist.minimum import read_minimum, write_minimum
 from sm3_dist.rms import SquareSum, square_sum
 from sm3_dist.shard import WHOLE, LocalShard, accumulator_dtype
 
@@ -63,17 +64,24 @@ def adopt_state(loaded: Mapping[str, Any], param: Tensor, shards: Sequence[Local
     """A copy of a loaded state, in the types and shapes of this optimizer, on the parameter's device.
 
     Also takes what torch-SM3 saved: accumulators of shape ``(1, n, 1)`` in the parameter's type, ``step`` an int,
-    ``momentum_buffer`` the float 0.0 where there was none, and only ``accumulator_0`` for sparse gradients.
+    ``momentum_buffer`` the float 0.0 where there was none, and only ``accumulator_0`` for sparse gradients. And what
+    :func:`parameter_shaped` made; accumulators of cut tensors are then yet to be shared.
 
     Raises:
         ValueError: if a tensor does not have the shape that this rank stores.
     """
     dtype = accumulator_dtype(param.dtype)
     state: State = {"step": torch.as_tensor(loaded.get("step", 0), dtype=torch.float32).detach().cpu().clone()}
+    minimum = loaded.get("cover_minimum")
+    if minimum is not None:
+        plain = adapters.local(_zero_momentum(param, shards))
+        minimum = _adopt(minimum, tuple(plain.shape), dtype, param, f"cover_minimum of {label}")
     for shard in shards:
         for i in range(len(shard.shape)):
             key = accumulator_key(shard, i)
-            if key in loaded:
+            if minimum is not None:
+                part = read_minimum(shard, minimum)[i].reshape(_local_shape(param, shard, i))
+            elif key in loaded:
                 part = _adopt(loaded[key], _local_shape(param, shard, i), dtype, param, f"{key} of {label}")
             elif shard.layout == WHOLE and accumulator_key(shard, 0) in loaded:
                 # The rows have covered everything so far: their maximum bounds the entries of the other dimensions.
@@ -95,6 +103,25 @@ def adopt_state(loaded: Mapping[str, Any], param: Tensor, shards: Sequence[Local
         plain.copy_(_adopt(buffer, tuple(plain.shape), dtype, param, f"momentum_buffer of {label}"))
         state["momentum_buffer"] = target
     return state
+
+
+def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard], label: str) -> State:
+    """The state in a form where every tensor has the shape of the parameter or none, as FSDP1 and fairscale want it.
+
+    Raises:
+        NotImplementedError: if there is a sum of squares, which they would take for one of the flat parameter.
+    """
+    if any(square_sum_key(shard) in state for shard in shards):
+        raise NotImplementedError(
+            f"{label} is flattened, and update_rms keeps a number for each tensor that is in it, which state_dict() "
+            "cannot say in a way that FullyShardedDataParallel understands. Save with "
+            "sm3_dist.checkpoint.get_optimizer_state_dict(model, optimizer)."
+        )
+    minimum = _zero_momentum(param, shards)
+    for shard in shards:
+        write_minimum(shard, local_accumulators(state, shard), minimum)
+    kept = {key: value for key, value in state.items() if key in ("step", "momentum_buffer")}
+    return {**kept, "cover_minimum": minimum}
 
 
 def _zero_momentum(param: Tensor, shards: Sequence[LocalShard]) -> Tensor:

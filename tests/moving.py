@@ -212,11 +212,11 @@ def weights(entry: Entry) -> list[tuple[Box, Tensor]]:
     return list(zip(entry.shard.boxes, entry.shard.views(local), strict=True))
 
 
-def spoil(wrapped: Wrapped) -> None:
+def spoil(wrapped: Wrapped, weights_too: bool = True) -> None:
     """Overwrite weights and state, so that whatever is not loaded shows."""
     canonical = Canonical(*wrapped)
     for entry in canonical.entries.values():
-        for _, part in weights(entry):
+        for _, part in weights(entry) if weights_too else []:
             part.fill_(-5)
         wrapped.optimizer._held_state[entry.param]["step"].fill_(-5)
         for slot in canonical.slots(entry).values():

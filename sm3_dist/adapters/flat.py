@@ -39,6 +39,10 @@ class Flattened:
                 if original.param is not None:
                     self._found[original.param] = (tensor, (original,))
 
+    def __contains__(self, param: Tensor) -> bool:
+        """Whether a wrapper flattened ``param``, or it stands for a part of what one flattened."""
+        return param in self._found
+
     def describe(self, param: Tensor, label: str, cover_block: int | None) -> tuple[LocalShard, ...] | None:
         """One shard for each original tensor in ``param``; ``None`` where nobody flattened it.
 
