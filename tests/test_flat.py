@@ -11,12 +11,14 @@ from harness import Pool
 from torch import Tensor
 
 from sm3_dist import SM3
+from sm3_dist.cover import grid
 from sm3_dist.reference import ReferenceState, reference_step
 
 STEPS = 5
 OPTIONS: list[dict[str, Any]] = [
     {"momentum": 0.0, "beta": 0.0, "weight_decay": 0.0},
     {"momentum": 0.9, "beta": 0.95, "weight_decay": 0.1},
+    {"momentum": 0.9, "beta": 0.95, "bias_correction": True, "nesterov": True, "update_rms": 0.2, "cover_block": 2},
 ]
 
 
@@ -41,7 +43,7 @@ def compare_with_reference(name: str, options: dict[str, Any], **keywords: Any) 
     layout = LAYOUTS[name]
     whole = {key: weight.detach().clone() for key, weight in Model(layout.blocks).named_parameters()}
     shapes = {key: weight.shape for key, weight in whole.items()}
-    states = {key: ReferenceState.zeros(weight) for key, weight in whole.items()}
+    states = {key: ReferenceState.zeros(weight, options.get("cover_block")) for key, weight in whole.items()}
     model = layout.wrap(Model(layout.blocks))
     optimizer = SM3(model.named_parameters(), lr=0.3, model=model, **options, **keywords)
     for step in range(STEPS):
@@ -63,8 +65,11 @@ def compare_states(optimizer: SM3, states: dict[str, ReferenceState], options: d
     for entry in optimizer._current_plan().entries:
         (state,) = [states[key] for key in states if f"({key})" in entry.label or f"'{key}'" in clean(entry.label)]
         for i, (part, stored) in enumerate(zip(entry.accumulators, entry.shard.stored, strict=True)):
-            expected = state.accumulators[i][stored.start[i] : stored.stop[i]]
-            assert torch.equal(part.flatten(), expected), f"{entry.describe()}, accumulator {i}"
+            whole = state.accumulators[i].view(grid(entry.shard.shape, i, entry.shard.cover_block))
+            expected = whole[tuple(map(slice, stored.start, stored.stop))]
+            assert torch.equal(part, expected), f"{entry.describe()}, accumulator {i}"
+        if entry.squares is not None and entry.shard.boxes:
+            assert entry.squares.total == state.update_square_sum, entry.describe()
         if options["momentum"]:
             assert entry.momentum_buffer is not None
             for box, moment in zip(entry.shard.boxes, entry.shard.state_views(entry.momentum_buffer), strict=True):
