@@ -181,6 +181,10 @@ class SM3(Optimizer):
         recipe: dict[str, Any] = {"momentum": 0.9, "beta": 0.95, "bias_correction": True}
         return cls(params, lr, **recipe | {"update_rms": 0.2, "cover_block": 32} | options)
 
+    # torch.amp.GradScaler looks for this. It then does not unscale the gradients, but sets ``grad_scale`` and
+    # ``found_inf`` for the time of a step.
+    _step_supports_amp_scaling = True
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -191,7 +195,9 @@ class SM3(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
-        Every rank must call it, whatever its gradients: the ranks exchange maxima in each step.
+        Every rank must call it, whatever its gradients: the ranks exchange maxima in each step. Under
+        ``torch.amp.GradScaler`` gradients are unscaled on the way, ``param.grad`` stays scaled, and nobody takes a step
+        if a gradient of any rank is not finite.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -206,17 +212,25 @@ class SM3(Optimizer):
         blank = self._is_blank()
         plan = self._current_plan()
         self._flattened.check_sharded()
+        if self._overflowed(plan):
+            return loss
         # 1. Receive: the maxima that were on their way since the end of the last step.
         plan.receive()
         self._check_gradients()
         # 2. Update: every box from its slices of the accumulators.
-        plan.update({id(group): _settings(group) for group in self.param_groups})
+        unscale = _inverse(getattr(self, "grad_scale", None))
+        plan.update({id(group): _settings(group, unscale) for group in self.param_groups})
         if blank:
             for entry in plan.entries:
                 entry.step.zero_()
         # 3. Send: the new maxima travel while the next gradients are computed.
         plan.send()
         return loss
+
+    def _overflowed(self, plan: StepPlan) -> bool:
+        """Whether a GradScaler found a gradient that is not finite, on any rank that holds part of these tensors."""
+        found = getattr(self, "found_inf", None)
+        return found is not None and plan.on_any_rank(bool(found))
 
     @property
     def state(self) -> defaultdict[Tensor, State]:
@@ -500,12 +514,20 @@ def _can_move(param: Tensor) -> bool:
     return param.requires_grad or param.grad is not None
 
 
-def _settings(group: dict[str, Any]) -> Settings:
+def _inverse(grad_scale: Tensor | None) -> float | Tensor | None:
+    """What unscales gradients: as ``GradScaler.unscale_`` has it, rounded once to float32."""
+    if grad_scale is None:
+        return None
+    inverse = grad_scale.double().reciprocal().float().reshape(())
+    return inverse.item() if inverse.device.type == "cpu" else inverse
+
+
+def _settings(group: dict[str, Any], unscale: float | Tensor | None) -> Settings:
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.item() if lr.device.type == "cpu" else lr.reshape(())
     names = ("momentum", "beta", "eps", "weight_decay", "maximize", "nesterov")
-    return Settings(lr, **{name: group[name] for name in names})
+    return Settings(lr, **{name: group[name] for name in names}, unscale=unscale)
 
 
 def _validate(group: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
@@ -123,6 +124,7 @@ class StepPlan:
         publisher: Publisher | None = None,
     ) -> None:
         self.entries = entries
+        self._groups = groups
         self.buckets = _buckets(entries, shard_covers, groups)
         self.publisher = publisher
         stages = _stages(entries, publisher)
@@ -140,6 +142,19 @@ class StepPlan:
                 work.update(settings)
             if self.publisher is not None and weights is not None:
                 self.publisher.start(weights)
+
+    def on_any_rank(self, found: bool) -> bool:
+        """Whether ``found`` is true on any rank that holds part of these tensors. A collective, and the host waits."""
+        holders = {tuple(sorted(entry.shard.ranks)): entry for entry in self.entries if entry.shard.ranks}
+        for ranks in sorted(holders, key=lambda ranks: (len(ranks), ranks)):  # smaller sets lie within larger ones
+            if ranks not in self._groups:
+                everyone = ranks == tuple(range(dist.get_world_size()))
+                group = dist.group.WORLD if everyone else dist.new_group(ranks, use_local_synchronization=True)
+                self._groups[ranks] = group
+            flag = torch.tensor(float(found), device=adapters.local(holders[ranks].param).device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups[ranks])
+            found = bool(flag)
+        return found
 
     def send(self) -> None:
         """Send the new maxima, and wait for the weights that other ranks updated."""

@@ -31,6 +31,7 @@ class Settings:
         correction: what corrects ``nu`` for having started at zero, ``1 / (1 - beta^t)``; 1 for no correction.
         scale: what the update after momentum is multiplied with before it is cut off at 1 either way; ``None``:
             neither. A float or a 0-dimensional tensor of the type and device of the accumulators.
+        unscale: what gradients are multiplied with first, the inverse of the loss scale; ``None``: nothing.
     """
 
     lr: float | Tensor
@@ -42,6 +43,7 @@ class Settings:
     nesterov: bool = False
     correction: float = 1.0
     scale: float | Tensor | None = None
+    unscale: float | Tensor | None = None
 
 
 def update_box(
@@ -68,6 +70,8 @@ def update_box(
     """
     s = settings
     grad = grad.to(covers[0].dtype)
+    if s.unscale is not None:
+        grad = grad * s.unscale
     nu = grad * grad
     floor = covers[0]
     for cover in covers[1:]:

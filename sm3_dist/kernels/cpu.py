@@ -351,5 +351,5 @@ def _write(target: Any, s: Settings) -> None:
     target.decay = 1 - lr * s.weight_decay
     target.fresh = (1 - s.momentum if s.momentum else 1.0) * (-1 if s.maximize else 1)
     target.beta, target.one_minus_beta = (s.beta, 1 - s.beta) if s.beta > 0 else (1.0, 1.0)
-    target.unscale = 1.0
+    target.unscale = 1.0 if s.unscale is None else float(s.unscale)
     target.simple = not (s.maximize and not s.momentum) and target.decay == 1 and s.beta == 0 and target.unscale == 1
