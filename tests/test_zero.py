@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,13 @@ from sm3_dist.cover import grid
 from sm3_dist.shard import LocalShard
 
 WORLDS = [2, 3, 4]
+PUBLISHING: dict[str, dict[str, Any]] = {
+    "one-bucket": {"BUCKET_BYTES": publish.BUCKET_BYTES},
+    "small-buckets": {"BUCKET_BYTES": 300, "IN_PLACE_BYTES": 40},  # some in place and some packed
+    "in-place": {"BUCKET_BYTES": 300, "IN_PLACE_BYTES": 1},
+    "all-gather": {"Broadcasts": publish.Gather},  # as on a GPU; gloo can do it too
+    "small-all-gathers": {"Broadcasts": publish.Gather, "BUCKET_BYTES": 300},
+}
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"momentum": 0.9},
@@ -106,52 +114,45 @@ def assert_replicas(digests: list[Any]) -> None:
     assert len(set(digests)) == 1, "the replicas differ"
 
 
-def train_beside_one_process(
-    params: Sequence[nn.Parameter], bucket_bytes: int = publish.BUCKET_BYTES, **keywords: Any
-) -> str:
-    """Train ``params`` with, and copies of them without, ``shard_over``."""
-    publish.BUCKET_BYTES = bucket_bytes
+def train_beside_one_process(params: Sequence[nn.Parameter], publishing: dict[str, Any], **keywords: Any) -> str:
+    """Train ``params`` with, and copies of them without, ``shard_over``, where ``publish`` has these attributes."""
     keywords = {"shard_over": dist.group.WORLD, **keywords}
     alone_keywords = {k: v for k, v in keywords.items() if k not in ("shard_over", "shard_covers")}
     whole = copies(params)
     sharded, alone = SM3(params, **keywords), SM3(whole, **alone_keywords)
-    for step in range(5):
-        give(params, step)
-        give(whole, step)
-        sharded.step()
-        alone.step()
-        assert_same(params, whole, sharded, alone, where=(step, keywords))
+    with patch.multiple(publish, **publishing):
+        for step in range(5):
+            give(params, step)
+            give(whole, step)
+            sharded.step()
+            alone.step()
+            assert_same(params, whole, sharded, alone, where=(step, keywords))
     return digest(params)
 
 
-def all_options(bucket_bytes: int, in_place_bytes: int) -> str:
-    publish.IN_PLACE_BYTES = in_place_bytes
+def all_options(publishing: dict[str, Any]) -> str:
     for options in OPTIONS:
-        result = train_beside_one_process(params_of(), bucket_bytes, lr=0.3, **options)
+        result = train_beside_one_process(params_of(), publishing, lr=0.3, **options)
     return result
 
 
-@pytest.mark.parametrize(("bucket_bytes", "in_place_bytes"), [(25_000_000, 1 << 16), (300, 1), (300, 40), (8, 1)])
-@pytest.mark.parametrize("world_size", [1, *WORLDS])
-def test_equals_one_process(workers: Pool, world_size: int, bucket_bytes: int, in_place_bytes: int) -> None:
-    """Whether a bucket holds everything or two elements."""
-    assert_replicas(workers(world_size).run(all_options, bucket_bytes, in_place_bytes))
-
-
-def with_all_gather(bucket_bytes: int) -> str:
-    """As on a GPU. Gloo can do it too."""
-    publish.Broadcasts = publish.Gather  # type: ignore[misc, assignment]
-    return train_beside_one_process(params_of(), bucket_bytes, momentum=0.9)
-
-
-@pytest.mark.parametrize("bucket_bytes", [25_000_000, 300])
+@pytest.mark.parametrize("publishing", list(PUBLISHING.values()), ids=list(PUBLISHING))
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_equals_one_process_with_all_gathers(workers: Pool, world_size: int, bucket_bytes: int) -> None:
-    assert_replicas(workers(world_size).run(with_all_gather, bucket_bytes))
+def test_equals_one_process(workers: Pool, world_size: int, publishing: dict[str, Any]) -> None:
+    assert_replicas(workers(world_size).run(all_options, publishing))
+
+
+def two_elements_at_a_time() -> str:
+    return train_beside_one_process(params_of([(5, 3), (4,), (2, 3, 2)]), {"BUCKET_BYTES": 8, "IN_PLACE_BYTES": 8})
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_equals_one_process_two_elements_at_a_time(workers: Pool, world_size: int) -> None:
+    assert_replicas(workers(world_size).run(two_elements_at_a_time))
 
 
 def with_sharded_covers() -> str:
-    return train_beside_one_process(params_of(), momentum=0.9, shard_covers=True)
+    return train_beside_one_process(params_of(), PUBLISHING["one-bucket"], momentum=0.9, shard_covers=True)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -159,22 +160,20 @@ def test_equals_one_process_with_sharded_covers(workers: Pool, world_size: int) 
     assert_replicas(workers(world_size).run(with_sharded_covers))
 
 
-def mixed_types(bucket_bytes: int, in_place_bytes: int) -> str:
-    publish.IN_PLACE_BYTES = in_place_bytes
+def mixed_types(publishing: dict[str, Any]) -> str:
     kinds = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
     params = [p for kind in kinds for p in params_of([(5, 7), (3,), (4, 3, 5)], kind)]
-    return train_beside_one_process(params[::2] + params[1::2], bucket_bytes, momentum=0.9)
+    return train_beside_one_process(params[::2] + params[1::2], publishing, momentum=0.9)
 
 
-@pytest.mark.parametrize(("bucket_bytes", "in_place_bytes"), [(25_000_000, 1), (100, 16)])
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_types_mix(workers: Pool, world_size: int, bucket_bytes: int, in_place_bytes: int) -> None:
-    assert_replicas(workers(world_size).run(mixed_types, bucket_bytes, in_place_bytes))
+@pytest.mark.parametrize("publishing", list(PUBLISHING.values()), ids=list(PUBLISHING))
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_types_mix(workers: Pool, world_size: int, publishing: dict[str, Any]) -> None:
+    assert_replicas(workers(world_size).run(mixed_types, publishing))
 
 
-def strided(bucket_bytes: int) -> str:
+def strided(publishing: dict[str, Any]) -> str:
     """Transposed, with gaps, channels last: the ranges are those of the tensors, whatever lies where in memory."""
-    publish.IN_PLACE_BYTES = 1
     params = params_of([(9, 6), (5, 11), (4, 3, 2, 5), (10, 8)])
     transposed, gaps, channels_last, plain = (param.detach() for param in params)
     wide = torch.zeros(5, 40)
@@ -182,15 +181,15 @@ def strided(bucket_bytes: int) -> str:
     strided = [transposed.t(), wide[:, 3:36:3], channels_last.contiguous(memory_format=torch.channels_last), plain]
     params = [nn.Parameter(tensor) for tensor in strided]
     assert [param.is_contiguous() for param in params] == [False, False, False, True]
-    result = train_beside_one_process(params, bucket_bytes, momentum=0.9, beta=0.9)
+    result = train_beside_one_process(params, publishing, momentum=0.9, beta=0.9)
     assert wide[:, [0, 1, 2, 4, 5, 37]].count_nonzero() == 0
     return result
 
 
-@pytest.mark.parametrize("bucket_bytes", [25_000_000, 200])
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_parameters_need_not_be_contiguous(workers: Pool, world_size: int, bucket_bytes: int) -> None:
-    assert_replicas(workers(world_size).run(strided, bucket_bytes))
+@pytest.mark.parametrize("publishing", list(PUBLISHING.values()), ids=list(PUBLISHING))
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_parameters_need_not_be_contiguous(workers: Pool, world_size: int, publishing: dict[str, Any]) -> None:
+    assert_replicas(workers(world_size).run(strided, publishing))
 
 
 def groups_come_and_go() -> str:
@@ -276,7 +275,9 @@ def test_resumes_from_its_state_dict(workers: Pool) -> None:
 
 
 def on_a_mesh() -> str:
-    return train_beside_one_process(params_of(), shard_over=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return train_beside_one_process(
+        params_of(), PUBLISHING["one-bucket"], shard_over=init_device_mesh("cpu", (dist.get_world_size(),))
+    )
 
 
 def test_a_mesh_in_place_of_the_group(workers: Pool) -> None:
@@ -286,7 +287,9 @@ def test_a_mesh_in_place_of_the_group(workers: Pool) -> None:
 def on_subgroups() -> str:
     """Replicated over 4 ranks, sharded over 2 of them."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
-    return train_beside_one_process(params_of(), 300, momentum=0.9, shard_over=mesh["shard"].get_group())
+    return train_beside_one_process(
+        params_of(), PUBLISHING["one-bucket"], momentum=0.9, shard_over=mesh["shard"].get_group()
+    )
 
 
 def test_subgroups(workers: Pool) -> None:
@@ -441,12 +444,12 @@ def test_refuses_what_it_cannot_do(workers: Pool) -> None:
 
 def sparse() -> None:
     """With more buckets than are sent without waiting: a rank that has nothing to do with the table must raise too."""
-    publish.BUCKET_BYTES = 100
     table = nn.Embedding(6, 4, sparse=True)
     table(torch.tensor([1, 3])).sum().backward()
     params = params_of([(20, 9), (12, 12)])
     give(params, 0)
-    SM3([*params, *table.parameters()], shard_over=dist.group.WORLD).step()
+    with patch.object(publish, "BUCKET_BYTES", 100):
+        SM3([*params, *table.parameters()], shard_over=dist.group.WORLD).step()
 
 
 def test_sparse_gradients_are_refused_on_every_rank(workers: Pool) -> None:
