@@ -39,12 +39,14 @@ def received(layout: FlatLayout, grads: dict[str, Tensor], shapes: dict[str, tor
     }
 
 
-def compare_with_reference(name: str, options: dict[str, Any], **keywords: Any) -> None:
+def compare_with_reference(
+    name: str, options: dict[str, Any], dtype: torch.dtype = torch.float32, **keywords: Any
+) -> None:
     layout = LAYOUTS[name]
-    whole = {key: weight.detach().clone() for key, weight in Model(layout.blocks).named_parameters()}
+    whole = {key: weight.detach().clone() for key, weight in Model(layout.blocks, dtype).named_parameters()}
     shapes = {key: weight.shape for key, weight in whole.items()}
     states = {key: ReferenceState.zeros(weight, options.get("cover_block")) for key, weight in whole.items()}
-    model = layout.wrap(Model(layout.blocks))
+    model = layout.wrap(Model(layout.blocks, dtype))
     optimizer = SM3(model.named_parameters(), lr=0.3, model=model, **options, **keywords)
     for step in range(STEPS):
         grads = wanted(layout, step, shapes)
@@ -53,7 +55,7 @@ def compare_with_reference(name: str, options: dict[str, Any], **keywords: Any) 
         optimizer.step()
         optimizer.zero_grad(layout.set_to_none)
         for key, grad in received(layout, grads, shapes).items():
-            reference_step(whole[key], grad, states[key], lr=0.3, **options)
+            reference_step(whole[key], grad.to(dtype), states[key], lr=0.3, **options)
     for key, weight in layout.gather(model).items():
         assert torch.equal(weight, whole[key]), f"{name}, {options}, {key}"
     compare_states(optimizer, states, options)
@@ -85,3 +87,25 @@ def compare_all_options(name: str) -> None:
 @pytest.mark.parametrize(("name", "world_size"), list(cases()))
 def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
     workers(world_size).run(compare_all_options, name)
+
+
+def compare_sharded_covers(name: str) -> None:
+    for options in OPTIONS:
+        compare_with_reference(name, options, shard_covers=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size"), [("fsdp1-nested", 3), ("fsdp1-flat-hybrid-shard", 4), ("fairscale-nested", 2)]
+)
+def test_equals_one_process_with_sharded_covers(workers: Pool, name: str, world_size: int) -> None:
+    workers(world_size).run(compare_sharded_covers, name)
+
+
+def compare_dtypes(name: str) -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        compare_with_reference(name, OPTIONS[1], dtype)
+
+
+@pytest.mark.parametrize("name", ["fsdp1-nested", "fsdp1-flat-nested"])
+def test_equals_one_process_in_other_types(workers: Pool, name: str) -> None:
+    workers(2).run(compare_dtypes, name)

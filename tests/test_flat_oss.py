@@ -46,9 +46,7 @@ def wrapped(names: bool) -> tuple[nn.Module, Any]:
     model = Model()
     params = model.named_parameters() if names else model.parameters()
     oss = OSS(params, optim=SM3, **OPTIONS)
-    if (
-        dist.get_world_size() == 3
-    ):  # ShardedDataParallel multiplies by 1/3, which rounds; all have equal gradients
+    if dist.get_world_size() == 3:  # ShardedDataParallel multiplies by 1/3, which rounds; all have equal gradients
         return Whole(model), oss
     return ShardedDataParallel(model, oss), oss
 

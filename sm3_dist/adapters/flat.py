@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sm3_dist.adapters.flat_metadata import FlatTensor, Original, flat_tensors, held, is_flattened
 from sm3_dist.box import Box, flat_boxes
-from sm3_dist.ranges import shared_entries
+from sm3_dist.ranges import Range, shared_entries
 from sm3_dist.shard import LocalShard, Peers, Shared
 
 
@@ -56,7 +56,7 @@ class Flattened:
         if param not in self._found:
             raise ValueError(self._how_to_pass_the_model(label))
         tensor, originals = self._found[param]
-        return tuple(_describe(tensor, original, cover_block) for original in originals)
+        return tuple(shard_of(tensor, original, cover_block) for original in originals)
 
     def check_sharded(self) -> None:
         """Raise unless every rank holds its part, and no more, of each flat tensor.
@@ -85,56 +85,57 @@ class Flattened:
         )
 
 
-def _describe(tensor: FlatTensor, original: Original, cover_block: int | None) -> LocalShard:
-    """What this rank holds of one original tensor."""
+def shard_of(tensor: FlatTensor, original: Original, cover_block: int | None = None) -> LocalShard:
+    """What this rank holds of one original tensor.
+
+    Args:
+        tensor: the flat tensor.
+        original: one of those in it.
+        cover_block: indices per block of the covers, ``None`` for whole slices.
+
+    Raises:
+        NotImplementedError: if the original is itself part of a larger tensor.
+    """
     if original.extension:
         raise NotImplementedError(
             f"{original.name} is itself the shard of a DTensor, flattened by {tensor.wrapper}. Combine tensor "
             "parallelism with FSDP2 (torch.distributed.fsdp.fully_shard) instead."
         )
     shape, separate = original.shape or (1,), original.param is not None
-    if tensor.group is None and separate:
+    if tensor.peers is None and separate:
         return LocalShard(shape, (Box.whole(shape),), cover_block=cover_block)
-    rank = tensor.group.rank() if tensor.group is not None else 0
+    ranks = tensor.peers.ranks if tensor.peers is not None else ()
     order = original.order or tuple(range(len(shape)))
-    start, stop = held(original, tensor.part, rank)
+    start, stop = held(original, tensor.part, tensor.rank)
+    everywhere = [held(original, tensor.part, rank) for rank in _holders(tensor, original)]
+    cut = tensor.peers if len(everywhere) > 1 else None
     return LocalShard(
         shape,
         tuple(_restored(box, order) for box in flat_boxes([shape[d] for d in order], start, stop)),
-        flat_start=0 if separate else max(0, original.start - rank * tensor.part),
+        flat_start=0 if separate else max(0, original.start - tensor.rank * tensor.part),
         flat_numel=stop - start if separate else tensor.part,
         order=original.order,
-        shared=_shared(tensor, original, order, cover_block),
-        ranks=tensor.ranks,
-        layout=f"at {original.start} of a flat tensor in parts of {tensor.part} over ranks {list(tensor.ranks)}",
+        shared=_shared(shape, order, everywhere, cut, cover_block) if cut is not None else (),
+        ranks=ranks,
+        layout=f"at {original.start} of a flat tensor in parts of {tensor.part} over ranks {list(ranks)}",
         name="" if separate else original.name,
         cover_block=cover_block,
-        holders=_peers(tensor) if len(_parts(tensor, original)) > 1 else None,
+        holders=cut,
     )
 
 
-def _parts(tensor: FlatTensor, original: Original) -> range:
-    """The ranks of the group that hold some of an original tensor."""
-    if tensor.group is None or original.numel == 0:
+def _holders(tensor: FlatTensor, original: Original) -> range:
+    """The numbers of the parts in which an original tensor lies."""
+    if original.numel == 0:
         return range(0)
     return range(original.start // tensor.part, (original.start + original.numel - 1) // tensor.part + 1)
 
 
-def _peers(tensor: FlatTensor) -> Peers:
-    group = tensor.group
-    assert group is not None
-    return Peers(tensor.ranks, lambda: group)
-
-
 def _shared(
-    tensor: FlatTensor, original: Original, order: Sequence[int], cover_block: int | None
+    shape: Sequence[int], order: Sequence[int], ranges: Sequence[Range], peers: Peers, cover_block: int | None
 ) -> tuple[Shared | None, ...]:
-    """For each accumulator the entries that two or more parts touch."""
-    ranges = [held(original, tensor.part, part) for part in _parts(tensor, original)]
-    if len(ranges) < 2:
-        return ()
-    shape = original.shape or (1,)
-    shared = shared_entries([shape[d] for d in order], ranges, _peers(tensor), cover_block)
+    """For each accumulator the entries that two or more of the ranges touch."""
+    shared = shared_entries([shape[d] for d in order], ranges, peers, cover_block)
     in_order = (shared[order.index(i)] for i in range(len(shape)))
     return tuple(s and Shared(s.peers, tuple(_restored(box, order) for box in s.regions)) for s in in_order)
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from sm3_dist.shard import Peers
+
 # The attributes that are read, by package and by the object that has them.
 _TORCH_MODULE = ("_handle",)
 _TORCH_HANDLE = ("flat_param", "process_group", "uses_sharded_strategy", "_use_orig_params")
@@ -77,7 +79,8 @@ class FlatTensor:
         param: the wrapper's parameter, of which this rank usually holds its part.
         originals: what it consists of, in the order of their positions.
         part: number of elements of a part, padding included.
-        group: the ranks that have a part each; ``None`` where every rank holds the whole.
+        peers: the ranks that have a part each, in this order; ``None`` where every rank holds the whole.
+        rank: the number of this rank's part.
         wrapper: what error messages call the wrapper.
         gathers_idle: whether ``param`` may hold the whole at a step, if it has no gradient.
     """
@@ -85,14 +88,10 @@ class FlatTensor:
     param: Tensor
     originals: tuple[Original, ...]
     part: int
-    group: ProcessGroup | None
+    peers: Peers | None
+    rank: int
     wrapper: str
     gathers_idle: bool = False
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """The global ranks that have a part each, in the order of the parts."""
-        return tuple(dist.get_process_group_ranks(self.group)) if self.group is not None else ()
 
     @property
     def gathered(self) -> bool:
@@ -127,7 +126,7 @@ def _of_torch(path: str, module: FullyShardedDataParallel) -> Iterator[FlatTenso
         return
     flat: Any = _check(handle, _TORCH_HANDLE, "torch").flat_param
     _check(flat, (*_TORCH_FLAT_TENSOR, *_TORCH_ORIGINALS), "torch")
-    cut, separate = handle.uses_sharded_strategy, handle._use_orig_params
+    separate = handle._use_orig_params
     starts, position = [], 0
     for numel, is_padding in zip(flat._numels_with_padding, flat._is_padding_mask, strict=True):
         if not is_padding:
@@ -150,7 +149,7 @@ def _of_torch(path: str, module: FullyShardedDataParallel) -> Iterator[FlatTenso
         for i, name in enumerate(flat._fqns)
     )
     part = flat._sharded_size.numel()
-    rank = handle.process_group.rank() if cut else 0
+    peers, rank = _place(handle.process_group if handle.uses_sharded_strategy else None)
     for original, info in zip(originals, flat._shard_param_infos, strict=True):
         _check(info, _TORCH_INFO, "torch")
         expected = held(original, part, rank)
@@ -164,7 +163,7 @@ def _of_torch(path: str, module: FullyShardedDataParallel) -> Iterator[FlatTenso
                 f"torch {metadata.version('torch')} says that rank {rank} holds elements {kept} of {original.name}, "
                 f"and sm3_dist reckons {expected}: this version lays out flat parameters in a way not known here."
             )
-    yield FlatTensor(flat, originals, part, handle.process_group if cut else None, "FullyShardedDataParallel of torch")
+    yield FlatTensor(flat, originals, part, peers, rank, "FullyShardedDataParallel of torch")
 
 
 def _of_fairscale(path: str, module: Any) -> Iterator[FlatTensor]:
@@ -188,10 +187,17 @@ def _of_fairscale(path: str, module: Any) -> Iterator[FlatTensor]:
             original = Original(_join(path, name), tuple(shape), position, param=alone, aliases=aliases)
             originals.append(original)
             position += original.numel
-        group = module.process_group if param._is_sharded else None
-        part = -(-position // (group.size() if group is not None else 1))
+        peers, rank = _place(module.process_group if param._is_sharded else None)
+        part = -(-position // (len(peers.ranks) if peers is not None else 1))
         wrapper = "FullyShardedDataParallel of fairscale"
-        yield FlatTensor(param, tuple(originals), part, group, wrapper, gathers_idle=True)
+        yield FlatTensor(param, tuple(originals), part, peers, rank, wrapper, gathers_idle=True)
+
+
+def _place(group: ProcessGroup | None) -> tuple[Peers | None, int]:
+    """The ranks that have a part each, and which this rank is among them."""
+    if group is None:
+        return None, 0
+    return Peers(tuple(dist.get_process_group_ranks(group)), lambda: group), group.rank()
 
 
 def held(original: Original, part: int, rank: int) -> tuple[int, int]:
