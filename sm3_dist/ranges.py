@@ -60,8 +60,8 @@ def shared_entries(
 def even_cuts(shapes: Sequence[Sequence[int]], parts: int) -> list[int]:
     """Where to cut the concatenation of tensors into ranges of equal size.
 
-    A cut moves to the next border between tensors, so that nothing is shared, or else between rows of a tensor, so that
-    no row is shared, if there is one so close that the ranges stay even within 1 %.
+    A cut moves to the next border between rows, so that no row is shared, if there is one so close that the ranges stay
+    even within 1 %; and to a border between tensors, so that nothing is shared, if that is at most a row further.
 
     Args:
         shapes: shape of each tensor.
@@ -71,10 +71,12 @@ def even_cuts(shapes: Sequence[Sequence[int]], parts: int) -> list[int]:
         the ``parts + 1`` ends of the ranges, the first 0 and the last the number of elements.
 
     Example:
-        >>> even_cuts([(100, 10), (100, 20)], 2)  # 10 elements per row, then 20; 1 % of 1500 is 15
-        [0, 1500, 3000]
-        >>> even_cuts([(101, 10), (99, 20)], 2)  # 1495 lies within a row of the second tensor
-        [0, 1490, 2990]
+        >>> even_cuts([(1000, 10), (1000, 20)], 2)  # the middle, 15000, is between rows of the second tensor
+        [0, 15000, 30000]
+        >>> even_cuts([(1001, 10), (999, 20)], 2)  # the middle, 14995, is within a row of the second tensor
+        [0, 14990, 29990]
+        >>> even_cuts([(1000, 10), (1001, 10)], 2)  # the border between the tensors is less than a row away
+        [0, 10000, 20010]
     """
     ends = list(accumulate(map(math.prod, shapes), initial=0))
     total = ends[-1]
@@ -90,8 +92,8 @@ def _near(cut: int, shapes: Sequence[Sequence[int]], ends: Sequence[int], slack:
     start, stop = ends[index], ends[index + 1]
     row = math.prod(shapes[index][1:])
     above = start + (cut - start) // row * row
-    for candidates in ((start, stop), (above, above + row)):
-        nearest = min(candidates, key=lambda place: abs(place - cut))
-        if abs(nearest - cut) <= slack:
+    for borders, limit in (((start, stop), min(slack, row)), ((above, above + row), slack)):
+        nearest = min(borders, key=lambda place: abs(place - cut))
+        if abs(nearest - cut) <= limit:
             return nearest
     return cut

@@ -31,6 +31,7 @@ def test_gpt2_is_cut_evenly_and_hardly_any_row_in_two(parts: int) -> None:
     sizes = [b - a for a, b in pairwise(cuts)]
     assert max(sizes) <= 1.01 * total / parts
     assert min(sizes) >= 0.99 * total / parts
+    assert max(sizes) - total / parts < 4096  # a row or two
     starts = [sum(map(math.prod, shapes[:k])) for k in range(len(shapes))]
     for cut in cuts[1:-1]:
         tensor = max(k for k, start in enumerate(starts) if start <= cut)
@@ -50,10 +51,11 @@ def test_cuts_are_even(shapes: list[tuple[int, ...]], parts: int) -> None:
         assert abs(stop - start - total / parts) <= max(1, 0.01 * total / parts)
 
 
-def test_a_cut_prefers_the_border_between_tensors() -> None:
-    """Even where a border between rows is nearer."""
-    assert even_cuts([(1000, 10), (1004, 10)], 2) == [0, 10000, 20040]  # the middle is 10020, itself between rows
-    assert even_cuts([(1000, 10), (1020, 10)], 2) == [0, 10100, 20200]  # the border is too far: 100 of at most 50
+def test_where_a_cut_moves() -> None:
+    assert even_cuts([(1000, 10), (1001, 10)], 2) == [0, 10000, 20010]  # 5 elements back, between the tensors
+    assert even_cuts([(1000, 10), (1003, 10)], 2) == [0, 10010, 20030]  # 5 back, as between the tensors is 15
+    assert even_cuts([(1000, 10), (1004, 10)], 2) == [0, 10020, 20040]  # stays, between rows
+    assert even_cuts([(50, 60)], 4) == [0, 750, 1500, 2250, 3000]  # the rows are long: 30 elements from 1 % of 750
 
 
 @given(
