@@ -75,7 +75,12 @@ class SM3(Optimizer):
             of an equal range of all parameters and updates that alone; a step ends when every rank has all new weights.
         shard_covers: store each shared accumulator entry on one rank alone. A step then begins with an all-gather and
             ends with a reduce-scatter that nothing hides, and to read ``state`` is a collective: do it on every rank.
-        momentum_dtype: type of the momentum buffer, if not that of the accumulators.
+        momentum_dtype: type of the momentum buffer, if not that of the accumulators: ``torch.float32`` or
+            ``torch.bfloat16``, for two bytes per element.
+        stochastic_rounding: round what is kept in bfloat16, weights and momentum, up or down with probabilities that
+            make it right on average, so that updates too small for bfloat16 are not lost. The random numbers belong to
+            the elements of the original tensors: the bits are the same under every layout and after a resume.
+        rounding_seed: another seed gives other random numbers; 64 bits.
         check_gradients: with ``shard_over``, in how many first steps to check that gradients are the same to the bit on
             every rank, as DistributedDataParallel leaves them; 0 for never.
         backend: ``"auto"``, ``"eager"``, ``"c"`` or ``"triton"``.
@@ -121,16 +126,19 @@ class SM3(Optimizer):
         shard_over: ProcessGroup | DeviceMesh | None = None,
         shard_covers: bool = False,
         momentum_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
         check_gradients: int = 3,
         backend: str = "auto",
     ) -> None:
-        if momentum_dtype is not None:
-            raise NotImplementedError("momentum_dtype= is not available in this version of sm3_dist. Leave it out.")
+        if momentum_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"momentum_dtype must be torch.float32, torch.bfloat16 or None, but is {momentum_dtype}")
         if backend not in kernels.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, kernels.BACKENDS))}, but is {backend!r}")
         if check_gradients < 0:
             raise ValueError(f"check_gradients must be a number of steps, at least 0, but is {check_gradients}")
         self.shard_covers = shard_covers
+        self.momentum_dtype = momentum_dtype
         self.backend = backend
         self._flattened = adapters.Flattened(model)
         self._replicas = None if shard_over is None else adapters.Replicas(shard_over)
@@ -147,6 +155,8 @@ class SM3(Optimizer):
             "nesterov": nesterov,
             "update_rms": update_rms,
             "cover_block": cover_block,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(params, defaults)
 
@@ -332,7 +342,7 @@ class SM3(Optimizer):
             if key in params:
                 param, label, _ = params[key]
                 shards = self._describe(param, label, blocks[key])
-                adopted[param] = adopt_state(value, param, shards, label)
+                adopted[param] = adopt_state(value, param, shards, label, self.momentum_dtype)
                 fitted[param] = (adopted[param], shards)
             else:
                 adopted[key] = value
@@ -343,6 +353,7 @@ class SM3(Optimizer):
             raise TypeError("SM3 with shard_over= holds a process group and cannot be pickled; save its state_dict()")
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups} | {
             "shard_covers": self.shard_covers,
+            "momentum_dtype": self.momentum_dtype,
             "backend": self.backend,
         }
 
@@ -437,19 +448,23 @@ class SM3(Optimizer):
         shards = {
             param: self._describe(param, label, group["cover_block"]) for param, label, group in self._labelled_params()
         }
+        numbers = self._flattened.numbered((param, shard.name) for param in shards for shard in shards[param])
         entries = []
         for g, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
                 if not (_can_move(param) or param in self._held_state):
                     continue
                 state = self._fitting_state(param, shards[param], _label(group, g, index))
-                fill_state(state, param, shards[param], group)
+                fill_state(state, param, shards[param], group, self.momentum_dtype)
                 buffer = adapters.local(state["momentum_buffer"]) if group["momentum"] > 0 else None
                 for shard in shards[param]:
                     accumulators = local_accumulators(state, shard)
                     label = _label(group, g, index) + (f" ({shard.name})" if shard.name else "")
                     squares = local_square_sum(state, shard, group)
-                    entries.append(Entry(param, group, shard, accumulators, buffer, state["step"], squares, label))
+                    number = numbers[param, shard.name]
+                    entries.append(
+                        Entry(param, group, shard, accumulators, buffer, state["step"], squares, label, number)
+                    )
         self._remember_positions()
         plans = agreement_lines(entries)
         if plans:
@@ -464,7 +479,9 @@ class SM3(Optimizer):
         state = self._held_state[param]
         fitted = self._fitted.get(param)
         if fitted is None or fitted[0] is not state:
-            state = self._held_state[param] = adopt_state(state, param, shards, label) if state else state
+            if state:
+                state = adopt_state(state, param, shards, label, self.momentum_dtype)
+            self._held_state[param] = state
         elif [shard.signature for shard in fitted[1]] != [shard.signature for shard in shards]:
             raise ValueError(
                 f"{label} is laid out otherwise than when its state was made: it was {fitted[1][0].signature} and is "
@@ -484,7 +501,8 @@ class SM3(Optimizer):
                     if self._replicas is not None:
                         self._replicas.exchange(old, param)
                     shards = self._describe(param, label, group["cover_block"])
-                    self._held_state[param] = adopt_state(self._held_state[old], param, shards, label)
+                    state = adopt_state(self._held_state[old], param, shards, label, self.momentum_dtype)
+                    self._held_state[param] = state
                     del self._held_state[old]
 
     def _remember_positions(self) -> None:
@@ -546,5 +564,13 @@ def _validate(group: dict[str, Any]) -> None:
     rms, block = group["update_rms"], group["cover_block"]
     if rms is not None and not 0.0 < rms < math.inf:
         raise ValueError(f"update_rms must be greater than 0 (or None), but is {rms}")
+    seed = group["rounding_seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise ValueError(f"rounding_seed must be an integer in [0, 2^64), but is {seed!r}")
+    if group["stochastic_rounding"] and any(param.dtype == torch.float16 for param in group["params"]):
+        raise ValueError(
+            "stochastic_rounding=True rounds to bfloat16, but parameters of this group are float16. Use bfloat16 "
+            "weights, or leave it out"
+        )
     if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
         raise ValueError(f"cover_block must be an integer of at least 1 (or None), but is {block!r}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sm3_dist.rounding import philox
 from sm3_dist.shard import accumulator_dtype
 
 
@@ -29,14 +30,18 @@ class ReferenceState:
     update_square_sum: int = 0
 
     @classmethod
-    def zeros(cls, weight: Tensor, cover_block: int | None = None) -> ReferenceState:
-        """The state before the first step, in float32 (float64 for float64 weights)."""
+    def zeros(
+        cls, weight: Tensor, cover_block: int | None = None, momentum_dtype: torch.dtype | None = None
+    ) -> ReferenceState:
+        """The state before the first step, in float32 (float64 for float64 weights) where no type is given."""
         dtype = accumulator_dtype(weight.dtype)
         shapes: list[tuple[int, ...]] = [(n,) for n in weight.shape] or [()]
         if cover_block is not None and weight.dim():
             blocks = [math.ceil(n / cover_block) for n in weight.shape]
             shapes = [(*blocks[:i], n, *blocks[i + 1 :]) for i, n in enumerate(weight.shape)]
-        return cls([torch.zeros(s, dtype=dtype) for s in shapes], torch.zeros(weight.shape, dtype=dtype))
+        return cls(
+            [torch.zeros(s, dtype=dtype) for s in shapes], torch.zeros(weight.shape, dtype=momentum_dtype or dtype)
+        )
 
 
 def reference_step(
@@ -54,6 +59,7 @@ def reference_step(
     nesterov: bool = False,
     update_rms: float | None = None,
     cover_block: int | None = None,
+    rounding: tuple[int, int] | None = None,
 ) -> None:
     """One step of SM3-II, with whole-tensor temporaries and no care for speed; each line rounds as written.
 
@@ -71,6 +77,7 @@ def reference_step(
         nesterov: look ahead along the momentum.
         update_rms: scale the update by what would have given that of the step before this root mean square.
         cover_block: elements per block of the covers; ``None`` for whole slices.
+        rounding: seed and number of the tensor, to round to bfloat16 stochastically; ``None``: to the nearest.
 
     Source: arXiv 1901.11150, algorithm SM3-II.
 
@@ -85,7 +92,7 @@ def reference_step(
         [tensor([ 9., 16.]), tensor([ 1., 16.,  9.])]
     """
     k = weight.dim()
-    dtype = state.momentum_buffer.dtype
+    dtype = state.accumulators[0].dtype
     state.step += 1
     g = -grad.to(dtype) if maximize else grad.to(dtype)
     smallest = _along(state.accumulators[0], 0, weight.shape, cover_block)
@@ -95,8 +102,9 @@ def reference_step(
     corrected = nu * (1 / (1 - beta**state.step)) if bias_correction else nu
     u = torch.rsqrt(corrected + eps) * g
     if momentum > 0:
-        state.momentum_buffer = state.momentum_buffer * momentum + u * (1 - momentum)
-        u = u * (1 - momentum) + state.momentum_buffer * momentum if nesterov else state.momentum_buffer
+        m = state.momentum_buffer.to(dtype) * momentum + u * (1 - momentum)
+        u = u * (1 - momentum) + m * momentum if nesterov else m
+        state.momentum_buffer = _rounded(m, state.momentum_buffer.dtype, rounding, state.step - 1, stream=1)
     if update_rms is not None:
         first = (1 - momentum) * (1 + momentum if nesterov else 1) / (1 if bias_correction else math.sqrt(1 - beta))
         unit, largest = square_unit(u.numel())
@@ -107,9 +115,24 @@ def reference_step(
     w = weight.to(dtype)
     if weight_decay > 0:
         w = w * (1 - lr * weight_decay)
-    weight.copy_(w - u * lr)
+    weight.copy_(_rounded(w - u * lr, weight.dtype, rounding, state.step - 1, stream=0))
     if nu.numel():
         state.accumulators = [_maximum(nu, i, cover_block) for i in range(max(k, 1))]
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, rounding: tuple[int, int] | None, step: int, stream: int) -> Tensor:
+    """``x`` in the type in which it is kept. Each element takes 16 random bits of its own, see :class:`Rounding`."""
+    if rounding is None or dtype != torch.bfloat16 or not x.numel():
+        return x.to(dtype)
+    seed, number = rounding
+    lines = x.float().contiguous().view(-1, x.shape[-1] if x.dim() else 1).clone()
+    for row, line in enumerate(lines.view(torch.int32)):
+        for column, bits in enumerate(line.tolist()):
+            words = philox((column // 8, row, number + 2**31 * stream, step), (seed % 2**32, seed // 2**32))
+            noise = words[column % 8 // 2] // 2 ** (16 * (column % 2)) % 2**16
+            if not math.isnan(lines[row, column]):
+                line[column] = (bits + noise) // 2**16 * 2**16
+    return lines.view(x.shape).to(dtype)
 
 
 def square_unit(numel: int) -> tuple[float, float]:

@@ -26,7 +26,13 @@ def square_sum_key(shard: LocalShard) -> str:
     return f"{shard.name}.update_square_sum" if shard.name else "update_square_sum"
 
 
-def fill_state(state: State, param: Tensor, shards: Sequence[LocalShard], group: Mapping[str, Any]) -> None:
+def fill_state(
+    state: State,
+    param: Tensor,
+    shards: Sequence[LocalShard],
+    group: Mapping[str, Any],
+    momentum_dtype: torch.dtype | None,
+) -> None:
     """Add what is missing: ``step`` and zero accumulators, and what the options of the param group need besides.
 
     That is a momentum buffer for ``momentum``, and for ``update_rms`` the sum of squares of the last updates.
@@ -43,7 +49,7 @@ def fill_state(state: State, param: Tensor, shards: Sequence[LocalShard], group:
         if group["update_rms"] is not None:
             state.setdefault(square_sum_key(shard), torch.zeros((), dtype=torch.int64, device=device))
     if group["momentum"] > 0 and "momentum_buffer" not in state:
-        state["momentum_buffer"] = _zero_momentum(param, shards)
+        state["momentum_buffer"] = _zeros(param, shards, momentum_dtype or dtype)
 
 
 def local_accumulators(state: State, shard: LocalShard) -> list[Tensor]:
@@ -60,7 +66,13 @@ def local_square_sum(state: State, shard: LocalShard, group: Mapping[str, Any]) 
     return square_sum(shard.shape, state[square_sum_key(shard)])
 
 
-def adopt_state(loaded: Mapping[str, Any], param: Tensor, shards: Sequence[LocalShard], label: str) -> State:
+def adopt_state(
+    loaded: Mapping[str, Any],
+    param: Tensor,
+    shards: Sequence[LocalShard],
+    label: str,
+    momentum_dtype: torch.dtype | None,
+) -> State:
     """A copy of a loaded state, in the types and shapes of this optimizer, on the parameter's device.
 
     Also takes what torch-SM3 saved: accumulators of shape ``(1, n, 1)`` in the parameter's type, ``step`` an int,
@@ -74,7 +86,7 @@ def adopt_state(loaded: Mapping[str, Any], param: Tensor, shards: Sequence[Local
     state: State = {"step": torch.as_tensor(loaded.get("step", 0), dtype=torch.float32).detach().cpu().clone()}
     minimum = loaded.get("cover_minimum")
     if minimum is not None:
-        plain = adapters.local(_zero_momentum(param, shards))
+        plain = adapters.local(_zeros(param, shards, dtype))
         minimum = _adopt(minimum, tuple(plain.shape), dtype, param, f"cover_minimum of {label}")
     for shard in shards:
         for i in range(len(shard.shape)):
@@ -98,9 +110,9 @@ def adopt_state(loaded: Mapping[str, Any], param: Tensor, shards: Sequence[Local
             state[square_sum_key(shard)] = total.detach().clone()
     buffer = loaded.get("momentum_buffer")
     if isinstance(buffer, Tensor):
-        target = _zero_momentum(param, shards)
+        target = _zeros(param, shards, momentum_dtype or dtype)
         plain = adapters.local(target)
-        plain.copy_(_adopt(buffer, tuple(plain.shape), dtype, param, f"momentum_buffer of {label}"))
+        plain.copy_(_adopt(buffer, tuple(plain.shape), plain.dtype, param, f"momentum_buffer of {label}"))
         state["momentum_buffer"] = target
     return state
 
@@ -117,16 +129,15 @@ def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard], 
             "cannot say in a way that FullyShardedDataParallel understands. Save with "
             "sm3_dist.checkpoint.get_optimizer_state_dict(model, optimizer)."
         )
-    minimum = _zero_momentum(param, shards)
+    minimum = _zeros(param, shards, accumulator_dtype(param.dtype))
     for shard in shards:
         write_minimum(shard, local_accumulators(state, shard), minimum)
     kept = {key: value for key, value in state.items() if key in ("step", "momentum_buffer")}
     return {**kept, "cover_minimum": minimum}
 
 
-def _zero_momentum(param: Tensor, shards: Sequence[LocalShard]) -> Tensor:
+def _zeros(param: Tensor, shards: Sequence[LocalShard], dtype: torch.dtype) -> Tensor:
     """One value for each element that this rank updates."""
-    dtype = accumulator_dtype(param.dtype)
     if any(shard.replicated for shard in shards):
         return torch.zeros(sum(shard.numel for shard in shards), dtype=dtype, device=param.device)
     if shards[0].flat_numel is not None:  # the parameter itself may be gathered at present

@@ -16,12 +16,13 @@ from sm3_dist import adapters, kernels
 from sm3_dist.bucket import MaxBucket, Slot, SumBucket
 from sm3_dist.publish import Parts, Publisher
 from sm3_dist.rms import SquareSum, first_rms
+from sm3_dist.rounding import Rounding
 from sm3_dist.shard import WHOLE, LocalShard, Peers
 from sm3_dist.update import Settings, update_rows, update_shard
 
 HYPERPARAMETERS = (
     *("lr", "momentum", "beta", "eps", "weight_decay", "maximize"),
-    *("bias_correction", "nesterov", "update_rms", "cover_block"),
+    *("bias_correction", "nesterov", "update_rms", "cover_block", "stochastic_rounding", "rounding_seed"),
 )
 
 
@@ -38,6 +39,7 @@ class Entry:
         step: how many steps the parameter has taken; 0-dimensional.
         squares: the sum that ``update_rms`` goes by; ``None`` without.
         label: what error messages call it.
+        number: its place among the tensors of the optimizer, the same under every layout; keys its random numbers.
     """
 
     param: Tensor
@@ -48,16 +50,27 @@ class Entry:
     step: Tensor
     squares: SquareSum | None
     label: str
+    number: int = 0
 
     def describe(self) -> str:
         """One line, the same on every rank that plans this tensor."""
         options = {key: self.group[key] for key in HYPERPARAMETERS}
         options["lr"] = float(options["lr"])
         settings = ", ".join(f"{key}={value}" for key, value in options.items())
+        if self.momentum_buffer is not None:
+            settings += f", momentum in {self.momentum_buffer.dtype}"
+        if self.rounds:
+            settings += f", number {self.number}"
         return (
             f"{self.label}: shape {self.shard.shape}, {self.param.dtype}, requires_grad={self.param.requires_grad}, "
             f"{self.shard.layout}, {settings}"
         )
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weight or momentum is rounded stochastically."""
+        types = [tensor.dtype for tensor in (self.param, self.momentum_buffer) if tensor is not None]
+        return bool(self.group["stochastic_rounding"]) and torch.bfloat16 in types
 
     def update(self, settings: Settings) -> None:
         """Take one step, if the parameter has a gradient. Without one everything stays as it is."""
@@ -66,10 +79,11 @@ class Entry:
             return
         settings = self._of_this_tensor(settings)
         if grad.is_sparse:
-            if self.squares is not None or self.shard.cover_block is not None:
+            if self.squares is not None or self.shard.cover_block is not None or self.rounds:
                 raise NotImplementedError(
-                    f"{self.label} has a sparse gradient, which SM3 takes without update_rms and cover_block alone. "
-                    "Put it into a param group of its own with update_rms=None, cover_block=None."
+                    f"{self.label} has a sparse gradient, which SM3 takes without update_rms, cover_block and "
+                    "stochastic_rounding alone. Put it into a param group of its own with update_rms=None, "
+                    "cover_block=None, stochastic_rounding=False."
                 )
             if self.shard.layout != WHOLE:
                 raise NotImplementedError(
@@ -89,6 +103,9 @@ class Entry:
             first = first_rms(*(self.group[key] for key in ("momentum", "beta", "nesterov", "bias_correction")))
             scale = self.squares.scale(self.group["update_rms"], first, self.accumulators[0].dtype)
             settings = replace(settings, scale=scale)
+        if self.rounds:
+            rounding = Rounding(self.group["rounding_seed"], int(self.step.item()), self.number, self.shard.shape)
+            settings = replace(settings, rounding=rounding)
         return settings
 
     def local_grad(self, grad: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sm3_dist.box import Box
 from sm3_dist.cover import maxima, spread
 from sm3_dist.rms import SquareSum
+from sm3_dist.rounding import MOMENTUM, WEIGHT, Rounding
 from sm3_dist.shard import LocalShard
 
 CHUNK_BYTES = 1 << 19
@@ -32,6 +33,7 @@ class Settings:
         scale: what the update after momentum is multiplied with before it is cut off at 1 either way; ``None``:
             neither. A float or a 0-dimensional tensor of the type and device of the accumulators.
         unscale: what gradients are multiplied with first, the inverse of the loss scale; ``None``: nothing.
+        rounding: how values are rounded to bfloat16; ``None``: to the nearest, as all other types are.
     """
 
     lr: float | Tensor
@@ -44,6 +46,7 @@ class Settings:
     correction: float = 1.0
     scale: float | Tensor | None = None
     unscale: float | Tensor | None = None
+    rounding: Rounding | None = None
 
 
 def update_box(
@@ -53,6 +56,7 @@ def update_box(
     momentum_buffer: Tensor | None,
     settings: Settings,
     squares: SquareSum | None = None,
+    box: Box | None = None,
 ) -> Tensor:
     """Take one SM3-II step on one box.
 
@@ -64,6 +68,7 @@ def update_box(
         momentum_buffer: same shape as ``weight``; updated in place. ``None`` where momentum is 0.
         settings: the hyperparameters.
         squares: adds up the squares of the update after momentum, before it is scaled; ``None``: nobody asks.
+        box: which elements of the original tensor these are; ``None`` without ``settings.rounding``.
 
     Returns:
         ``nu``, of the shape of ``weight`` and the type of the accumulators; the new accumulators are its maxima.
@@ -88,7 +93,7 @@ def update_box(
         moment = momentum_buffer.to(nu.dtype)
         moment.mul_(s.momentum).add_(update.mul_(1 - s.momentum))
         if moment is not momentum_buffer:
-            momentum_buffer.copy_(moment)
+            _store(momentum_buffer, moment, MOMENTUM, s.rounding, box)
         if s.nesterov:
             update.add_(moment * s.momentum)
         else:
@@ -102,7 +107,7 @@ def update_box(
         wide.mul_(1 - s.lr * s.weight_decay)
     wide.sub_(update.mul_(s.lr))
     if wide is not weight:
-        weight.copy_(wide)
+        _store(weight, wide, WEIGHT, s.rounding, box)
     return nu
 
 
@@ -149,7 +154,7 @@ def update_shard(
                 covers = [
                     spread(acc[rects[i].within(shard.stored[i])], chunk, i, block) for i, acc in enumerate(accumulators)
                 ]
-                nu = update_box(w[at], g[at], covers, None if m is None else m[at], settings, squares)
+                nu = update_box(w[at], g[at], covers, None if m is None else m[at], settings, squares, chunk)
                 for i, maximum in enumerate(new):
                     part = maximum[rects[i].within(swept[i])]
                     torch.maximum(part, maxima(nu, chunk, i, block), out=part)
@@ -197,6 +202,14 @@ def update_rows(weight: Tensor, grad: Tensor, accumulators: Sequence[Tensor], se
             other = accumulators[i].view(-1)
             torch.maximum(other, nu.movedim(i - sparse_dim + 1, 0).flatten(1).amax(1), out=other)
     row_accumulator[rows] = maxima
+
+
+def _store(target: Tensor, values: Tensor, stream: int, rounding: Rounding | None, box: Box | None) -> None:
+    if rounding is None:
+        target.copy_(values)
+    else:
+        assert box is not None
+        rounding.store(target, values, box, stream)
 
 
 def _sweep_axis(shape: Sequence[int], limit: int) -> int:

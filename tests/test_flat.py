@@ -40,13 +40,20 @@ def received(layout: FlatLayout, grads: dict[str, Tensor], shapes: dict[str, tor
 
 
 def compare_with_reference(
-    name: str, options: dict[str, Any], dtype: torch.dtype = torch.float32, **keywords: Any
+    name: str,
+    options: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    rounding_seed: int | None = None,
+    **keywords: Any,
 ) -> None:
-    layout = LAYOUTS[name]
+    layout, block, momentum_dtype = LAYOUTS[name], options.get("cover_block"), keywords.get("momentum_dtype")
     whole = {key: weight.detach().clone() for key, weight in Model(layout.blocks, dtype).named_parameters()}
     shapes = {key: weight.shape for key, weight in whole.items()}
-    states = {key: ReferenceState.zeros(weight, options.get("cover_block")) for key, weight in whole.items()}
+    numbers = {key: number for number, key in enumerate(whole)}
+    states = {key: ReferenceState.zeros(weight, block, momentum_dtype) for key, weight in whole.items()}
     model = layout.wrap(Model(layout.blocks, dtype))
+    if rounding_seed is not None:
+        keywords |= {"stochastic_rounding": True, "rounding_seed": rounding_seed}
     optimizer = SM3(model.named_parameters(), lr=0.3, model=model, **options, **keywords)
     for step in range(STEPS):
         grads = wanted(layout, step, shapes)
@@ -55,7 +62,8 @@ def compare_with_reference(
         optimizer.step()
         optimizer.zero_grad(layout.set_to_none)
         for key, grad in received(layout, grads, shapes).items():
-            reference_step(whole[key], grad.to(dtype), states[key], lr=0.3, **options)
+            rounding = None if rounding_seed is None else (rounding_seed, numbers[key])
+            reference_step(whole[key], grad.to(dtype), states[key], lr=0.3, rounding=rounding, **options)
     for key, weight in layout.gather(model).items():
         assert torch.equal(weight, whole[key]), f"{name}, {options}, {key}"
     compare_states(optimizer, states, options)

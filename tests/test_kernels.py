@@ -27,6 +27,7 @@ SHAPES = [
 SETTINGS = [
     {},
     {"momentum": 0.9},
+    {"momentum": 0.9, "momentum_dtype": torch.bfloat16},
     {"beta": 0.95, "weight_decay": 0.1, "maximize": True},
     {"beta": 0.9, "momentum": 0.8, "maximize": True, "eps": 1e-8, "weight_decay": 0.01},
     {"eps": 0.0},

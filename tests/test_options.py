@@ -38,19 +38,29 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def compare_with_reference(name: str, options: dict[str, Any], **keywords: Any) -> None:
+def compare_with_reference(
+    name: str,
+    options: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    rounding_seed: int | None = None,
+    **keywords: Any,
+) -> None:
     """Train a wrapped module and whole tensors side by side."""
     layout, block = LAYOUTS[name], options.get("cover_block")
-    whole = [weight.detach().clone() for weight in Tensors(layout.shapes).parameters()]
-    states = [ReferenceState.zeros(weight, block) for weight in whole]
-    model = layout.wrap(Tensors(layout.shapes))
+    whole = [weight.detach().clone() for weight in Tensors(layout.shapes, dtype).parameters()]
+    states = [ReferenceState.zeros(weight, block, keywords.get("momentum_dtype")) for weight in whole]
+    model = layout.wrap(Tensors(layout.shapes, dtype))
+    if rounding_seed is not None:
+        keywords |= {"stochastic_rounding": True, "rounding_seed": rounding_seed}
     optimizer = SM3(model.named_parameters(), lr=0.3, **options, **keywords)
     for step in range(STEPS):
         for number, (param, weight, state) in enumerate(zip(model.parameters(), whole, states, strict=True)):
             grad = gradient(step, number, weight.shape)
+            grad = None if grad is None else grad.to(dtype)
             give(param, grad)
             if grad is not None:
-                reference_step(weight, grad, state, lr=0.3, **options)
+                rounding = None if rounding_seed is None else (rounding_seed, number)
+                reference_step(weight, grad, state, lr=0.3, rounding=rounding, **options)
         optimizer.step()
     held, plan = optimizer.state, optimizer._current_plan()
     for entry, param, weight, state in zip(plan.entries, model.parameters(), whole, states, strict=True):
@@ -62,8 +72,11 @@ def compare_with_reference(name: str, options: dict[str, Any], **keywords: Any) 
             expected = accumulator.view(grid)[tuple(map(slice, rectangle.start, rectangle.stop))]
             assert torch.equal(part, expected), f"{where}, accumulator {i}, entries {rectangle}"
         if options.get("momentum"):
-            assert torch.equal(full(held[param]["momentum_buffer"]), state.momentum_buffer), where
-        if options.get("update_rms"):
+            for box, moment in zip(entry.shard.boxes, entry.shard.state_views(entry.momentum_buffer), strict=True):
+                expected = state.momentum_buffer.view(entry.shard.shape)[tuple(map(slice, box.start, box.stop))]
+                assert moment.dtype == expected.dtype
+                assert torch.equal(moment, expected), f"{where}, momentum of {box}"
+        if options.get("update_rms") and (entry.shard.boxes or not entry.shard.replicated):
             assert held[param]["update_square_sum"].item() == state.update_square_sum, where
 
 

@@ -8,11 +8,11 @@ the other dimensions of tensors that are cut at all. A tensor that lies whole on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from sm3_dist.adapters.flat_metadata import FlatTensor, Original, flat_tensors, held, is_flattened
+from sm3_dist.adapters.flat_metadata import FlatTensor, Original, clean, flat_tensors, held, is_flattened
 from sm3_dist.box import Box, flat_boxes
 from sm3_dist.ranges import Range, shared_entries
 from sm3_dist.shard import LocalShard, Peers, Shared
@@ -42,6 +42,32 @@ class Flattened:
     def __contains__(self, param: Tensor) -> bool:
         """Whether a wrapper flattened ``param``, or it stands for a part of what one flattened."""
         return param in self._found
+
+    def numbered(self, tensors: Iterable[tuple[Tensor, str]]) -> dict[tuple[Tensor, str], int]:
+        """Number original tensors: by their place in the model, where one was passed, else in the order given.
+
+        Args:
+            tensors: parameter of the optimizer, and the name of the tensor within it (empty where it is the only one).
+
+        Returns:
+            For each of them its number. The place in a model is that in which ``parameters()`` would have it had nobody
+            wrapped it; what is not in the model comes after.
+        """
+        order = dict.fromkeys(self._in_model_order())
+        order.update(dict.fromkeys(tensors))
+        return {tensor: number for number, tensor in enumerate(order)}
+
+    def _in_model_order(self) -> Iterator[tuple[Tensor, str]]:
+        within: dict[str, list[tuple[Tensor, str]]] = {}  # by the module that had them
+        for tensor in self._tensors:
+            for original in tensor.originals:
+                if original.param is None:
+                    owner = original.name.rpartition(".")[0]
+                    within.setdefault(owner, []).append((tensor.param, original.name))
+        flat = {param for tensors in within.values() for param, _ in tensors}
+        for path, module in self.model.named_modules() if self.model is not None else ():
+            yield from within.pop(clean(path), ())
+            yield from ((param, "") for param in module.parameters(recurse=False) if param not in flat)
 
     def describe(self, param: Tensor, label: str, cover_block: int | None) -> tuple[LocalShard, ...] | None:
         """One shard for each original tensor in ``param``; ``None`` where nobody flattened it.

@@ -115,9 +115,9 @@ def flat_tensors(model: nn.Module) -> Iterator[FlatTensor]:
     fairscale = sys.modules.get("fairscale.nn.data_parallel.fully_sharded_data_parallel")
     for path, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
-            yield from _of_torch(_clean(path), module)
+            yield from _of_torch(clean(path), module)
         elif fairscale is not None and isinstance(module, fairscale.FullyShardedDataParallel):
-            yield from _of_fairscale(_clean(path), module)
+            yield from _of_fairscale(clean(path), module)
 
 
 def _of_torch(path: str, module: FullyShardedDataParallel) -> Iterator[FlatTensor]:
@@ -143,7 +143,7 @@ def _of_torch(path: str, module: FullyShardedDataParallel) -> Iterator[FlatTenso
             tuple(
                 _join(path, tied.module_name, tied.param_name)
                 for tied in flat._shared_param_infos
-                if _join(tied.prim_module_name, tied.prim_param_name) == _clean(name)
+                if _join(tied.prim_module_name, tied.prim_param_name) == clean(name)
             ),
         )
         for i, name in enumerate(flat._fqns)
@@ -182,7 +182,7 @@ def _of_fairscale(path: str, module: Any) -> Iterator[FlatTensor]:
             tied = [(_join(m, n), _join(first, n0)) for m, first, _, n, _, n0 in param._shared_param_infos]
         originals, position = [], 0
         for name, shape in zip(names, shapes, strict=True):
-            aliases = tuple(_join(path, again) for again, first in tied if first == _clean(name))
+            aliases = tuple(_join(path, again) for again, first in tied if first == clean(name))
             alone = param if separate else None
             original = Original(_join(path, name), tuple(shape), position, param=alone, aliases=aliases)
             originals.append(original)
@@ -232,10 +232,10 @@ def _check(holder: Any, names: Sequence[str], package: str) -> Any:
     return holder
 
 
-def _clean(name: str) -> str:
+def clean(name: str) -> str:
     """A module's or parameter's name without the wrappers on the way."""
     return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
 
 
 def _join(*names: str) -> str:
-    return ".".join(word for word in map(_clean, names) if word)
+    return ".".join(word for word in map(clean, names) if word)

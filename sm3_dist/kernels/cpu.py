@@ -140,6 +140,8 @@ def refusal(entry: Entry) -> str | None:
         return f"it has more than {DIMS} dimensions."
     if sum(box.numel for box in entry.shard.stored[1:]) > MOST_ASIDE:
         return f"its accumulators after the first have more than {MOST_ASIDE} entries."
+    if entry.rounds:
+        return "it has no stochastic rounding yet."
     if any(entry.group[option] for option in ("bias_correction", "nesterov", "update_rms", "cover_block")):
         return "of bias_correction, nesterov, update_rms and cover_block it has none yet."
     order = _order(entry, weight)

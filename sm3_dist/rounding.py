@@ -1,0 +1,135 @@
+"""Stochastic rounding to bfloat16, from random numbers that belong to an element of the original tensor.
+
+A float32 value lies between two neighbours in bfloat16. Rounded to the nearest, an update of less than half their
+distance is lost, in every step anew. Rounded up with a probability that is the fraction of the way to the upper one, it
+arrives on average, and no float32 copy of the weights is needed.
+
+The numbers come from a counter: Philox4x32-10 of (seed, step, tensor, position in the original tensor). There is no
+state to keep, save or hand round, and whoever holds an element, in whatever piece of whatever size, rounds it alike.
+
+Sources: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, for the generator;
+Zamirai et al., "Revisiting BFloat16 Training", 2020, arXiv 2010.06192, for what stochastic rounding does to training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sm3_dist.box import Box
+
+WEIGHT, MOMENTUM = 0, 1
+"""What is rounded: each has random numbers of its own."""
+LANES = 8
+"""Elements that one call of the generator serves: 128 bits, 16 for each."""
+
+_WORD = (1 << 32) - 1
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+Word = TypeVar("Word", int, Tensor)
+
+
+def philox(counter: Sequence[Word | int], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
+    """Philox4x32-10: four random words of 32 bits.
+
+    Args:
+        counter: four words, integers or int64 tensors that broadcast; values in ``[0, 2^32)``.
+        key: two words.
+
+    Example:
+        >>> [hex(word) for word in philox((0, 0, 0, 0), (0, 0))]
+        ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # 64-bit products. In int64 they wrap round to negative ones; the mask after the shift drops the sign again.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return c0, c1, c2, c3  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How one tensor is rounded in one step.
+
+    Element ``(j_1, …, j_k)`` of a tensor of shape ``(n_1, …, n_k)`` lies in row ``r``, its place in the first ``k - 1``
+    dimensions in row-major order, and column ``j_k``. With ``c = j_k // 8`` its number is 16 bits, at ``j_k % 8``, of
+    ``philox((c, r, number + 2^31 * stream, step), seed)``, lower half of each word first. Words are taken modulo
+    ``2^32``.
+
+    Attributes:
+        seed: 64 bits.
+        step: number of steps that the tensor has taken before.
+        number: tells the tensors of an optimizer apart.
+        shape: shape of the original tensor.
+    """
+
+    seed: int
+    step: int
+    number: int
+    shape: tuple[int, ...]
+
+    def noise(self, box: Box, stream: int, device: torch.device | str = "cpu") -> Tensor:
+        """Random integers in ``[0, 2^16)`` for the elements of a box; int32, of the shape of the box.
+
+        Example:
+            What a part of the tensor gets does not depend on the part:
+
+            >>> rounding = Rounding(seed=1, step=0, number=0, shape=(4, 20))
+            >>> whole, part = Box.whole((4, 20)), Box((1, 3), (3, 17))
+            >>> torch.equal(rounding.noise(whole, WEIGHT)[part.within(whole)], rounding.noise(part, WEIGHT))
+            True
+        """
+        rows = torch.zeros((), dtype=torch.int64, device=device)
+        for n, a, b in zip(self.shape[:-1], box.start[:-1], box.stop[:-1], strict=True):
+            rows = (rows * n).unsqueeze(-1) + torch.arange(a, b, device=device)
+        first, last = box.start[-1] // LANES, -(-box.stop[-1] // LANES)
+        groups = torch.arange(first, last, device=device)
+        counter = (groups, rows.view(-1, 1) & _WORD, self.number | stream << 31, self.step & _WORD)
+        words = philox(counter, (self.seed & _WORD, self.seed >> 32 & _WORD))
+        halves = torch.stack([half.int() for word in words for half in (word & 0xFFFF, word >> 16)], -1)
+        return halves.flatten(1).narrow(1, box.start[-1] - first * LANES, box.shape[-1]).reshape(box.shape)
+
+    def store(self, target: Tensor, values: Tensor, box: Box, stream: int) -> None:
+        """Write values of a box into a tensor: rounded stochastically if that is bfloat16, else to the nearest.
+
+        Args:
+            target: of the shape of the box.
+            values: the same shape, float32 or float64 (which is first rounded to the nearest float32).
+            box: the elements.
+            stream: ``WEIGHT`` or ``MOMENTUM``.
+        """
+        if target.dtype == torch.bfloat16:
+            values = round_to_bfloat16(values, self.noise(box, stream, values.device))
+        target.copy_(values)
+
+
+def round_to_bfloat16(values: Tensor, noise: Tensor) -> Tensor:
+    """Round to bfloat16, away from zero if the noise, added to the 16 bits that are dropped, carries over.
+
+    With noise uniform in ``[0, 2^16)`` the expectation of the result is the value. Infinities and NaN stay, and what is
+    between the largest finite value and the next one that would be may become infinite.
+
+    Args:
+        values: float32 or float64.
+        noise: int32, the same shape.
+
+    Returns:
+        float32, with values that bfloat16 can represent.
+
+    Example:
+        >>> value = torch.tensor(1 + 1 / 512)  # a quarter of the way from 1 to 1 + 1 / 128
+        >>> [round_to_bfloat16(value, torch.tensor(n, dtype=torch.int32)).item() for n in (0, 49151, 49152)]
+        [1.0, 1.0, 1.0078125]
+    """
+    values = values.float()
+    bits = values.view(torch.int32)
+    return torch.where(values.isnan(), values, (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32))

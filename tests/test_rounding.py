@@ -1,0 +1,267 @@
+"""Stochastic rounding: the published generator, right on average, and the same bits under every layout."""
+
+import math
+from typing import Any
+
+import pytest
+import test_flat
+import torch
+import torch.distributed as dist
+from harness import Pool
+from layouts import cases
+from test_maths import gradients, trained
+from test_options import EVERYTHING, compare_with_reference
+from torch import Tensor, nn
+
+from sm3_dist import SM3
+from sm3_dist.box import Box
+from sm3_dist.reference import ReferenceState, reference_step
+from sm3_dist.rounding import MOMENTUM, WEIGHT, Rounding, philox, round_to_bfloat16
+
+# Counter, key and output of philox4x32 with 10 rounds, from kat_vectors of the authors' library Random123.
+KNOWN = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+SEED = (1 << 63) + 12345
+BFLOAT16: list[dict[str, Any]] = [
+    {"momentum": 0.9, "momentum_dtype": torch.bfloat16},
+    {"weight_decay": 0.1, "maximize": True},
+    EVERYTHING | {"momentum_dtype": torch.bfloat16},
+]
+
+
+def words(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+@pytest.mark.parametrize(("counter", "key", "output"), KNOWN)
+def test_the_generator_is_the_published_one(counter: str, key: str, output: str) -> None:
+    k0, k1 = words(key)
+    assert list(philox(words(counter), (k0, k1))) == words(output)
+    tensors = [torch.tensor([0, word]) for word in words(counter)]  # 64-bit products wrap round
+    assert [word[1].item() for word in philox(tensors, (k0, k1))] == words(output)
+
+
+def test_noise_is_uniform_and_streams_are_independent() -> None:
+    """Each bit is set half of the time, and two streams agree in it half of the time: to 5 standard deviations."""
+    box = Box.whole((512, 2048))
+    streams = [
+        Rounding(seed, step, number, (512, 2048)).noise(box, stream)
+        for seed, step, number, stream in [
+            *[(0, 0, 0, WEIGHT), (0, 0, 0, MOMENTUM), (1, 0, 0, WEIGHT)],
+            *[(1 << 32, 0, 0, WEIGHT), (0, 1, 0, WEIGHT), (0, 0, 1, WEIGHT)],
+        ]
+    ]
+    # An element against its neighbours within a call of the generator, across two calls, and in the next row.
+    first = streams[0]
+    streams += [first.roll(1, 1), first.roll(2, 1), first.roll(8, 1), first.roll(1, 0)]
+    bound = 5 * 0.5 / math.sqrt(first.numel())
+    for bits in [first, *(first ^ other for other in streams[1:])]:
+        assert bits.min() >= 0
+        assert bits.max() < 1 << 16
+        for place in range(16):
+            assert abs((bits >> place & 1).double().mean().item() - 0.5) < bound
+
+
+def test_noise_of_a_part_is_part_of_the_noise() -> None:
+    shape = (5, 3, 37)
+    rounding, whole = Rounding(SEED, 7, 3, shape), Box.whole(shape)
+    noise = rounding.noise(whole, WEIGHT)
+    for start in [(0, 0, 0), (1, 2, 5), (4, 0, 8), (2, 1, 36)]:
+        for part in (Box(start, shape), Box(start, tuple(a + 1 for a in start))):
+            assert torch.equal(rounding.noise(part, WEIGHT), noise[part.within(whole)])
+
+
+def test_rounding_is_right_on_average() -> None:
+    """To 5 standard deviations, of a million roundings each."""
+    shape = (1 << 10, 1 << 10)
+    noise = Rounding(0, 0, 0, shape).noise(Box.whole(shape), WEIGHT)
+    for value in (1.001, -1.001, 3e-39, 0.3, -77.77, 1e30, 1 + 2**-8, 1 + 2**-20):
+        exact = torch.tensor(value)
+        low = exact.view(torch.int32).bitwise_and(-(1 << 16)).view(torch.float32)
+        high = (low.view(torch.int32) + (1 << 16)).view(torch.float32)
+        rounded = round_to_bfloat16(exact.expand(shape), noise)
+        assert torch.equal(rounded.to(torch.bfloat16).float(), rounded)
+        up = rounded == high
+        assert bool((up | (rounded == low)).all())
+        fraction = ((exact.double() - low) / (high.double() - low)).item()
+        deviation = math.sqrt(fraction * (1 - fraction) / noise.numel())
+        assert abs(up.double().mean().item() - fraction) < 5 * deviation + 2**-17
+
+
+def test_what_bfloat16_can_represent_stays() -> None:
+    largest = torch.finfo(torch.bfloat16).max
+    values = torch.tensor([0.0, -0.0, 1.0, -3.0, largest, -largest, math.inf, -math.inf, math.nan, -math.nan, 1e-40])
+    values = values.bfloat16().float()
+    values[8:10] = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # NaN with all bits set
+    for noise in (0, 1, 0xFFFF):
+        rounded = round_to_bfloat16(values, torch.full(values.shape, noise, dtype=torch.int32))
+        assert torch.equal(rounded.isnan(), values.isnan())
+        assert torch.equal(rounded.nan_to_num(nan=0.0), values.nan_to_num(nan=0.0))
+        assert torch.equal(rounded.signbit(), values.signbit())
+
+
+def test_updates_too_small_for_bfloat16_arrive_on_average() -> None:
+    """lr is a thousandth of the distance to the next weight below 1."""
+    grads = [torch.ones(300, 300, dtype=torch.bfloat16)] * 100
+    options: dict[str, Any] = {"lr": 2**-8 / 1000, "beta": 0.9, "bias_correction": True}
+    start = torch.ones(300, 300, dtype=torch.bfloat16)
+    nearest, _ = trained(start, grads, **options)
+    assert torch.equal(nearest, start)
+    stochastic, _ = trained(start, grads, stochastic_rounding=True, **options)
+    wide, _ = trained(start.float(), [grad.float() for grad in grads], **options)
+    expected, moved = (1 - wide.double()).mean().item(), (1 - stochastic.double()).mean().item()
+    assert moved == pytest.approx(expected, rel=5 * math.sqrt(10 / 90000))  # a tenth of the elements moves
+    again, _ = trained(start, grads, stochastic_rounding=True, rounding_seed=1, **options)
+    assert not torch.equal(again, stochastic)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (33, 17), (2, 3, 4), (5, 1, 3), (2, 2, 1, 2, 3), (0, 4), (3, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_equals_the_specification(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    grads = gradients(shape, 4, dtype)
+    weight = torch.ones(shape, dtype=dtype)
+    state = ReferenceState.zeros(weight, momentum_dtype=torch.bfloat16)
+    for grad in grads:
+        reference_step(weight, grad, state, momentum=0.9, rounding=(SEED, 0))
+    ours, held = trained(
+        torch.ones(shape, dtype=dtype),
+        grads,
+        momentum=0.9,
+        momentum_dtype=torch.bfloat16,
+        stochastic_rounding=True,
+        rounding_seed=SEED,
+    )
+    assert torch.equal(ours, weight)
+    assert held["momentum_buffer"].dtype == torch.bfloat16
+    assert torch.equal(held["momentum_buffer"], state.momentum_buffer)
+
+
+def test_chunks_do_not_show() -> None:
+    """A tensor of many chunks: together they have the noise of the whole."""
+    shape = (700, 900)
+    ones = torch.ones(shape, dtype=torch.bfloat16)
+    ours, _ = trained(ones, [ones], lr=2**-9, stochastic_rounding=True)
+    noise = Rounding(0, 0, 0, shape).noise(Box.whole(shape), WEIGHT)
+    assert torch.equal(ours, round_to_bfloat16(torch.full(shape, 1 - 2**-9), noise).bfloat16())
+
+
+def compare_all(name: str, **keywords: Any) -> None:
+    for options in BFLOAT16:
+        for dtype in (torch.bfloat16, torch.float32):
+            given = {key: value for key, value in options.items() if key != "momentum_dtype"}
+            form = {"momentum_dtype": options.get("momentum_dtype")}
+            compare_with_reference(name, given, dtype, SEED, **form, **keywords)
+
+
+@pytest.mark.parametrize(("name", "world_size"), [case for case in cases() if case[1] != 2 or case[0] == "hsdp"])
+def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
+    workers(world_size).run(compare_all, name)
+
+
+def compare_replicas() -> None:
+    compare_all("whole", shard_over=dist.group.WORLD)
+
+
+def test_equals_one_process_with_replicas(workers: Pool) -> None:
+    workers(3).run(compare_replicas)
+
+
+def compare_flat(name: str) -> None:
+    # fairscale wraps float32 and float16 weights alone, the momentum of which may be bfloat16.
+    for dtype in (torch.float32,) if name.startswith("fairscale") else (torch.bfloat16, torch.float32):
+        options = {"momentum": 0.9, "beta": 0.95, "weight_decay": 0.1}
+        test_flat.compare_with_reference(name, options, dtype, SEED, momentum_dtype=torch.bfloat16)
+
+
+FLAT = [
+    *[("fsdp1-nested", 3), ("fsdp1-flat-nested", 3), ("fsdp1-flat-full-shard", 2), ("fsdp1-flat-hybrid-shard", 4)],
+    *[("fairscale-nested", 2), ("fairscale-separate-nested", 2)],
+]
+
+
+@pytest.mark.parametrize(("name", "world_size"), FLAT)
+def test_equals_one_process_with_flattened_parameters(workers: Pool, name: str, world_size: int) -> None:
+    workers(world_size).run(compare_flat, name)
+
+
+def test_numbers_are_places_in_the_model() -> None:
+    """However the parameters are grouped; without a model they are places in the param groups."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    params = list(model.parameters())
+    groups = [{"params": params[1::2]}, {"params": params[0::2]}]
+
+    def numbers(optimizer: SM3) -> list[int]:
+        of = {entry.param: entry.number for entry in optimizer._current_plan().entries}
+        return [of[param] for param in params]
+
+    assert numbers(SM3(groups, model=model)) == [0, 1, 2, 3]
+    assert numbers(SM3(groups)) == [2, 0, 3, 1]
+    apart = nn.Parameter(torch.ones(3))
+    assert numbers(SM3([apart, *params], model=model)) == [0, 1, 2, 3]
+    params[0].requires_grad_(False)
+    assert [entry.number for entry in SM3(params)._current_plan().entries] == [1, 2, 3]
+
+
+def test_a_loaded_state_goes_on_as_if_nothing_had_been() -> None:
+    grads = gradients((7, 5), 8, torch.bfloat16)
+    options: dict[str, Any] = {"momentum": 0.9, "stochastic_rounding": True, "rounding_seed": SEED}
+    start = torch.ones(7, 5, dtype=torch.bfloat16)
+    once, _ = trained(start, grads, momentum_dtype=torch.bfloat16, **options)
+    param = nn.Parameter(start.clone())
+    optimizer = SM3([param], momentum_dtype=torch.bfloat16, **options)
+    for k, grad in enumerate(grads):
+        if k == 4:
+            saved = optimizer.state_dict()
+            optimizer = SM3([param], momentum_dtype=torch.bfloat16)  # the other options come with the state
+            optimizer.load_state_dict(saved)
+        param.grad = grad
+        optimizer.step()
+    assert torch.equal(param.detach(), once)
+
+
+def test_momentum_is_loaded_in_the_type_of_the_optimizer() -> None:
+    param = nn.Parameter(torch.ones(3, 4))
+    wide = SM3([param], momentum=0.9)
+    param.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    wide.step()
+    narrow = SM3([param], momentum=0.9, momentum_dtype=torch.bfloat16)
+    narrow.load_state_dict(wide.state_dict())
+    expected: Tensor = wide.state[param]["momentum_buffer"]
+    assert torch.equal(narrow.state[param]["momentum_buffer"], expected.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum_dtype": torch.float16}, "momentum_dtype must be torch.float32, torch.bfloat16"),
+        ({"rounding_seed": -1}, "rounding_seed must be an integer"),
+        ({"rounding_seed": 1 << 64}, "rounding_seed must be an integer"),
+        ({"rounding_seed": 0.5}, "rounding_seed must be an integer"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SM3([nn.Parameter(torch.ones(2))], **options)
+
+
+def test_float16_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="parameters of this group are float16"):
+        SM3([nn.Parameter(torch.ones(2, dtype=torch.float16))], stochastic_rounding=True)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    embedding = nn.Embedding(5, 4, sparse=True, dtype=torch.bfloat16)
+    optimizer = SM3(embedding.parameters(), stochastic_rounding=True)
+    embedding(torch.tensor([1, 3])).sum().backward()
+    with pytest.raises(NotImplementedError, match="stochastic_rounding=False"):
+        optimizer.step()
+
+
+def test_the_c_backend_declines() -> None:
+    optimizer = SM3([nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))], stochastic_rounding=True, backend="c")
+    with pytest.raises(ValueError, match="no stochastic rounding"):
+        optimizer.step()
