@@ -1,4 +1,4 @@
-"""`launch/bench.py zero1`: sharded optimizer state under plain data parallelism, side by side with what others offer.
+"""Sharded optimizer state under plain data parallelism, side by side with what others offer.
 
 Every rank holds the parameters and the same gradients, as DistributedDataParallel leaves them; what is measured is
 `optimizer.step()`, after which every rank has every new weight. The contenders work on the same tensors and take turns,
@@ -15,7 +15,7 @@ import statistics
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,13 +157,3 @@ def is_socket(descriptor: int) -> bool:
         return stat.S_ISSOCK(os.fstat(descriptor).st_mode)
     except OSError:  # the one through which the directory was listed
         return False
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    run(parser.parse_args(arguments))
-
-
-if __name__ == "__main__":
-    main()

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from launch.bench_zero1 import bytes_sent
 from sm3_dist import SM3, GradientMismatchError, PlanMismatchError, publish
 from sm3_dist.box import Box
 from sm3_dist.cover import grid
@@ -454,6 +455,26 @@ def sparse() -> None:
 
 def test_sparse_gradients_are_refused_on_every_rank(workers: Pool) -> None:
     workers(2).run_raises(NotImplementedError, sparse, match="sparse=False")
+
+
+def sent() -> int:
+    """Bytes that this rank sends in a step and for it."""
+    params = params_of([(1000, 300), (300,), (300, 700)])
+    optimizer = SM3(params, momentum=0.9, shard_over=dist.group.WORLD, check_gradients=0)
+    for _ in range(2):
+        dist.barrier()
+        before = bytes_sent()
+        give(params, 0)
+        optimizer.step()
+        assert optimizer.state  # the maxima have arrived
+    return bytes_sent() - before
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_a_step_sends_one_all_gather_of_the_weights(workers: Pool, world_size: int) -> None:
+    weights = 4 * (1000 * 300 + 300 + 300 * 700)
+    total = sum(workers(world_size).run(sent))
+    assert (world_size - 1) * weights <= total <= 1.03 * (world_size - 1) * weights
 
 
 def stored() -> tuple[int, int]:

@@ -1,0 +1,31 @@
+"""Benchmarks of the optimizer: `launch/bench.py --help` lists them, `launch/bench.py zero1 --help` one's options."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from launch import bench_zero1
+
+# One module for each benchmark: its `add_arguments(parser)` describes the options, its `run(options)` prints a table.
+BENCHMARKS = {"zero1": bench_zero1}
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="benchmark")
+    for name, module in BENCHMARKS.items():
+        summary = (module.__doc__ or "").split("\n\n")[0]
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
