@@ -3,6 +3,7 @@
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from sm3_dist.checkpoint.boxed import BoxedTensor
+from sm3_dist.checkpoint.importing import from_adamw, from_torch_sm3
 from sm3_dist.checkpoint.reading import CheckpointError, load
 from sm3_dist.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -17,6 +18,8 @@ __all__ = [
     "CheckpointError",
     "StateDictOptions",
     "TrainState",
+    "from_adamw",
+    "from_torch_sm3",
     "get_optimizer_state_dict",
     "get_state_dict",
     "load",
