@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from launch.world import UserError
 
-CONFIG, METRICS, PICTURE = "config.json", "metrics.jsonl", "loss.png"
+CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
 
 
 class Folder:
@@ -37,17 +38,40 @@ class Folder:
         if importlib.util.find_spec("matplotlib") is None:
             raise UserError("--out draws a picture with matplotlib, which is missing; pip install 'sm3_dist[train]'")
         try:
-            held = [path / name for name in (CONFIG, METRICS, PICTURE) if (path / name).exists()]
+            held = [path / name for name in (CONFIG, METRICS, PICTURE, CHECKPOINTS) if (path / name).exists()]
             if held and not overwrite:
                 names = ", ".join(file.name for file in held)
                 raise UserError(f"--out {path} already holds a run ({names}); choose another, or pass --overwrite")
             path.mkdir(parents=True, exist_ok=True)
             for file in held:
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
             (path / METRICS).touch()
         except OSError as error:
             raise UserError(f"--out {path} cannot be written to: {error.strerror}") from error
         return cls(path)
+
+    @classmethod
+    def go_on(cls, path: Path, step: int) -> Folder:
+        """Go on with the run that the directory holds, from ``step``: what it wrote of later steps is forgotten.
+
+        Args:
+            path: the directory, which may exist.
+            step: number of steps taken; 0 for a new run.
+
+        Raises:
+            UserError: it cannot be written to.
+        """
+        folder = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lines = (path / METRICS).read_text().splitlines() if (path / METRICS).exists() else []
+            folder.records = [record for record in map(parse, lines) if record and record["step"] <= step]
+            kept = "".join(json.dumps(record) + "\n" for record in folder.records)
+            (path / METRICS).with_suffix(".new").write_text(kept)
+            (path / METRICS).with_suffix(".new").replace(path / METRICS)
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be written to: {error.strerror}") from error
+        return folder
 
     def configure(self, config: dict[str, Any]) -> None:
         """Write the configuration."""
@@ -81,3 +105,12 @@ class Folder:
         axes.legend()
         figure.savefig(self.path / PICTURE, dpi=120)
         pyplot.close(figure)
+
+
+def parse(line: str) -> dict[str, Any] | None:
+    """Return a line of the metrics; ``None`` if it was cut off, or is the end of a run."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if "train_bits_per_byte" in record else None

@@ -47,6 +47,11 @@ class Options:
     held_out_bytes: int | None = option(None, "judge on so many of the bytes held out; default: all", type=int)
     out: Path | None = option(None, "directory for configuration, metrics and picture; default: none", type=Path)  # noqa: RUF009
     overwrite: bool = option(False, "replace a run that --out already holds")
+    checkpoint_every: int | None = option(
+        None, "save to OUT/checkpoints after so many steps, and at the end; default: never", type=int
+    )
+    keep: int = option(2, "how many checkpoints to keep")
+    resume: str = option("no", "auto: go on from the last complete checkpoint in OUT", choices=["no", "auto"])
     seed: int = option(0, "which weights to start from and which order of the data")
     device: str = option("auto", "auto: CUDA where there is any", choices=["auto", "cpu", "cuda"])
     reshard: bool = option(False, "fsdp2, hsdp: drop gathered weights after forward; slower, less memory")
@@ -54,12 +59,17 @@ class Options:
     tp_size: int | None = option(None, "tp: ranks that share each layer; default: all", type=int)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "replicas"):
+        for name in ("steps", "batch_size", "seq_len", "replicas", "keep"):
             require(getattr(self, name) >= 1, f"{flag(name)} {getattr(self, name)} must be at least 1")
-        for name in ("tp_size", "held_out_bytes", "cover_block"):
+        for name in ("tp_size", "held_out_bytes", "cover_block", "checkpoint_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{flag(name)} {value} must be at least 1")
         require(0 <= self.seed < 2**63, f"--seed {self.seed} must be at least 0 and less than 2^63")
+        saves = self.checkpoint_every is not None or self.resume == "auto"
+        require(not saves or self.out is not None, "--checkpoint-every and --resume need --out DIRECTORY")
+        require(
+            not (self.overwrite and self.resume == "auto"), "--overwrite starts anew and --resume goes on; pass one"
+        )
         require(self.clip > 0, f"--clip {self.clip} must be greater than 0; pass inf to switch clipping off")
 
     def as_json(self) -> dict[str, Any]:

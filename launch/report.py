@@ -76,9 +76,9 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def median_ms(self) -> float:
+    def median_ms(self) -> float | None:
         """Return the median in milliseconds, not counting the first time, which sets things up."""
-        return 1e3 * median(self.seconds[1:] or self.seconds)
+        return 1e3 * median(self.seconds[1:] or self.seconds) if self.seconds else None
 
 
 def table(title: str, rows: dict[str, str]) -> Table:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from launch import corpus, recipe, yardstick
 from launch.batches import IGNORED, Batches, Passage
-from launch.folder import Folder
+from launch.checkpointing import Checkpoints
+from launch.folder import CHECKPOINTS, Folder
 from launch.model import GPT, PRESETS, cross_entropy
 from launch.options import Options, parse
 from launch.parallel import share_out, way
 from launch.report import Bar, Stopwatch, size, table
 from launch.world import UserError, World, join
+from sm3_dist.checkpoint import TrainState
 
 LOG_EVERY = 10  # steps
 
@@ -73,6 +76,10 @@ class Run:
         self.passage = Passage(self.text.held_out, options.batch_size, options.seq_len, share)
         self.optimizer = recipe.build(self.model, self.settings, options, shard_over)
         self.schedule = recipe.schedule(self.optimizer, options)
+        self.state = TrainState(self.model, self.optimizer, self.schedule)
+        self.checkpoints = self.keep_checkpoints()
+        if options.resume == "auto":
+            self.checkpoints.resume()
         self.folder = world.agreed(self.claim_folder)
         self.whole_steps, self.optimizer_steps = Stopwatch(self.device), Stopwatch(self.device)
 
@@ -80,7 +87,10 @@ class Run:
         """Claim `--out` on rank 0; the others write nothing."""
         if self.options.out is None or not self.world.leads:
             return Folder()
-        folder = Folder.claim(self.options.out, self.options.overwrite)
+        if self.options.resume == "auto":
+            folder = Folder.go_on(self.options.out, self.state.step)
+        else:
+            folder = Folder.claim(self.options.out, self.options.overwrite)
         folder.configure(
             self.options.as_json()
             | asdict(self.settings)
@@ -88,6 +98,18 @@ class Run:
             | {"parameters": self.parameters, "corpus": self.text.digest}
         )
         return folder
+
+    def keep_checkpoints(self) -> Checkpoints:
+        """What a run must have in common with another to go on from its checkpoints: all that its weights depend on.
+
+        How the ranks share the work is not part of it.
+        """
+        told = ("model", "optimizer", "recipe", "steps", "batch_size", "seq_len", "schedule", "clip", "seed")
+        identity = {name: getattr(self.options, name) for name in told} | asdict(self.settings)
+        identity |= {"clip": str(self.options.clip), "corpus": self.text.digest}  # JSON knows no infinity
+        path = self.options.out / CHECKPOINTS if self.options.out is not None else None
+        say = partial(self.console.print, markup=False, highlight=False, soft_wrap=True)
+        return Checkpoints(path, self.state, self.world, identity, self.options.keep, say)
 
     def learn(self) -> None:
         """Take all the steps."""
@@ -100,15 +122,22 @@ class Run:
         )
         losses: list[Tensor] = []
         with Bar(self.console, self.options.steps) as bar:
-            for step in range(self.options.steps):
+            for step in range(self.state.step, self.options.steps):
                 with self.whole_steps.running():
                     losses.append(self.take_step(*self.batches[step]))
-                if len(losses) == LOG_EVERY or step + 1 == self.options.steps:
+                if (step + 1) % LOG_EVERY == 0 or step + 1 == self.options.steps:
                     record = self.record(step + 1, losses)
                     self.folder.log(record)
                     bar.show(**record)
                     losses.clear()
                 self.schedule.step()
+                self.state.step = step + 1
+                every = self.options.checkpoint_every
+                if every is not None and (step + 1) % every == 0:
+                    self.checkpoints.save()
+        if self.options.checkpoint_every is not None:
+            self.checkpoints.save()
+            self.checkpoints.close()
 
     def take_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Learn from one batch; return its loss on this rank."""
@@ -174,7 +203,8 @@ class Run:
         rows = {"validation loss": f"{loss:.3f} nats per byte", "validation": f"{bits:.3f} bits per byte"}
         rows |= {f"  {name}": f"{value:.3f} bits per byte" for name, value in yardsticks.items()}
         rows |= {"optimizer state per rank": size(state), "  AdamW would hold": size(adamw)}
-        rows |= {"time per step": f"{step_ms:.1f} ms", "  in the optimizer": f"{optimizer_ms:.1f} ms"}
+        if step_ms is not None and optimizer_ms is not None:  # a run resumed after its last step takes none
+            rows |= {"time per step": f"{step_ms:.1f} ms", "  in the optimizer": f"{optimizer_ms:.1f} ms"}
         rows |= {"time of all steps": f"{figures['seconds']:.0f} s"}
         self.console.print(table(f"{self.options.optimizer} after {self.options.steps} steps", rows))
         return figures

@@ -1,0 +1,219 @@
+"""A training job that is interrupted and goes on: its checkpoints, and what may happen to them."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chaos import corpus, tensors
+from harness import Pool
+from rich.console import Console
+
+from launch.options import parse
+from launch.train import Run
+from launch.world import UserError, World
+
+FAST = "--model tiny --steps 8 --batch-size 4 --seq-len 16 --lr 0.01 --held-out-bytes 500 --device cpu"
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a run."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+def job(
+    arguments: str, text: Path, out: Path, stop: int | None = None, before: Callable[[Run], None] | None = None
+) -> str:
+    """Train, up to step ``stop`` if one is given; return what was said."""
+    console = Console(file=io.StringIO(), width=1000)
+    run = Run(parse([*f"{FAST} {arguments}".split(), "--data", str(text), "--out", str(out)]), World.current(), console)
+    if before is not None:
+        before(run)
+    take_step = run.take_step
+
+    def step_or_stop(*batch: Any) -> Any:
+        if run.state.step == stop:
+            raise Interrupted
+        return take_step(*batch)
+
+    run.take_step = step_or_stop  # type: ignore[method-assign,assignment]
+    try:
+        run.learn()
+    except Interrupted:
+        run.checkpoints.finish()
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.fixture(scope="module")
+def calm(workers: Pool, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of a run that nobody interrupted, on two ranks."""
+    out = tmp_path_factory.mktemp("calm")
+    workers(2).run(job, "--checkpoint-every 3 --keep 9", text, out)
+    return out
+
+
+def saved_steps(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def same(first: Path, second: Path) -> bool:
+    """Whether two runs ended with the same weights and the same state, to the last bit."""
+    one, other = (tensors(out / "checkpoints" / "step-00000008") for out in (first, second))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_saves_now_and_then_and_at_the_end(calm: Path) -> None:
+    assert saved_steps(calm) == ["step-00000003", "step-00000006", "step-00000008"]
+
+
+@pytest.mark.parametrize("stop", [2, 5, 7])
+def test_interrupted_run_ends_where_an_uninterrupted_one_does(
+    workers: Pool, text: Path, calm: Path, tmp_path: Path, stop: int
+) -> None:
+    workers(2).run(job, "--checkpoint-every 3 --resume auto", text, tmp_path, stop)
+    said = workers(2).run(job, "--checkpoint-every 3 --resume auto", text, tmp_path)[0]
+    assert (f"resumed from {tmp_path / 'checkpoints'}/step-0000000{stop // 3 * 3}" in said) == (stop >= 3)
+    assert same(calm, tmp_path)
+    assert saved_steps(tmp_path) == ["step-00000006", "step-00000008"], "--keep is 2"
+    logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert logged == [8], "every line once"
+
+
+def test_goes_on_with_other_ranks_and_another_wrapper(workers: Pool, text: Path, tmp_path: Path) -> None:
+    """Sums of gradients are rounded differently then, so the end is nearly the same."""
+    weights = []
+    for out, ranks, parallel in (
+        (tmp_path / "a", 2, "fsdp2"),
+        (tmp_path / "b", 3, "zero1"),
+        (tmp_path / "c", 1, "none"),
+    ):
+        workers(2).run(job, "--checkpoint-every 3 --batch-size 6 --parallel hsdp", text, out, 4)
+        arguments = f"--checkpoint-every 3 --batch-size 6 --resume auto --parallel {parallel}"
+        workers(ranks).run(job, arguments, text, out)
+        weights.append(tensors(out / "checkpoints" / "step-00000008")["train.model.embedding.weight"])
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(weights[2], weights[0], rtol=1e-3, atol=1e-5)
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "truncated": ("__1_0.distcp", lambda file: file.write_bytes(file.read_bytes()[:-100]), "bytes instead of"),
+    "bit-flipped": ("__0_0.distcp", flip_a_bit, "other contents than when it was written"),
+    "rank-missing": ("__1_0.distcp", Path.unlink, "__1_0.distcp cannot be read"),
+    "metadata-missing": (".metadata", Path.unlink, ".metadata cannot be read"),
+    "manifest-cut": (
+        "manifest.json",
+        lambda file: file.write_text(file.read_text()[:50]),
+        "manifest.json cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_put_aside_for_the_one_before(
+    workers: Pool, text: Path, calm: Path, tmp_path: Path, damage: str
+) -> None:
+    name, harm, message = DAMAGES[damage]
+    workers(2).run(job, "--checkpoint-every 3", text, tmp_path, 7)
+    harm(tmp_path / "checkpoints" / "step-00000006" / name)
+    said = workers(2).run(job, "--checkpoint-every 3 --resume auto", text, tmp_path)[0]
+    assert message in said
+    assert "It is now called step-00000006.damaged" in said
+    assert "at step 3" in said
+    assert same(calm, tmp_path)
+
+
+def test_unfinished_checkpoint_is_ignored(workers: Pool, text: Path, tmp_path: Path) -> None:
+    workers(2).run(job, "--checkpoint-every 3", text, tmp_path, 7)
+    newest = tmp_path / "checkpoints" / "step-00000006"
+    newest.rename(newest.with_suffix(".partial"))
+    assert "at step 3" in workers(2).run(job, "--checkpoint-every 3 --resume auto", text, tmp_path)[0]
+    assert saved_steps(tmp_path) == ["step-00000006", "step-00000008"]
+
+
+def test_nothing_in_order_is_an_error(workers: Pool, text: Path, tmp_path: Path) -> None:
+    workers(2).run(job, "--checkpoint-every 3", text, tmp_path, 4)
+    flip_a_bit(tmp_path / "checkpoints" / "step-00000003" / ".metadata")
+    workers(2).run_raises(UserError, job, "--resume auto", text, tmp_path, match="none of the 1 checkpoints")
+
+
+@pytest.mark.parametrize("option", ["--lr 0.02", "--seed 3", "--model small", "--batch-size 8", "--recipe paper"])
+def test_checkpoint_of_another_run_is_an_error(workers: Pool, text: Path, calm: Path, option: str) -> None:
+    name = option.split()[0].strip("-").replace("-", "_")
+    workers(2).run_raises(
+        UserError, job, f"--resume auto {option}", text, calm, match=f"belongs to another run.*{name} was"
+    )
+    assert len(saved_steps(calm)) == 3
+
+
+def test_checkpoint_of_a_newer_program_is_an_error(workers: Pool, text: Path, tmp_path: Path) -> None:
+    workers(2).run(job, "--checkpoint-every 3", text, tmp_path, 4)
+    manifest = tmp_path / "checkpoints" / "step-00000003" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 2}))
+    workers(2).run_raises(UserError, job, "--resume auto", text, tmp_path, match="version 2 .* knows version 1")
+
+
+def fill_the_disk_after(step: int) -> Callable[[Run], None]:
+    """Files of this process may not grow beyond a size that no checkpoint fits into."""
+
+    def watch(run: Run) -> None:
+        save = run.checkpoints.save
+
+        def save_on_full_disk() -> None:
+            run.checkpoints.finish()
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if run.state.step > step else hard, hard))
+            save()
+
+        run.checkpoints.save = save_on_full_disk  # type: ignore[method-assign]
+
+    return watch
+
+
+def on_a_full_disk(text: Path, out: Path) -> str:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        return job("--checkpoint-every 3", text, out, 7, fill_the_disk_after(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_costs_nothing_that_is_saved(workers: Pool, text: Path, calm: Path, tmp_path: Path) -> None:
+    said = workers(2).run(on_a_full_disk, text, tmp_path)[0]
+    assert "the checkpoint of step 6 could not be written, older ones stay" in said
+    assert saved_steps(tmp_path) == ["step-00000003"]
+    assert "at step 3" in workers(2).run(job, "--checkpoint-every 3 --resume auto", text, tmp_path)[0]
+    assert same(calm, tmp_path)
+
+
+def test_run_that_is_over_takes_no_more_steps(workers: Pool, text: Path, calm: Path) -> None:
+    assert "at step 8" in workers(2).run(job, "--resume auto", text, calm)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--checkpoint-every 3", "need --out"),
+        ("--resume auto", "need --out"),
+        ("--resume auto --overwrite --out x", "pass one"),
+        ("--checkpoint-every 0 --out x", "--checkpoint-every 0 must be at least 1"),
+    ],
+)
+def test_options_that_make_no_sense(arguments: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(arguments.split())
