@@ -29,14 +29,14 @@ from sm3_dist.checkpoint import load
 from sm3_dist.checkpoint.reading import SafeReader
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 60
-TRAIN = f"--model tiny --steps {STEPS} --batch-size 8 --seq-len 32 --lr 0.01 --held-out-bytes 3000 --device cpu"
+TRAIN = "--model tiny --batch-size 8 --seq-len 32 --lr 0.01 --held-out-bytes 3000 --device cpu"
 SAVE = "--checkpoint-every 2 --resume auto"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill a training run again and again.")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--parallel", default="fsdp2")
     parser.add_argument("--longest", type=float, default=30.0, help="seconds to the next kill, at most")
@@ -48,9 +48,11 @@ def main() -> int:
         start = time.perf_counter()
         torchrun(text, folder / "calm", given).check_returncode()
         calm_seconds = time.perf_counter() - start
-        print(f"undisturbed: {STEPS} steps in {calm_seconds:.0f} s", flush=True)
+        print(f"undisturbed: {given.steps} steps in {calm_seconds:.0f} s", flush=True)
         restless(text, folder / "chaos", given)
-        wanted, found = (tensors(folder / name / "checkpoints" / f"step-{STEPS:08d}") for name in ("calm", "chaos"))
+        wanted, found = (
+            tensors(folder / name / "checkpoints" / f"step-{given.steps:08d}") for name in ("calm", "chaos")
+        )
     differing = [name for name in wanted if name not in found or not torch.equal(wanted[name], found[name])]
     print(f"{len(wanted)} tensors compared, {len(differing)} differ {differing}")
     return 1 if differing or not wanted or wanted.keys() != found.keys() else 0
@@ -66,7 +68,8 @@ def corpus(folder: Path) -> Path:
 def command(text: Path, out: Path, given: argparse.Namespace) -> list[str]:
     launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {given.ranks}"
     restarts = f"--max-restarts {2 * given.kills + 10} {ROOT / 'launch' / 'train.py'}"
-    return f"{launcher} {restarts} {TRAIN} {SAVE} --parallel {given.parallel} --data {text} --out {out}".split()
+    job = f"{TRAIN} --steps {given.steps} {SAVE} --parallel {given.parallel} --data {text} --out {out}"
+    return f"{launcher} {restarts} {job}".split()
 
 
 def torchrun(text: Path, out: Path, given: argparse.Namespace) -> subprocess.CompletedProcess[bytes]:
