@@ -165,9 +165,7 @@ class StepPlan:
         holders = {tuple(sorted(entry.shard.ranks)): entry for entry in self.entries if entry.shard.ranks}
         for ranks in sorted(holders, key=lambda ranks: (len(ranks), ranks)):  # smaller sets lie within larger ones
             if ranks not in self._groups:
-                everyone = ranks == tuple(range(dist.get_world_size()))
-                group = dist.group.WORLD if everyone else dist.new_group(ranks, use_local_synchronization=True)
-                self._groups[ranks] = group
+                self._groups[ranks] = dist.new_group(ranks, use_local_synchronization=True)
             flag = torch.tensor(float(found), device=adapters.local(holders[ranks].param).device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups[ranks])
             found = bool(flag)

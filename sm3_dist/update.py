@@ -86,7 +86,7 @@ def update_box(
         floor = floor * s.beta
     nu.add_(floor)
     corrected = nu * s.correction if s.correction != 1 else nu
-    update = (corrected + s.eps).rsqrt_().mul_(grad)
+    update = _inverse_root(corrected + s.eps).mul_(grad)
     if s.maximize:
         update.neg_()
     if momentum_buffer is not None:
@@ -109,6 +109,14 @@ def update_box(
     if wide is not weight:
         _store(weight, wide, WEIGHT, s.rounding, box)
     return nu
+
+
+def _inverse_root(x: Tensor) -> Tensor:
+    """``1 / sqrt(x)``, each rounded to nearest, in place.
+
+    On the CPU that is what ``rsqrt`` does, and not ``sqrt``, which takes a shortcut; on CUDA it is the other way round.
+    """
+    return x.sqrt_().reciprocal_() if x.is_cuda else x.rsqrt_()
 
 
 def update_shard(

@@ -136,7 +136,7 @@ def test_memory_may_be_misaligned_strided_or_permuted():
         compare_views(weights, grads, momentum)
 
 
-def compare_views(weights: list[Tensor], grads: list[list[Tensor]], momentum: float) -> None:
+def compare_views(weights: list[Tensor], grads: list[list[Tensor]], momentum: float, fused: str = "c") -> None:
     """As ``compare``, but the actual weights are views with gaps, whose surroundings must stay as they are."""
     expected = [nn.Parameter(w.clone()) for w in weights]
     bases = [(w._base if w._base is not None else w).clone() for w in weights]
@@ -145,7 +145,7 @@ def compare_views(weights: list[Tensor], grads: list[list[Tensor]], momentum: fl
         for base, w in zip(bases, weights, strict=True)
     ]
     before = [base.clone() for base in bases]
-    optimizers = SM3(expected, backend="eager", momentum=momentum), SM3(actual, backend="auto", momentum=momentum)
+    optimizers = SM3(expected, backend="eager", momentum=momentum), SM3(actual, backend=fused, momentum=momentum)
     for of_step in grads:
         for p, q, grad in zip(expected, actual, of_step, strict=True):
             p.grad, q.grad = grad.clone(), grad
@@ -163,11 +163,15 @@ def compare_views(weights: list[Tensor], grads: list[list[Tensor]], momentum: fl
     "shape", [(10, 7), (100, 300), (6, 5, 4), (40, 30, 20), (5, 4, 3, 2), (3, 4, 1, 5, 2)], ids=str
 )
 @pytest.mark.parametrize("replicated", [False, True])
-@torch.no_grad()
 def test_boxes_of_flat_ranges(shape, replicated):
+    compare_boxes(shape, replicated, cpu.CpuWork, ranges=6)
+
+
+@torch.no_grad()
+def compare_boxes(shape: tuple[int, ...], replicated: bool, fused: type[kernels.Work], ranges: int) -> None:
     generator = torch.Generator().manual_seed(len(shape))
     numel = torch.Size(shape).numel()
-    for _ in range(6):
+    for _ in range(ranges):
         a, b = sorted(torch.randint(0, numel + 1, (2,), generator=generator).tolist())
         boxes = tuple(flat_boxes(shape, a, b))
         if not boxes:
@@ -178,7 +182,7 @@ def test_boxes_of_flat_ranges(shape, replicated):
         group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9}
         settings = Settings(0.1, 0.9, 0.0, 1e-30, 0.1, False)
         results = []
-        for work in (EagerWork, cpu.CpuWork):
+        for work in (EagerWork, fused):
             param = nn.Parameter(weight.clone())
             param.grad = grad.clone()
             accumulators = [
@@ -299,7 +303,7 @@ def test_c_alone_says_why_it_cannot_take_a_tensor():
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"'auto', 'eager', 'c'.* is 'cuda'"):
+    with pytest.raises(ValueError, match=r"'auto', 'eager', 'c', 'triton', but is 'cuda'"):
         SM3([nn.Parameter(torch.ones(2))], backend="cuda")
 
 

@@ -5,6 +5,7 @@ they take:
 
 - ``"c"``: float32, bfloat16 and float16 tensors on the CPU; one pass over weight and gradient on
   ``torch.get_num_threads()`` threads.
+- ``"triton"``: tensors of these types on a CUDA device, in a few launches.
 
 ``backend="auto"`` gives each tensor to the fastest backend that takes it; sparse gradients always go to the eager one.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from sm3_dist.kernels import cpu
+from sm3_dist.kernels import cpu, triton
 from sm3_dist.kernels.eager import EagerWork
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "Work", "available", "works"]
 
-BACKENDS = ("auto", "eager", "c")
+BACKENDS = ("auto", "eager", "c", "triton")
 
 
 class Work(Protocol):
@@ -45,7 +46,7 @@ def available() -> dict[str, str | None]:
         >>> kernels.available()["eager"] is None
         True
     """
-    return {"eager": None, "c": cpu.unavailable()}
+    return {"eager": None, "c": cpu.unavailable(), "triton": triton.unavailable()}
 
 
 def works(entries: Sequence[Entry], backend: str) -> list[Work]:
@@ -81,4 +82,5 @@ def works(entries: Sequence[Entry], backend: str) -> list[Work]:
 
 _FUSED: list[tuple[str, Callable[[Entry], str | None], Callable[[Sequence[Entry]], Work]]] = [
     ("c", cpu.refusal, cpu.CpuWork),
+    ("triton", triton.refusal, triton.TritonWork),
 ]

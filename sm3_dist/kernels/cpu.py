@@ -16,25 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sm3_dist import adapters
+from sm3_dist.kernels import fused
+from sm3_dist.kernels.fused import DIMS, Operands
 
 if TYPE_CHECKING:
     from sm3_dist.step_plan import Entry
     from sm3_dist.update import Settings
 
-DIMS, WEIGHT, GRAD, MOMENT, OPERANDS, MAX_THREADS = 8, 0, 1, 2, 3, 256
+WEIGHT, GRAD, MOMENT, OPERANDS, MAX_THREADS = 0, 1, 2, 3, 256
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_MOMENTUM = 3
-EMPTY = 1
-"""Stands for the address of a gradient without elements: not null, for its parameter takes a step."""
 MOST_ASIDE = 1 << 20
 """Most accumulator entries whose maxima a thread gathers aside."""
-ELEMENTS_PER_THREAD = 1 << 15
-"""A thread for fewer elements costs more than it saves."""
-
 _integers = ctypes.c_int64 * DIMS
 
 
@@ -129,44 +124,12 @@ def _warn_once(reason: str) -> None:
 
 def refusal(entry: Entry) -> str | None:
     """Why the C backend cannot step this tensor; ``None`` if it can."""
-    weight, momentum = adapters.local(entry.param), entry.momentum_buffer
-    if weight.device.type != "cpu":
-        return f"it is on {weight.device}."
-    if weight.dtype not in TYPES:
-        return f"it is {weight.dtype}."
-    if momentum is not None and momentum.dtype not in (torch.float32, torch.bfloat16):
-        return f"its momentum is {momentum.dtype}."
-    if len(entry.shard.shape) > DIMS:
-        return f"it has more than {DIMS} dimensions."
-    if sum(box.numel for box in entry.shard.stored[1:]) > MOST_ASIDE:
-        return f"its accumulators after the first have more than {MOST_ASIDE} entries."
-    if entry.rounds:
-        return "it has no stochastic rounding yet."
-    if any(entry.group[option] for option in ("bias_correction", "nesterov", "update_rms", "cover_block")):
-        return "of bias_correction, nesterov, update_rms and cover_block it has none yet."
-    order = _order(entry, weight)
-    last = order[-1]
-    for view in [*entry.shard.views(weight), *([] if momentum is None else entry.shard.state_views(momentum))]:
-        if view.shape[last] > 1 and view.stride(last) != 1:
-            return f"no dimension of weight and momentum is contiguous in both (weight strides {weight.stride()})."
-    reason = unavailable()
-    if reason is not None:
+    reason = fused.refusal(entry, "cpu")
+    if reason is None and sum(box.numel for box in entry.shard.stored[1:]) > MOST_ASIDE:
+        reason = f"its accumulators after the first have more than {MOST_ASIDE} entries."
+    if reason is None and (reason := unavailable()) is not None:
         _warn_once(reason)
     return reason
-
-
-def _order(entry: Entry, weight: Tensor) -> list[int]:
-    """The dimensions in the order in which memory is walked, outermost first."""
-    dims = list(range(len(entry.shard.shape)))
-    if len(entry.shard.boxes) != 1:
-        return dims
-    (view,) = entry.shard.views(weight)
-    return sorted(dims, key=lambda d: (view.shape[d] == 1, -int(view.stride(d))))
-
-
-def _grad_strides(weight: Tensor) -> tuple[int, ...]:
-    """The strides that autograd gives the gradient: those of a dense weight, else those of a contiguous tensor."""
-    return torch.empty_like(weight, device="meta").stride()
 
 
 class CpuWork:
@@ -183,142 +146,75 @@ class CpuWork:
         self._width = names.index(width) if width is not None else len(names) - 1
         self._groups = list({id(entry.group): entry.group for entry in entries}.values())
         self._group_settings = (_Settings * len(self._groups))()
-        self._params = list({id(entry.param): entry.param for entry in entries}.values())
-        self._entries_of: list[list[Entry]] = [[] for _ in self._params]
-        self._index = {id(param): i for i, param in enumerate(self._params)}
-        for entry in entries:
-            self._entries_of[self._index[id(entry.param)]].append(entry)
-        self._sharded = [i for i, param in enumerate(self._params) if isinstance(param, DTensor)]
-        self._table = array("q", bytes(3 * 8 * len(self._params)))  # struct param: weight, grad, step
-        self._table[2::3] = array("q", [entries[0].step.data_ptr() for entries in self._entries_of])
+        self._operands = Operands(entries, self._retype)
+        self._table = array("q", bytes(3 * 8 * len(self._operands.params)))  # struct param: weight, grad, step
+        self._table[2::3] = array("q", [entries[0].step.data_ptr() for entries in self._operands.entries_of])
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_threads = 0
-        self._survey()
+        self._write_list()
 
-    def _survey(self) -> None:
+    def _write_list(self) -> None:
         """Write down where everything lies in memory."""
-        weights = self._weights()
-        self._addresses = [weight.data_ptr() for weight in weights]
-        self._layouts = [(weight.dtype, weight.stride()) for weight in weights]
-        self._dtypes = [weight.dtype for weight in weights]
-        self._strides = [_grad_strides(weight) for weight in weights]
-        self._contiguous = [
-            torch.empty_strided(weight.shape, strides, device="meta").is_contiguous()
-            for weight, strides in zip(weights, self._strides, strict=True)
-        ]
         self._tensors = (_Tensor * len(self.entries))()
         self._boxes = (_Box * sum(len(entry.shard.boxes) for entry in self.entries))()
         groups = {id(group): i for i, group in enumerate(self._groups)}
         first_box = 0
         for tensor, entry in zip(self._tensors, self.entries, strict=True):
-            i = self._index[id(entry.param)]
-            tensor.param, tensor.group, tensor.first_box = i, groups[id(entry.group)], first_box
-            self._describe(tensor, entry, weights[i], self._strides[i])
+            tensor.param, tensor.group = self._operands.index[id(entry.param)], groups[id(entry.group)]
+            tensor.first_box = first_box
+            self._describe(tensor, entry)
             first_box += len(entry.shard.boxes)
         # shard_covers releases the memory of shared accumulators between steps.
-        self._released = [
-            (tensor, entry)
-            for tensor, entry in zip(self._tensors, self.entries, strict=True)
-            if any(entry.shard.shared)
-        ]
+        pairs = zip(self._tensors, self.entries, strict=True)
+        self._released = [(tensor, entry) for tensor, entry in pairs if any(entry.shard.shared)]
         self._scratch_threads = 0
 
-    def _describe(self, tensor: Any, entry: Entry, weight: Tensor, grad_strides: tuple[int, ...]) -> None:
-        shard, momentum = entry.shard, entry.momentum_buffer
-        order = _order(entry, weight)
-        tensor.type[WEIGHT] = tensor.type[GRAD] = TYPES[weight.dtype]
+    def _describe(self, tensor: Any, entry: Entry) -> None:
+        shard, momentum, weight = entry.shard, entry.momentum_buffer, adapters.local(entry.param)
+        order = fused.memory_order(entry, weight)
+        tensor.type[WEIGHT], tensor.type[GRAD] = TYPES[weight.dtype], TYPES[self._operands.dtypes[tensor.param]]
         tensor.type[MOMENT] = NO_MOMENTUM if momentum is None else TYPES[momentum.dtype]
         tensor.moment = 0 if momentum is None else momentum.data_ptr()
         tensor.dims, tensor.boxes, tensor.numel = len(order), len(shard.boxes), shard.numel
-        grad = torch.empty_strided(weight.shape, grad_strides, device="meta")
-        locals_ = [weight, grad, weight if momentum is None else momentum]
-        views = [shard.views(weight), shard.views(grad)]
-        views.append(views[WEIGHT] if momentum is None else shard.state_views(momentum))
         for i, dim in enumerate(order):
             tensor.stored[i] = shard.stored[dim].numel
         _point(tensor, entry, order)
+        operands = fused.views(entry, weight, self._operands.strides[tensor.param])
         for b, box in enumerate(shard.boxes):
             target = self._boxes[tensor.first_box + b]
-            for operand in range(OPERANDS):
-                view = views[operand][b]
-                target.offset[operand] = view.storage_offset() - locals_[operand].storage_offset()
+            for operand, (local, views) in enumerate(operands):
+                target.offset[operand] = views[b].storage_offset() - local.storage_offset()
                 for i, dim in enumerate(order):
-                    target.stride[operand][i] = view.stride(dim)
+                    target.stride[operand][i] = views[b].stride(dim)
             for i, dim in enumerate(order):
                 target.shape[i] = box.shape[dim]
                 target.start[i] = box.start[dim] - shard.extent.start[dim]
 
-    def _weights(self) -> list[Tensor]:
-        if not self._sharded:
-            return self._params
-        return [adapters.local(param) for param in self._params]
+    def _retype(self, param: int, dtype: torch.dtype) -> None:
+        for tensor in self._tensors:
+            if tensor.param == param:
+                tensor.type[GRAD] = TYPES[dtype]
 
     def update(self, settings: Mapping[int, Settings]) -> None:
         """Take one step of every tensor that has a gradient, and count it."""
-        weights = self._weights()
-        addresses = list(map(Tensor.data_ptr, weights))
-        if addresses != self._addresses:  # somebody exchanged the data of parameters
-            if [(weight.dtype, weight.stride()) for weight in weights] != self._layouts:
-                self._survey()
-            self._addresses = addresses
+        operands = self._operands
+        addresses, as_surveyed = operands.weights()
+        if not as_surveyed:
+            operands.survey()
+            self._write_list()
         self._table[0::3] = array("q", addresses)
-        grads = self._grads()
-        keep, eager = self._note(grads)
+        addresses, copies, eager = operands.grads()
+        self._table[1::3] = array("q", addresses)
         for tensor, entry in self._released:
-            _point(tensor, entry, _order(entry, weights[tensor.param]))
+            _point(tensor, entry, fused.memory_order(entry, adapters.local(entry.param)))
         for target, group in zip(self._group_settings, self._groups, strict=True):
             _write(target, settings[id(group)])
         self._step()
+        del copies
         for i in eager:
-            for entry in self._entries_of[i]:
+            for entry in operands.entries_of[i]:
                 entry.update(settings[id(entry.group)])
-            self._entries_of[i][0].step.add_(1)
-        del keep
-
-    def _grads(self) -> list[Tensor | None]:
-        grads = [param.grad for param in self._params]
-        for i in self._sharded:
-            grad = grads[i]
-            if grad is not None:
-                grads[i] = self._entries_of[i][0].local_grad(grad)
-        return grads
-
-    def _note(self, grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
-        """Write the addresses of the gradients into the table.
-
-        Returns:
-            Copies of gradients in another form than expected, to be kept during the step, and the numbers of the
-            parameters that must be stepped in eager PyTorch: those with sparse gradients.
-        """
-        addresses, odd = [], []
-        strided = torch.strided
-        for i, (grad, dtype, contiguous) in enumerate(zip(grads, self._dtypes, self._contiguous, strict=True)):
-            if grad is None:
-                addresses.append(0)
-            elif grad.layout is strided and grad.dtype is dtype and grad.is_contiguous() and contiguous:
-                addresses.append(grad.data_ptr() or EMPTY)
-            else:
-                addresses.append(0)
-                odd.append(i)
-        keep, eager = [], []
-        for i in odd:
-            grad = grads[i]
-            assert grad is not None
-            if grad.layout is not strided or grad.device.type != "cpu":
-                eager.append(i)
-                continue
-            dtype = grad.dtype if grad.dtype == self._layouts[i][0] else torch.float32
-            if dtype != self._dtypes[i]:
-                self._dtypes[i] = dtype
-                for tensor in self._tensors:
-                    if tensor.param == i:
-                        tensor.type[GRAD] = TYPES[dtype]
-            if grad.dtype != dtype or grad.stride() != self._strides[i]:
-                grad = torch.empty_strided(grad.shape, self._strides[i], dtype=dtype).copy_(grad)
-                keep.append(grad)
-            addresses[i] = grad.data_ptr() or EMPTY
-        self._table[1::3] = array("q", addresses)
-        return keep, eager
+            operands.entries_of[i][0].step.add_(1)
 
     def _step(self) -> None:
         library = _loaded()
@@ -328,16 +224,10 @@ class CpuWork:
             size = library.sm3_scratch_bytes(self._tensors, count, threads)
             self._scratch = torch.empty(size, dtype=torch.uint8)
             self._scratch_threads = threads
+        table, params = self._table.buffer_info()[0], len(self._operands.params)
         library.sm3_step(
-            self._tensors,
-            count,
-            self._boxes,
-            self._table.buffer_info()[0],
-            len(self._params),
-            self._group_settings,
-            threads,
-            self._width,
-            self._scratch.data_ptr(),
+            *(self._tensors, count, self._boxes, table, params, self._group_settings),
+            *(threads, self._width, self._scratch.data_ptr()),
         )
 
 

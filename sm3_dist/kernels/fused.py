@@ -1,0 +1,161 @@
+"""What backends with a work list have in common: they refer to tensors by address, and addresses may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sm3_dist import adapters
+
+if TYPE_CHECKING:
+    from sm3_dist.step_plan import Entry
+
+DIMS = 8
+"""Most dimensions of a tensor."""
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of weights and gradients."""
+MOMENT_TYPES = (torch.float32, torch.bfloat16)
+EMPTY = 1
+"""Stands for the address of a gradient without elements: not null, for its parameter takes a step."""
+
+
+def refusal(entry: Entry, device: str) -> str | None:
+    """Why no backend for this type of device can step a tensor; ``None`` if it can."""
+    weight, momentum = adapters.local(entry.param), entry.momentum_buffer
+    if weight.device.type != device:
+        return f"it is on {weight.device}."
+    if weight.dtype not in TYPES:
+        return f"it is {weight.dtype}."
+    if momentum is not None and momentum.dtype not in MOMENT_TYPES:
+        return f"its momentum is {momentum.dtype}."
+    if len(entry.shard.shape) > DIMS:
+        return f"it has more than {DIMS} dimensions."
+    if entry.rounds:
+        return "it has no stochastic rounding yet."
+    if any(entry.group[option] for option in ("bias_correction", "nesterov", "update_rms", "cover_block")):
+        return "of bias_correction, nesterov, update_rms and cover_block it has none yet."
+    last = memory_order(entry, weight)[-1]
+    for view in [*entry.shard.views(weight), *([] if momentum is None else entry.shard.state_views(momentum))]:
+        if view.shape[last] > 1 and view.stride(last) != 1:
+            return f"no dimension of weight and momentum is contiguous in both (weight strides {weight.stride()})."
+    return None
+
+
+def memory_order(entry: Entry, weight: Tensor) -> list[int]:
+    """The dimensions in the order in which memory is walked, outermost first."""
+    dims = list(range(len(entry.shard.shape)))
+    if len(entry.shard.boxes) != 1:
+        return dims
+    (view,) = entry.shard.views(weight)
+    strides = view.stride()
+    return sorted(dims, key=lambda d: (view.shape[d] == 1, -strides[d]))
+
+
+def grad_strides(weight: Tensor) -> tuple[int, ...]:
+    """The strides that autograd gives the gradient: those of a dense weight, else those of a contiguous tensor."""
+    return torch.empty_like(weight, device="meta").stride()
+
+
+class Operands:
+    """Weights and gradients of the parameters of a work list, step by step.
+
+    Args:
+        entries: the tensors.
+        retype: called with the index of a parameter and the type that its gradients now have.
+
+    Attributes:
+        params: the parameters of the tensors, each once.
+        entries_of: the tensors of each.
+        dtypes: the types of the gradients.
+        strides: the strides of the gradients.
+    """
+
+    def __init__(self, entries: Sequence[Entry], retype: Callable[[int, torch.dtype], None]) -> None:
+        self.params = list({id(entry.param): entry.param for entry in entries}.values())
+        self.index = {id(param): i for i, param in enumerate(self.params)}
+        self.entries_of: list[list[Entry]] = [[] for _ in self.params]
+        for entry in entries:
+            self.entries_of[self.index[id(entry.param)]].append(entry)
+        self._retype = retype
+        self._sharded = [i for i, param in enumerate(self.params) if isinstance(param, DTensor)]
+        self.survey()
+
+    def survey(self) -> None:
+        """Note how weights lie in memory."""
+        weights = self._weights()
+        self._layouts = [(weight.dtype, weight.stride()) for weight in weights]
+        self._addresses = [weight.data_ptr() for weight in weights]
+        self.dtypes = [weight.dtype for weight in weights]
+        self.strides = [grad_strides(weight) for weight in weights]
+        self._contiguous = [
+            torch.empty_strided(weight.shape, strides, device="meta").is_contiguous()
+            for weight, strides in zip(weights, self.strides, strict=True)
+        ]
+
+    def weights(self) -> tuple[list[int], bool]:
+        """The addresses of the weights, and whether they are all laid out as they were surveyed."""
+        weights = self._weights()
+        addresses = list(map(Tensor.data_ptr, weights))
+        if addresses != self._addresses:  # somebody exchanged the data of parameters
+            self._addresses = addresses
+            return addresses, [(weight.dtype, weight.stride()) for weight in weights] == self._layouts
+        return addresses, True
+
+    def grads(self) -> tuple[list[int], list[Tensor], list[int]]:
+        """The addresses of the gradients, 0 for none.
+
+        Returns:
+            Addresses; copies of gradients that were not laid out as surveyed, to be kept during the step; and the
+            indices of the parameters that must be stepped in eager PyTorch: those with sparse gradients.
+        """
+        grads = [param.grad for param in self.params]
+        for i in self._sharded:
+            grad = grads[i]
+            if grad is not None:
+                grads[i] = self.entries_of[i][0].local_grad(grad)
+        addresses, odd = [], []
+        strided = torch.strided
+        for i, (grad, dtype, contiguous) in enumerate(zip(grads, self.dtypes, self._contiguous, strict=True)):
+            if grad is None:
+                addresses.append(0)
+            elif grad.layout is strided and grad.dtype is dtype and contiguous and grad.is_contiguous():
+                addresses.append(grad.data_ptr() or EMPTY)
+            else:
+                addresses.append(0)
+                odd.append(i)
+        copies, eager = [], []
+        for i in odd:
+            grad = grads[i]
+            assert grad is not None
+            if grad.layout is not strided:
+                eager.append(i)
+                continue
+            dtype = grad.dtype if grad.dtype == self._layouts[i][0] else torch.float32
+            if dtype != self.dtypes[i]:
+                self.dtypes[i] = dtype
+                self._retype(i, dtype)
+            if grad.dtype != dtype or grad.stride() != self.strides[i]:
+                grad = torch.empty_strided(grad.shape, self.strides[i], dtype=dtype, device=grad.device).copy_(grad)
+                copies.append(grad)
+            addresses[i] = grad.data_ptr() or EMPTY
+        return addresses, copies, eager
+
+    def _weights(self) -> list[Tensor]:
+        if not self._sharded:
+            return self.params
+        return [adapters.local(param) for param in self.params]
+
+
+def views(entry: Entry, weight: Tensor, strides: tuple[int, ...]) -> list[tuple[Tensor, list[Tensor]]]:
+    """For weight, gradient and momentum the local tensor and the boxes as views of it.
+
+    The gradient is stood in for by a tensor without memory. Without momentum the weight takes its place.
+    """
+    shard, momentum = entry.shard, entry.momentum_buffer
+    grad = torch.empty_strided(weight.shape, strides, device="meta")
+    whole = [(weight, shard.views(weight)), (grad, shard.views(grad))]
+    return [*whole, whole[0] if momentum is None else (momentum, shard.state_views(momentum))]

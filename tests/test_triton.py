@@ -1,0 +1,137 @@
+"""The Triton kernel without a GPU: its results in Triton's interpreter, and its machine code from the compiler.
+
+Whether Triton interprets is decided when it is imported, so both run in processes of their own: this file as a script,
+with what to do as its argument.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'sm3_dist[triton]'")
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = (80, 90, 100)
+
+
+def run(what: str, interpret: str) -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    with tempfile.TemporaryDirectory() as cache:
+        environment["TRITON_CACHE_DIR"] = cache
+        command = [sys.executable, __file__, what]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_interpreted_kernel_gives_the_bits_of_eager() -> None:
+    assert run("interpret", "1") == "compared dtypes, memory, boxes\n"
+
+
+def test_the_kernel_compiles_for_each_architecture_without_spills() -> None:
+    """And into exact operations: nothing fused, approximated or flushed to zero."""
+    report = run("compile", "0")
+    print(report)
+    lines = [line.split() for line in report.splitlines()[1:]]
+    assert {int(line[0]) for line in lines} == set(ARCHITECTURES)
+    for *_, registers, _, spills, operations in lines:
+        assert 0 < int(registers) <= 255
+        assert spills == "0"
+        assert set(operations.split(",")) == {"add.rn", "div.rn", "mul.rn", "sqrt.rn", "sub.rn"}
+
+
+def check_dtypes() -> None:
+    import torch
+    from test_kernels import DTYPES, SETTINGS, compare, gradient
+
+    shapes = [(), (7,), (2100,), (0,), (33, 17), (3, 300), (1, 30), (30, 1), (2, 3, 5), (6, 4, 3, 3), (3, 4, 2, 2, 2)]
+    generator = torch.Generator().manual_seed(0)
+    for number, (dtype, settings) in enumerate((d, s) for d in DTYPES for s in (SETTINGS[1], SETTINGS[2], SETTINGS[4])):
+        weights = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        grads = [[gradient(s, dtype, generator, special) for s in shapes] for special in (False, True)]
+        grads[1][number % len(shapes)] = None
+        compare(weights, grads, "triton", **settings)
+
+
+def check_memory() -> None:
+    import torch
+    from test_kernels import compare_views
+
+    generator = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    weights = [
+        randn(101)[1:],
+        randn(20 * 33 + 3)[3:].view(20, 33),
+        randn(20, 30).t(),
+        randn(20, 30)[:, 3:20],
+        randn(4, 6, 5, 4).to(memory_format=torch.channels_last),
+    ]
+    grads = [[torch.empty_like(w).copy_(randn(*w.shape)) for w in weights], [randn(*w.shape) for w in weights]]
+    for momentum in (0.0, 0.9):
+        compare_views(weights, grads, momentum, "triton")
+
+
+def check_boxes() -> None:
+    from test_kernels import compare_boxes
+
+    from sm3_dist.kernels.triton import TritonWork
+
+    for shape in [(10, 7), (30, 300), (6, 5, 4), (5, 4, 3, 2)]:
+        for replicated in (False, True):
+            compare_boxes(shape, replicated, TritonWork, ranges=3)
+
+
+def check_compile() -> None:
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sm3_dist.kernels import triton as kernel
+
+    pointers = {"tiles": "*i32", "boxes": "*i64", "tensors": "*i64", "addresses": "*i64", "settings": "*fp32"}
+    names = ("WEIGHT", "GRAD", "MOMENT", "NDIM", "LEAD", "TALL", "WIDE")
+    signature = {**pointers, "aside": "*i32", **dict.fromkeys(names, "constexpr")}
+    kinds = [
+        (tl.float32, tl.float32, None, 2, 1, 8, 256),
+        (tl.float32, tl.float32, tl.float32, 1, 0, 1, 2048),
+        (tl.bfloat16, tl.bfloat16, tl.bfloat16, 2, 1, 8, 256),
+        (tl.float16, tl.float32, tl.float32, 4, 1, 64, 32),
+    ]
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    print("sm weight grad momentum dimensions tile registers shared spills operations")
+    for architecture in ARCHITECTURES:
+        for kind in kinds:
+            source = ASTSource(kernel.step_tiles, signature, constexprs=dict(zip(names, kind, strict=True)))
+            target = GPUTarget("cuda", architecture, 32)
+            compiled = triton.compile(source, target=target, options=kernel.OPTIONS)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+                cubin.write(compiled.asm["cubin"])
+                cubin.flush()
+                command = [str(tools / "cuobjdump"), "--dump-resource-usage", cubin.name]
+                usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            found = re.search(r"Function step_tiles:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+            assert found is not None, usage
+            registers, stack, _, local = map(int, found.groups())
+            shared = compiled.metadata.shared
+            names_of = r"\b(?:fma|mad|div|sqrt|rsqrt|rcp|mul|add|sub)\.[\w.]*f32"
+            operations = {each.removesuffix(".f32") for each in re.findall(names_of, compiled.asm["ptx"])}
+            weight, grad, moment, ndim, _, tall, wide = kind
+            print(architecture, weight, grad, moment, ndim, f"{tall}x{wide}", registers, shared, stack + local, end=" ")
+            print(",".join(sorted(operations)))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "compile":
+        check_compile()
+    else:
+        check_dtypes()
+        check_memory()
+        check_boxes()
+        print("compared dtypes, memory, boxes")
