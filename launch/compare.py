@@ -94,7 +94,10 @@ def wanted(results: Mapping[Place, float], seeds: int) -> list[Place]:
         >>> wanted({(-1, 0): 3.0, (0, 0): 1.0, (1, 0): 2.0}, seeds=2)
         [(-1, 1), (0, 1), (1, 1)]
     """
-    best = best_rate(results) if results else 0
+    first = [(k, 0) for k in (-1, 0, 1) if (k, 0) not in results]
+    if first:
+        return first
+    best = best_rate(results)
     around = (best - 1, best, best + 1)
     sweep = [(k, 0) for k in around if (k, 0) not in results]
     return sweep or [(k, seed) for k in around for seed in range(seeds) if (k, seed) not in results]

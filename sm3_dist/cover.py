@@ -2,7 +2,9 @@
 
 SM3 keeps, for a tensor of shape ``(n_1, …, n_k)``, one accumulator per dimension. Entry ``r`` of accumulator ``i``
 covers the elements ``{j : j_i = r}`` (a row of a matrix for ``i = 0``, a column for ``i = 1``). With block covers every
-other dimension is cut into blocks of ``B`` indices, and an entry covers one block of the row or column.
+other dimension is cut into blocks of ``B`` indices, and an entry covers one block of the row or column. One more
+accumulator, number ``k``, then covers the tiles: it cuts all dimensions into blocks. (Its entries bound all others in
+their tile, so that the minimum over the accumulators is what it is without; ``cover_product`` needs them.)
 
 Seen as an array over cover sets, accumulator ``i`` has ``k`` dimensions: its *grid*, of length ``n_i`` in dimension
 ``i`` and of 1 (``ceil(n_d / B)`` with block covers) in every other dimension ``d``. A box of the tensor touches a
@@ -22,19 +24,29 @@ from torch.nn.functional import pad
 from sm3_dist.box import Box
 
 
+def accumulator_count(shape: Sequence[int], block: int | None) -> int:
+    """How many accumulators a tensor has.
+
+    Example:
+        >>> accumulator_count((4, 5), None), accumulator_count((4, 5), 2), accumulator_count((4,), 2)
+        (2, 3, 1)
+    """
+    return len(shape) + (block is not None and len(shape) > 1)
+
+
 def grid(shape: Sequence[int], i: int, block: int | None = None) -> tuple[int, ...]:
     """Shape of accumulator ``i`` as an array over cover sets.
 
     Args:
         shape: shape of the tensor.
-        i: the dimension whose indices are told apart.
+        i: the dimension whose indices are told apart; ``k`` for the tiles.
         block: ``B``, or ``None`` for covers that are whole slices.
 
     Example:
         >>> grid((4, 5, 6), 1)
         (1, 5, 1)
-        >>> grid((4, 5), 0, block=2), grid((4, 5), 1, block=2)
-        ((4, 3), (2, 5))
+        >>> grid((4, 5), 0, block=2), grid((4, 5), 1, block=2), grid((4, 5), 2, block=2)
+        ((4, 3), (2, 5), (2, 3))
     """
     return touched(Box.whole(shape), i, block).stop
 

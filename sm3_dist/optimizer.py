@@ -61,14 +61,20 @@ class SM3(Optimizer):
             ``beta > 0``.
         nesterov: take :math:`\mathrm{momentum} \cdot m + (1 - \mathrm{momentum})\, u` with the new :math:`m` for the
             update. Needs ``momentum > 0``.
+        update_power: 1, or 0.5 to put :math:`\mathrm{sign}(u) \sqrt{|u|}` in the place of the update :math:`u` after
+            momentum. Covers are shared by elements whose gradients differ; this brings their updates closer together.
         update_rms: multiply the update of each tensor, after momentum, with what would have brought that of the step
             before to this root mean square, and cut it off at 1 either way. AdamW's is about 0.2, and with that
             AdamW's learning rates do. It costs a second all-reduce (of one integer per tensor), as hidden as the first.
             The mean square is taken of exact integers, so that it is the same under every layout.
         cover_block: let an accumulator entry cover a block of so many elements of its row (or column) and not all of
             it. Accumulator 0 of an ``(n, m)`` matrix then has shape ``(n, ceil(m / cover_block))``, accumulator 1
-            ``(ceil(n / cover_block), m)``; of a tensor of more dimensions every other one is cut. Ranks share only
-            the blocks that an edge of a shard cuts.
+            ``(ceil(n / cover_block), m)``; of a tensor of more dimensions every other one is cut. One more accumulator,
+            of shape ``(ceil(n / cover_block), ceil(m / cover_block))``, covers the tiles. Ranks share only the blocks
+            that an edge of a shard cuts.
+        cover_product: estimate :math:`\nu` from the product of the accumulators over that of the tile,
+            :math:`\mu_0 \mu_1 / \mu_2` for a matrix, and not from their minimum. It is a closer bound where rows and
+            columns differ in scale independently of one another. Needs ``cover_block``.
         model: the wrapped root module, where parameters were flattened (FullyShardedDataParallel of torch or
             fairscale): their original shapes are read there. Other models may be passed too.
         shard_over: process group or 1-D mesh over which parameters are replicated (ZeRO-1). Each rank keeps the state
@@ -120,8 +126,10 @@ class SM3(Optimizer):
         maximize: bool = False,
         bias_correction: bool = False,
         nesterov: bool = False,
+        update_power: float = 1.0,
         update_rms: float | None = None,
         cover_block: int | None = None,
+        cover_product: bool = False,
         model: nn.Module | None = None,
         shard_over: ProcessGroup | DeviceMesh | None = None,
         shard_covers: bool = False,
@@ -153,8 +161,10 @@ class SM3(Optimizer):
             "maximize": maximize,
             "bias_correction": bias_correction,
             "nesterov": nesterov,
+            "update_power": update_power,
             "update_rms": update_rms,
             "cover_block": cover_block,
+            "cover_product": cover_product,
             "stochastic_rounding": stochastic_rounding,
             "rounding_seed": rounding_seed,
         }
@@ -169,9 +179,9 @@ class SM3(Optimizer):
     ) -> SM3:
         """SM3 with the options that measurements favour, to be used at AdamW's learning rates. Start here.
 
-        Momentum 0.9, a bias-corrected moving average of squared gradients with ``beta=0.95``, updates of AdamW's root
-        mean square, and covers of 32 elements, which make 0.25 bytes of accumulators per parameter of a matrix. What
-        each of these brings is in ``docs/quality.md``.
+        Momentum 0.9, a bias-corrected moving average of squared gradients with ``beta=0.95``, the roots of updates at
+        AdamW's root mean square, and products of covers of 32 elements, which make 0.25 bytes of accumulators per
+        parameter of a matrix. What each of these brings is in ``docs/quality.md``.
 
         Args:
             params: as for :class:`SM3`.
@@ -186,10 +196,11 @@ class SM3(Optimizer):
             >>> layer(torch.ones(2, 64)).square().mean().backward()
             >>> optimizer.step()
             >>> {key: tuple(value.shape) for key, value in optimizer.state[layer.weight].items() if "acc" in key}
-            {'accumulator_0': (48, 2), 'accumulator_1': (2, 64)}
+            {'accumulator_0': (48, 2), 'accumulator_1': (2, 64), 'accumulator_2': (2, 2)}
         """
         recipe: dict[str, Any] = {"momentum": 0.9, "beta": 0.95, "bias_correction": True}
-        return cls(params, lr, **recipe | {"update_rms": 0.2, "cover_block": 32} | options)
+        recipe |= {"update_power": 0.5, "update_rms": 0.2, "cover_block": 32, "cover_product": True}
+        return cls(params, lr, **recipe | options)
 
     # torch.amp.GradScaler looks for this. It then does not unscale the gradients, but sets ``grad_scale`` and
     # ``found_inf`` for the time of a step.
@@ -524,7 +535,7 @@ def _label(group: dict[str, Any], g: int, index: int) -> str:
 def _layout_options(group: dict[str, Any]) -> tuple[Any, ...]:
     """What the state, and who works on it, depends on."""
     on = (group["momentum"] > 0, group["update_rms"] is not None)
-    return *on, group["cover_block"], group["bias_correction"], group["nesterov"]
+    return *on, *(group[key] for key in ("cover_block", "bias_correction", "nesterov", "update_power"))
 
 
 def _can_move(param: Tensor) -> bool:
@@ -544,7 +555,7 @@ def _settings(group: dict[str, Any], unscale: float | Tensor | None) -> Settings
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.item() if lr.device.type == "cpu" else lr.reshape(())
-    names = ("momentum", "beta", "eps", "weight_decay", "maximize", "nesterov")
+    names = ("momentum", "beta", "eps", "weight_decay", "maximize", "nesterov", "update_power", "cover_product")
     return Settings(lr, **{name: group[name] for name in names}, unscale=unscale)
 
 
@@ -561,6 +572,10 @@ def _validate(group: dict[str, Any]) -> None:
         raise ValueError("bias_correction=True corrects the moving average of beta > 0, but beta is 0. Leave it out")
     if group["nesterov"] and not group["momentum"]:
         raise ValueError("nesterov=True looks ahead along the momentum, but momentum is 0. Set it, to 0.9 say")
+    if group["update_power"] not in (0.5, 1):
+        raise ValueError(f"update_power must be 1 or 0.5, but is {group['update_power']}")
+    if group["cover_product"] and group["cover_block"] is None:
+        raise ValueError("cover_product=True is for block covers. Set cover_block, to 32 say")
     rms, block = group["update_rms"], group["cover_block"]
     if rms is not None and not 0.0 < rms < math.inf:
         raise ValueError(f"update_rms must be greater than 0 (or None), but is {rms}")

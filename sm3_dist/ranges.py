@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from sm3_dist.box import bounding, flat_boxes, overlaps
-from sm3_dist.cover import touched
+from sm3_dist.cover import accumulator_count, touched
 from sm3_dist.shard import Peers, Shared
 
 Range = tuple[int, int]
@@ -53,7 +53,8 @@ def shared_entries(
         (True, (Box(start=(0, 0), stop=(1, 5)),))
     """
     extents = [bounding(flat_boxes(shape, start, stop), len(shape)) for start, stop in ranges if start < stop]
-    regions = [overlaps([touched(extent, i, cover_block) for extent in extents]) for i in range(len(shape))]
+    count = accumulator_count(shape, cover_block)
+    regions = [overlaps([touched(extent, i, cover_block) for extent in extents]) for i in range(count)]
     return tuple(Shared(peers, boxes) if boxes else None for boxes in regions)
 
 

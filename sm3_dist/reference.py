@@ -18,7 +18,8 @@ class ReferenceState:
 
     Attributes:
         accumulators: ``mu_i`` of shape ``(n_i,)`` for each dimension; the tensor's own shape for ``k <= 1``. With
-            blocks of ``B`` it has ``k`` dimensions: ``n_i``, and ``ceil(n_d / B)`` in every other dimension ``d``.
+            blocks of ``B`` it has ``k`` dimensions: ``n_i``, and ``ceil(n_d / B)`` in every other dimension ``d``; and
+            there is one for the tiles, number ``k``, of length ``ceil(n_d / B)`` in every dimension.
         momentum_buffer: the tensor's shape; zero at first.
         step: number of steps taken.
         update_square_sum: of the last update that was not all zero, in the unit of :func:`square_unit`.
@@ -39,6 +40,7 @@ class ReferenceState:
         if cover_block is not None and weight.dim():
             blocks = [math.ceil(n / cover_block) for n in weight.shape]
             shapes = [(*blocks[:i], n, *blocks[i + 1 :]) for i, n in enumerate(weight.shape)]
+            shapes += [tuple(blocks)] if weight.dim() > 1 else []
         return cls(
             [torch.zeros(s, dtype=dtype) for s in shapes], torch.zeros(weight.shape, dtype=momentum_dtype or dtype)
         )
@@ -57,8 +59,10 @@ def reference_step(
     maximize: bool = False,
     bias_correction: bool = False,
     nesterov: bool = False,
+    update_power: float = 1.0,
     update_rms: float | None = None,
     cover_block: int | None = None,
+    cover_product: bool = False,
     rounding: tuple[int, int] | None = None,
 ) -> None:
     """One step of SM3-II, with whole-tensor temporaries and no care for speed; each line rounds as written.
@@ -75,8 +79,10 @@ def reference_step(
         maximize: follow the gradient up.
         bias_correction: correct the moving average of squared gradients for having started at zero.
         nesterov: look ahead along the momentum.
+        update_power: 0.5 for the roots of the lengths of the elements of the update.
         update_rms: scale the update by what would have given that of the step before this root mean square.
         cover_block: elements per block of the covers; ``None`` for whole slices.
+        cover_product: estimate from the product of the covers, over that of the tile, and not from their minimum.
         rounding: seed and number of the tensor, to round to bfloat16 stochastically; ``None``: to the nearest.
 
     Source: arXiv 1901.11150, algorithm SM3-II.
@@ -98,6 +104,11 @@ def reference_step(
     smallest = _along(state.accumulators[0], 0, weight.shape, cover_block)
     for i in range(1, k):
         smallest = torch.minimum(smallest, _along(state.accumulators[i], i, weight.shape, cover_block))
+    if cover_product and k > 1:
+        tile = _along(state.accumulators[k], k, weight.shape, cover_block).clamp(min=torch.finfo(dtype).tiny)
+        smallest = _along(state.accumulators[0], 0, weight.shape, cover_block)
+        for i in range(1, k):
+            smallest = smallest * (_along(state.accumulators[i], i, weight.shape, cover_block) / tile)
     nu = g * g + smallest if beta == 0 else g * g * (1 - beta) + smallest * beta
     corrected = nu * (1 / (1 - beta**state.step)) if bias_correction else nu
     u = torch.rsqrt(corrected + eps) * g
@@ -105,9 +116,12 @@ def reference_step(
         m = state.momentum_buffer.to(dtype) * momentum + u * (1 - momentum)
         u = u * (1 - momentum) + m * momentum if nesterov else m
         state.momentum_buffer = _rounded(m, state.momentum_buffer.dtype, rounding, state.step - 1, stream=1)
+    if update_power == 0.5:
+        u = u * torch.rsqrt(u.abs() + 1e-30)
     if update_rms is not None:
         first = (1 - momentum) * (1 + momentum if nesterov else 1) / (1 if bias_correction else math.sqrt(1 - beta))
         unit, largest = square_unit(u.numel())
+        first = math.pow(first, update_power)
         mean = state.update_square_sum / (unit * u.numel()) if state.update_square_sum else first**2
         squares = (u * u * unit).clamp(max=largest).nan_to_num(nan=largest).round()
         state.update_square_sum = sum(map(int, squares.flatten().tolist())) or state.update_square_sum
@@ -117,7 +131,7 @@ def reference_step(
         w = w * (1 - lr * weight_decay)
     weight.copy_(_rounded(w - u * lr, weight.dtype, rounding, state.step - 1, stream=0))
     if nu.numel():
-        state.accumulators = [_maximum(nu, i, cover_block) for i in range(max(k, 1))]
+        state.accumulators = [_maximum(nu, i, cover_block) for i in range(len(state.accumulators))]
 
 
 def _rounded(x: Tensor, dtype: torch.dtype, rounding: tuple[int, int] | None, step: int, stream: int) -> Tensor:

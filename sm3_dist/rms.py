@@ -65,15 +65,15 @@ class SquareSum:
         return (mean.rsqrt_() * update_rms).to(dtype)
 
 
-def first_rms(momentum: float, beta: float, nesterov: bool, bias_correction: bool) -> float:
+def first_rms(momentum: float, beta: float, nesterov: bool, bias_correction: bool, update_power: float) -> float:
     """The root mean square of the first update, if every element has a gradient: ``nu = (1 - beta) g^2``.
 
     Example:
-        >>> round(first_rms(momentum=0.9, beta=0.95, nesterov=False, bias_correction=True), 6)
+        >>> round(first_rms(momentum=0.9, beta=0.95, nesterov=False, bias_correction=True, update_power=1.0), 6)
         0.1
     """
     averaged = (1 - momentum) * (1 + momentum if nesterov else 1)
-    return averaged if bias_correction else averaged / math.sqrt(1 - beta)
+    return math.pow(averaged if bias_correction else averaged / math.sqrt(1 - beta), update_power)
 
 
 def square_sum(shape: Sequence[int], total: Tensor) -> SquareSum:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sm3_dist.box import Box, bounding
-from sm3_dist.cover import touched
+from sm3_dist.cover import accumulator_count, touched
 
 if TYPE_CHECKING:  # the maths does without torch.distributed
     from torch.distributed import ProcessGroup
@@ -92,7 +92,7 @@ class LocalShard:
         if self.extent is _UNSET:
             object.__setattr__(self, "extent", bounding(self.boxes, len(self.shape)))
         if not self.shared:
-            object.__setattr__(self, "shared", (None,) * len(self.shape))
+            object.__setattr__(self, "shared", (None,) * self.accumulator_count)
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -104,10 +104,15 @@ class LocalShard:
         """Number of elements that this rank holds."""
         return sum(box.numel for box in self.boxes)
 
+    @property
+    def accumulator_count(self) -> int:
+        """Number of accumulators."""
+        return accumulator_count(self.shape, self.cover_block)
+
     @cached_property
     def stored(self) -> tuple[Box, ...]:
         """For each accumulator the rectangle of its grid that this rank stores."""
-        return tuple(self.touched(self.extent, i) for i in range(len(self.shape)))
+        return tuple(self.touched(self.extent, i) for i in range(self.accumulator_count))
 
     def touched(self, box: Box, i: int) -> Box:
         """The rectangle of the grid of accumulator ``i`` that ``box`` touches."""

@@ -41,7 +41,7 @@ def fill_state(
     device = adapters.local(param).device
     state.setdefault("step", torch.zeros((), dtype=torch.float32))
     for shard in shards:
-        for i in range(len(shard.shape)):
+        for i in range(shard.accumulator_count):
             key = accumulator_key(shard, i)
             if key not in state:
                 part = torch.zeros(_local_shape(param, shard, i), dtype=dtype, device=device)
@@ -55,7 +55,8 @@ def fill_state(
 def local_accumulators(state: State, shard: LocalShard) -> list[Tensor]:
     """The accumulators of one shard as rectangles of their grids, views of what the state holds."""
     return [
-        adapters.local(state[accumulator_key(shard, i)]).view(shard.stored[i].shape) for i in range(len(shard.shape))
+        adapters.local(state[accumulator_key(shard, i)]).view(shard.stored[i].shape)
+        for i in range(shard.accumulator_count)
     ]
 
 
@@ -89,7 +90,7 @@ def adopt_state(
         plain = adapters.local(_zeros(param, shards, dtype))
         minimum = _adopt(minimum, tuple(plain.shape), dtype, param, f"cover_minimum of {label}")
     for shard in shards:
-        for i in range(len(shard.shape)):
+        for i in range(shard.accumulator_count):
             key = accumulator_key(shard, i)
             if minimum is not None:
                 part = read_minimum(shard, minimum)[i].reshape(_local_shape(param, shard, i))

@@ -22,7 +22,8 @@ from sm3_dist.update import Settings, update_rows, update_shard
 
 HYPERPARAMETERS = (
     *("lr", "momentum", "beta", "eps", "weight_decay", "maximize"),
-    *("bias_correction", "nesterov", "update_rms", "cover_block", "stochastic_rounding", "rounding_seed"),
+    *("bias_correction", "nesterov", "update_power", "update_rms", "cover_block", "cover_product"),
+    *("stochastic_rounding", "rounding_seed"),
 )
 
 
@@ -100,7 +101,8 @@ class Entry:
         if self.group["bias_correction"]:
             settings = replace(settings, correction=1 / (1 - self.group["beta"] ** (self.step.item() + 1)))
         if self.squares is not None:
-            first = first_rms(*(self.group[key] for key in ("momentum", "beta", "nesterov", "bias_correction")))
+            names = ("momentum", "beta", "nesterov", "bias_correction", "update_power")
+            first = first_rms(**{name: self.group[name] for name in names})
             scale = self.squares.scale(self.group["update_rms"], first, self.accumulators[0].dtype)
             settings = replace(settings, scale=scale)
         if self.rounds:

@@ -19,6 +19,9 @@ from sm3_dist.rms import SquareSum
 from sm3_dist.rounding import MOMENTUM, WEIGHT, Rounding
 from sm3_dist.shard import LocalShard
 
+TINY = 1e-30
+"""Keeps the root of an update of 0 from being 0 / 0."""
+
 CHUNK_BYTES = 1 << 19
 """Size of one temporary. A handful of them is alive at a time: they stay in cache, and below 4 MB together."""
 
@@ -29,6 +32,8 @@ class Settings:
 
     Attributes:
         nesterov: look ahead: the update is ``momentum * m + (1 - momentum) * u`` with the new ``m``.
+        update_power: 0.5: the square root of the length of each element of the update after momentum is its length.
+        cover_product: estimate from the product of the accumulators and not from their minimum.
         correction: what corrects ``nu`` for having started at zero, ``1 / (1 - beta^t)``; 1 for no correction.
         scale: what the update after momentum is multiplied with before it is cut off at 1 either way; ``None``:
             neither. A float or a 0-dimensional tensor of the type and device of the accumulators.
@@ -43,6 +48,8 @@ class Settings:
     weight_decay: float
     maximize: bool
     nesterov: bool = False
+    update_power: float = 1.0
+    cover_product: bool = False
     correction: float = 1.0
     scale: float | Tensor | None = None
     unscale: float | Tensor | None = None
@@ -78,9 +85,7 @@ def update_box(
     if s.unscale is not None:
         grad = grad * s.unscale
     nu = grad * grad
-    floor = covers[0]
-    for cover in covers[1:]:
-        floor = torch.minimum(floor, cover)
+    floor = _product(covers) if s.cover_product and len(covers) > 1 else _minimum(covers)
     if s.beta > 0:
         nu.mul_(1 - s.beta)
         floor = floor * s.beta
@@ -98,6 +103,8 @@ def update_box(
             update.add_(moment * s.momentum)
         else:
             update.copy_(moment)
+    if s.update_power == 0.5:
+        update.mul_(_inverse_root(update.abs().add_(TINY)))
     if squares is not None:
         squares.add(update)
     if s.scale is not None:
@@ -109,6 +116,28 @@ def update_box(
     if wide is not weight:
         _store(weight, wide, WEIGHT, s.rounding, box)
     return nu
+
+
+def _minimum(covers: Sequence[Tensor]) -> Tensor:
+    """``min_i mu_i(j_i)``: no element's sum or average is larger than that of any set that covers it."""
+    floor = covers[0]
+    for cover in covers[1:]:
+        floor = torch.minimum(floor, cover)
+    return floor
+
+
+def _product(covers: Sequence[Tensor]) -> Tensor:
+    """``mu_0(j_0) * mu_1(j_1) / mu_k * …``, where ``mu_k`` is that of the tile.
+
+    In a tile whose values are products of a row's factor and a column's this is the value itself, where the minimum is
+    that of the larger factor. It is no larger than the minimum.
+    """
+    *sides, tile = covers
+    tile = tile.clamp(min=torch.finfo(tile.dtype).tiny)
+    product = sides[0]
+    for side in sides[1:]:
+        product = product * (side / tile)
+    return product
 
 
 def _inverse_root(x: Tensor) -> Tensor:

@@ -18,7 +18,16 @@ STEPS = 5
 OPTIONS: list[dict[str, Any]] = [
     {"momentum": 0.0, "beta": 0.0, "weight_decay": 0.0},
     {"momentum": 0.9, "beta": 0.95, "weight_decay": 0.1},
-    {"momentum": 0.9, "beta": 0.95, "bias_correction": True, "nesterov": True, "update_rms": 0.2, "cover_block": 2},
+    {
+        "momentum": 0.9,
+        "beta": 0.95,
+        "bias_correction": True,
+        "nesterov": True,
+        "update_power": 0.5,
+        "update_rms": 0.2,
+        "cover_block": 2,
+        "cover_product": True,
+    },
 ]
 
 

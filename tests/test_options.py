@@ -24,8 +24,10 @@ EVERYTHING: dict[str, Any] = {
     "weight_decay": 0.1,
     "bias_correction": True,
     "nesterov": True,
+    "update_power": 0.5,
     "update_rms": 0.2,
     "cover_block": 2,
+    "cover_product": True,
 }
 OPTIONS: list[dict[str, Any]] = [
     EVERYTHING,
@@ -33,6 +35,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"momentum": 0.9, "nesterov": True, "maximize": True},
     {"beta": 0.95, "update_rms": 0.2},
     {"momentum": 0.9, "update_rms": 0.01, "cover_block": 3},
+    {"cover_block": 3, "cover_product": True},
+    {"momentum": 0.9, "update_power": 0.5},
     {"beta": 0.9, "cover_block": 1},
     {"momentum": 0.5, "cover_block": 100},
 ]
@@ -105,17 +109,19 @@ def what_fsdp2_shares() -> None:
         optimizer.step()
         by_rows, by_columns = optimizer.state[param]["accumulator_0"], optimizer.state[param]["accumulator_1"]
         (entry,) = optimizer._current_plan().entries
-        shared_rows, shared_columns = entry.shard.shared
+        shared_rows, shared_columns, shared_tiles = entry.shard.shared
         assert shared_rows is None
         assert isinstance(by_rows, DTensor)
         assert by_rows.shape == (rows, 2)
         if cut:
             assert shared_columns is not None
             assert shared_columns.regions == cut
+            assert shared_tiles is not None
+            assert shared_tiles.regions == (Box((1, 0), (2, 2)),)
             assert by_columns.shape == (2, 6)  # neighbours both have row 1 of the three
             assert not isinstance(by_columns, DTensor)
         else:
-            assert shared_columns is None
+            assert shared_columns is shared_tiles is None
             assert optimizer._current_plan().buckets == []
             assert isinstance(by_columns, DTensor)
             assert by_columns.shape == (4, 6)
@@ -167,12 +173,28 @@ def test_blocks_as_long_as_the_tensor_are_whole_slices() -> None:
     blocks, state = trained(torch.ones(5, 4, 3), grads, cover_block=5)
     slices, _ = trained(torch.ones(5, 4, 3), grads)
     assert torch.equal(blocks, slices)
-    assert [tuple(state[f"accumulator_{i}"].shape) for i in range(3)] == [(5, 1, 1), (1, 4, 1), (1, 1, 3)]
+    shapes = [tuple(state[f"accumulator_{i}"].shape) for i in range(4)]
+    assert shapes == [(5, 1, 1), (1, 4, 1), (1, 1, 3), (1, 1, 1)]
 
 
 def test_state_is_two_over_the_block_size() -> None:
     _, state = trained(torch.ones(128, 64), gradients((128, 64), 1), cover_block=32)
-    assert [tuple(state[f"accumulator_{i}"].shape) for i in range(2)] == [(128, 2), (4, 64)]
+    assert [tuple(state[f"accumulator_{i}"].shape) for i in range(3)] == [(128, 2), (4, 64), (4, 2)]
+
+
+def test_the_product_of_covers_knows_what_is_a_product() -> None:
+    """Squared gradients that are products of a row's factor and a column's are estimated without an error."""
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.rand(8, 1, generator=generator) * torch.rand(1, 12, generator=generator)
+    for product in (True, False):
+        param = torch.nn.Parameter(torch.zeros(8, 12))
+        optimizer = SM3([param], lr=1.0, beta=0.5, cover_block=4, cover_product=product)
+        for param.grad in (grad, torch.full_like(grad, 1e-9)):
+            torch.nn.init.zeros_(param)
+            optimizer.step()
+        estimate = (1e-9 / param.detach()).square() / 0.5  # the second update is 1e-9 / sqrt(0.5 * estimate)
+        exact = torch.allclose(estimate, 0.5 * grad.square(), rtol=1e-4)
+        assert exact == product
 
 
 def root_mean_squares(grads: list[Tensor], **options: Any) -> list[float]:
@@ -257,6 +279,8 @@ def test_a_loaded_state_goes_on_as_if_nothing_had_been() -> None:
         ({"nesterov": True}, "momentum is 0"),
         ({"update_rms": 0.0}, "update_rms must be greater than 0"),
         ({"update_rms": math.nan}, "update_rms must be greater than 0"),
+        ({"update_power": 0.7}, "update_power must be 1 or 0.5"),
+        ({"cover_product": True}, "cover_product=True is for block covers"),
         ({"cover_block": 0}, "cover_block must be an integer of at least 1"),
         ({"cover_block": 2.0}, "cover_block must be an integer of at least 1"),
         ({"cover_block": True}, "cover_block must be an integer of at least 1"),

@@ -22,7 +22,7 @@ from rich.console import Console
 import launch
 from launch.model import GPT, PRESETS
 from launch.options import Options, parse
-from launch.recipe import adamw_bytes, count_bytes, state_bytes
+from launch.recipe import adamw_bytes, build, chosen, count_bytes, schedule, settings, state_bytes
 from launch.report import Bar
 from launch.train import Run, main
 from launch.world import UserError, World
@@ -295,3 +295,41 @@ def test_options_become_json() -> None:
 def test_examples_in_the_documentation_of(module: str) -> None:
     failed, _ = doctest.testmod(importlib.import_module(f"launch.{module}"))
     assert failed == 0
+
+
+# ------------------------------------------------------------------------------------------------ the recipes
+
+
+def test_recipes_differ_and_are_for_sm3_alone() -> None:
+    like, paper = (chosen(parse(["--recipe", name])) for name in ("adamw-like", "paper"))
+    assert chosen(parse([])) == like != paper
+    with pytest.raises(UserError, match="--recipe paper is a way to use SM3"):
+        chosen(parse(["--recipe", "paper", "--optimizer", "adamw"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("adamw-8bit", "torchao"),
+        ("adafactor-transformers", "transformers"),
+        ("adam-mini", "adam_mini"),
+        ("came", "came_pytorch"),
+        ("lion", "lion_pytorch"),
+        ("muon", "torch"),
+    ],
+)
+def test_peers_take_steps(name: str, package: str) -> None:
+    pytest.importorskip(package, reason="pip install 'sm3_dist[compare]'")
+    options = parse(["--optimizer", name, "--model", "tiny"])
+    model = GPT(PRESETS["tiny"], 16)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = build(model, settings(options), options)
+    scheduler = schedule(optimizer, options)
+    for _ in range(2):
+        model(torch.zeros(2, 16, dtype=torch.long)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    assert all((p != old).any() for p, old in zip(model.parameters(), before, strict=True) if p.dim() == 2)
+    assert state_bytes(optimizer) > 0
+    assert scheduler.get_last_lr()[0] != settings(options).lr  # the schedule reaches it

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from sm3_dist.box import Box, overlaps
-from sm3_dist.cover import grid, touched
+from sm3_dist.cover import accumulator_count, grid, touched
 from sm3_dist.shard import LocalShard, Peers, Shared
 
 Run = tuple[int, int]
@@ -63,7 +63,7 @@ def describe(param: Tensor, label: str, cover_block: int | None) -> tuple[LocalS
             cut.shape,
             boxes=(box,) if box.numel else (),
             extent=box,
-            shared=tuple(_shared(cut, i, cover_block, mesh) for i in range(len(cut.shape))),
+            shared=tuple(_shared(cut, i, cover_block, mesh) for i in range(accumulator_count(cut.shape, cover_block))),
             ranks=tuple(mesh.mesh.flatten().tolist()),
             layout=f"{tuple(map(str, cut.placements))} on mesh {mesh.mesh.tolist()}",
             cover_block=cover_block,

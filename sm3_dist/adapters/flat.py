@@ -162,7 +162,7 @@ def _shared(
 ) -> tuple[Shared | None, ...]:
     """For each accumulator the entries that two or more of the ranges touch."""
     shared = shared_entries([shape[d] for d in order], ranges, peers, cover_block)
-    in_order = (shared[order.index(i)] for i in range(len(shape)))
+    in_order = (shared[order.index(i)] if i in order else shared[i] for i in range(len(shared)))
     return tuple(s and Shared(s.peers, tuple(_restored(box, order) for box in s.regions)) for s in in_order)
 
 

@@ -1,0 +1,128 @@
+"""The comparison of optimizers: which runs it makes, what it keeps, and what it shows."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from rich.console import Console
+
+from launch.compare import BYTES, CURVES, RESULTS, Comparison, Contestant, Place, at_rate, best_rate, main, wanted
+from launch.folder import METRICS
+from launch.recipe import OPTIMIZERS
+from launch.world import UserError
+
+SM3, ADAMW = Contestant("small", "sm3"), Contestant("small", "adamw")
+
+
+class Simulated(Comparison):
+    """Losses are a parabola over the learning rate, with a bottom for each optimizer and a step for each seed."""
+
+    BOTTOM: ClassVar = {"sm3": 3, "adamw": 0}
+    made: list[tuple[Contestant, Place]]
+
+    def run(self, contestant: Contestant, place: Place) -> dict[str, Any]:
+        self.__dict__.setdefault("made", []).append((contestant, place))
+        k, seed = place
+        bits = 2 + 0.1 * (k - self.BOTTOM[contestant.name]) ** 2 + 0.01 * seed
+        folder = self.folder(contestant, place)
+        folder.mkdir(parents=True, exist_ok=True)
+        records = [{"step": step, "train_bits_per_byte": bits + 1 / step} for step in (10, 20)]
+        (folder / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records))
+        run = " ".join(self.arguments(contestant, place))
+        return {"run": run, "bits": None if k > 6 else bits, "bytes_per_parameter": 4.0}
+
+
+def simulate(out: Path, seeds: int = 3) -> Simulated:
+    comparison = Simulated(out, [SM3, ADAMW], seeds, ["--steps", "20"])
+    comparison.made = []
+    comparison.run_all(2, Console(quiet=True))
+    return comparison
+
+
+def test_the_sweep_goes_on_until_the_best_lies_within(tmp_path: Path) -> None:
+    comparison = simulate(tmp_path)
+    results = comparison.results(SM3)
+    assert best_rate(results) == 3
+    assert {k for k, seed in results if seed == 0} == {-1, 0, 1, 2, 3, 4}
+    assert {place for place in results if place[1] > 0} == {(k, seed) for k in (2, 3, 4) for seed in (1, 2)}
+    assert math.isclose(at_rate(results, 3), 2.01)
+    assert {k for k, _ in comparison.results(ADAMW)} == {-1, 0, 1}
+
+
+def test_a_second_call_makes_only_what_is_missing(tmp_path: Path) -> None:
+    first = simulate(tmp_path, seeds=1)
+    assert first.made
+    assert simulate(tmp_path, seeds=1).made == []
+    lines = (tmp_path / RESULTS).read_text().splitlines()
+    (tmp_path / RESULTS).write_text("\n".join(lines[:-1]) + "\n")
+    assert len(simulate(tmp_path, seeds=1).made) == 1
+    more = simulate(tmp_path, seeds=2).made
+    assert len(more) == 6
+    assert {seed for _, (_, seed) in more} == {1}
+
+
+def test_rates_at_which_training_comes_to_nothing_are_not_the_best() -> None:
+    results = {(-1, 0): 3.0, (0, 0): 2.0, (1, 0): math.inf}
+    assert best_rate(results) == 0
+    assert wanted(results, seeds=1) == []
+
+
+def test_it_draws_and_tabulates(tmp_path: Path) -> None:
+    comparison = simulate(tmp_path)
+    comparison.draw()
+    assert (tmp_path / CURVES).stat().st_size > 0
+    assert (tmp_path / BYTES).stat().st_size > 0
+    table = comparison.table()
+    assert table.row_count == 2
+    assert sorted(table.columns[1].cells) == ["adamw", "sm3"]
+    assert comparison.curve(SM3) == ([10, 20], pytest.approx([2.11, 2.06]))
+
+
+def test_one_real_run(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play makes Jack a dull boy.\n" * 200)
+    common = f"--steps 3 --batch-size 2 --seq-len 16 --parallel none --device cpu --data {text}".split()
+    contestant = Contestant("tiny", "sm3-16")
+    comparison = Comparison(tmp_path / "out", [contestant], 1, common)
+    comparison.keep(comparison.run(contestant, (0, 0)))
+    again = Comparison(tmp_path / "out", [contestant], 1, common)
+    (bits,) = again.results(contestant).values()
+    assert 0 < bits < 9
+    assert 4 < again.bytes_per_parameter(contestant) < 6  # momentum in float32, and a little
+    assert "tiny sm3-16 lr 0.002 seed 0: " in again.line(contestant, (0, 0))
+
+
+def test_a_run_that_fails_is_an_error(tmp_path: Path) -> None:
+    comparison = Comparison(tmp_path, [SM3], 1, ["--steps", "3", "--data", str(tmp_path / "absent")])
+    with pytest.raises(UserError, match=r"failed:\n.*no such file"):
+        comparison.run(SM3, (0, 0))
+    assert comparison.results(SM3) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--optimizers adamv", "adamv: there is none of that name"),
+        ("--optimizers sm3-papers", "sm3-papers: there is none of that name"),
+        ("--seeds 0", "must be at least 1"),
+        ("--lr 0.1", "--lr is for compare.py to choose"),
+        ("--models huge", "invalid choice: 'huge'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_run(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--out", str(tmp_path / "out"), *arguments.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_optimizer_of_the_training_job_can_take_part() -> None:
+    for name in [*OPTIMIZERS, "sm3-paper", "sm3-adamw-like", "sm3-64"]:
+        contestant = Contestant("small", name)
+        assert contestant.arguments[:2] == ("--model", "small")
+        assert contestant.start > 0
