@@ -1,0 +1,165 @@
+"""Steps taken during backward: each gradient is used as soon as it is there, and freed."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sm3_dist import kernels
+from sm3_dist.adapters.flat_metadata import is_flattened
+from sm3_dist.optimizer import SM3, _settings
+from sm3_dist.step_plan import StepPlan
+from sm3_dist.update import Settings
+
+
+def step_in_backward(model: nn.Module, optimizer: SM3) -> StepInBackward:
+    """Take each parameter's step as soon as its gradient is there, and free the gradient.
+
+    The training loop stays as it is. ``backward()`` steps the parameters one after another, with the hyperparameters of
+    the beginning of the step; ``optimizer.step()``, once after every ``backward()``, steps what still has a gradient
+    and sends the new maxima, in the one all-reduce of every step. The bits are those of a step after backward.
+
+    For one process, FSDP2, HSDP and tensor parallel: wherever the gradient that backward leaves is the final one. To
+    accumulate gradients with FSDP2, turn ``set_requires_gradient_sync`` off in all backward passes but the last. A
+    global norm of the gradients does not exist at any time, so they cannot be clipped by it (``clip_grad_norm_`` finds
+    no gradients); ``update_rms=`` bounds the update of each tensor instead.
+
+    Call it on every rank, after the model is wrapped.
+
+    Args:
+        model: the root module, as wrapped.
+        optimizer: has (some of) its parameters. Those added later are stepped by ``optimizer.step()``.
+
+    Returns:
+        A handle: ``remove()`` undoes it, and so does leaving its ``with`` block.
+
+    Raises:
+        ValueError: for DistributedDataParallel, FSDP1, fairscale, ``shard_over=`` and ``shard_covers=True``, with the
+            reason.
+        RuntimeError: in backward, if a parameter gets a second gradient before ``optimizer.step()``; in
+            ``optimizer.step()``, if a GradScaler takes it.
+
+    Example:
+        >>> import torch
+        >>> from sm3_dist import SM3, step_in_backward
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = SM3(model.parameters(), lr=0.1)
+        >>> with step_in_backward(model, optimizer):
+        ...     model(torch.ones(2, 4)).square().mean().backward()
+        ...     optimizer.step()
+        >>> model.weight.grad is None
+        True
+    """
+    _refuse(model, optimizer)
+    return StepInBackward(optimizer)
+
+
+class StepInBackward:
+    """What :func:`step_in_backward` returns.
+
+    Args:
+        optimizer: whose parameters are to be stepped.
+    """
+
+    def __init__(self, optimizer: SM3) -> None:
+        self.optimizer = optimizer
+        self._plan: StepPlan | None = None
+        self._works: dict[Tensor, list[kernels.Work]] = {}
+        self._settings: dict[int, Settings] = {}
+        self._stepped: dict[Tensor, None] = {}
+        optimizer._current_plan()  # compared across ranks here, and not in the midst of backward
+        params = [param for param in _params(optimizer) if param.requires_grad]
+        self._handles: list[Any] = [param.register_post_accumulate_grad_hook(self._step) for param in params]
+        self._handles.append(optimizer.register_step_pre_hook(self._refuse_scaler))
+        self._handles.append(optimizer.register_step_post_hook(self._end))
+
+    def remove(self) -> None:
+        """Leave gradients where they are again, for ``optimizer.step()`` to use. May be called more than once."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> StepInBackward:
+        """The handle itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Undo it."""
+        self.remove()
+
+    @torch.no_grad()
+    def _step(self, param: Tensor) -> None:
+        """A gradient is there."""
+        if param.grad is None:
+            return
+        if param in self._stepped:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} got a second gradient before optimizer.step(), but its "
+                "first has been used and freed. Call optimizer.step() after every backward(). To accumulate gradients, "
+                "step after backward instead: call remove() on the handle of step_in_backward()."
+            )
+        if not self._stepped:
+            self._begin()
+        for work in self._works.get(param, ()):
+            work.update(self._settings)
+        self._stepped[param] = None
+        param.grad = None
+
+    def _begin(self) -> None:
+        optimizer = self.optimizer
+        plan = optimizer._current_plan()
+        plan.receive()
+        if plan is not self._plan:
+            self._plan = plan
+            entries: dict[Tensor, list[Any]] = {}
+            for entry in plan.entries:
+                entries.setdefault(entry.param, []).append(entry)
+            self._works = {param: kernels.works(these, optimizer.backend) for param, these in entries.items()}
+        self._settings = {id(group): _settings(group, None) for group in optimizer.param_groups}
+
+    def _end(self, *_: Any) -> None:
+        self._stepped.clear()
+
+    def _refuse_scaler(self, *_: Any) -> None:
+        if getattr(self.optimizer, "found_inf", None) is not None:
+            raise RuntimeError(
+                "GradScaler skips a step if any gradient is not finite, but step_in_backward() has used each as it "
+                "came. Train in bfloat16, which needs no loss scaling, or step after backward: call remove() on the "
+                "handle."
+            )
+
+
+def _refuse(model: nn.Module, optimizer: SM3) -> None:
+    """Raise where a gradient is not final when backward leaves it, or a step is more than its parameters' steps."""
+    instead = "Step after backward instead, or shard the model with FSDP2 (torch.distributed.fsdp.fully_shard)."
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel) or type(module).__name__ == "ShardedDataParallel":
+            raise ValueError(
+                f"{name or 'the model'} is wrapped in {type(module).__name__}, which averages gradients over the ranks "
+                f"after backward has left them: a step before that would use this rank's alone. {instead}"
+            )
+    if any(is_flattened(param) for param in (*model.parameters(), *_params(optimizer))):
+        raise ValueError(
+            "the model is wrapped in FullyShardedDataParallel (FSDP1 or fairscale's), which flattens parameters and "
+            f"hands out their gradients after backward alone. {instead}"
+        )
+    if optimizer._replicas is not None:
+        raise ValueError(
+            "with shard_over= a step ends with an exchange of new weights, and gradients are averaged over the ranks "
+            f"after backward has left them. {instead}"
+        )
+    if optimizer.shard_covers:
+        raise ValueError(
+            "with shard_covers=True a step begins with an all-gather, which would fall into the midst of backward, "
+            "among the collectives of the model. Leave shard_covers out."
+        )
+
+
+def _params(optimizer: SM3) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]

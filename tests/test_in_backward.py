@@ -1,0 +1,194 @@
+"""Steps during backward: the bits of a step after it, one gradient alive at a time, one all-reduce after the last."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Pool
+from layouts import full
+from test_options import EVERYTHING
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+
+from sm3_dist import SM3, step_in_backward
+from sm3_dist.bucket import MaxBucket
+
+STEPS = 4
+
+
+class Net(nn.Module):
+    """With tied weights, a frozen and an unused parameter, and a layer that only every other step uses."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.third.bias.requires_grad_(False)
+        self.unused = nn.Parameter(torch.ones(3, 2))
+        self.to(dtype)
+
+    def forward(self, x: Tensor, step: int) -> Tensor:
+        x = self.second(self.first(x).tanh())
+        return (self.third(x) if step % 2 == 0 else x).square().mean()
+
+
+def as_it_is(net: Net) -> None:
+    pass
+
+
+def shard(net: Net) -> None:
+    fully_shard(net.third)
+    fully_shard(net)
+
+
+def shard_replicas(net: Net) -> None:
+    fully_shard(net, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard")))
+
+
+def trained(
+    during: bool,
+    wrap: Callable[[Net], None] = as_it_is,
+    dtype: torch.dtype = torch.float32,
+    passes: int = 1,
+    **options: Any,
+) -> list[Tensor]:
+    """Weights and state after some steps."""
+    net = Net(dtype)
+    wrap(net)
+    optimizer = SM3(net.parameters(), lr=0.1, **options)
+    scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    handle = step_in_backward(net, optimizer) if during else None
+    for step in range(STEPS):
+        for k in range(passes):
+            if passes > 1:
+                net.set_requires_gradient_sync(k == passes - 1)
+            data = torch.randn(8, 6, generator=torch.Generator().manual_seed(passes * step + k)).to(dtype)
+            net(data, step).backward()
+        assert all(param.grad is None for param in net.parameters()) or not during
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    if handle is not None:
+        handle.remove()
+    state = [value for param in net.parameters() for value in optimizer.state.get(param, {}).values()]
+    return [*map(full, net.parameters()), *map(full, state)]
+
+
+def compare(wrap: Callable[[Net], None], passes: int = 1) -> None:
+    narrow: dict[str, Any] = {"dtype": torch.bfloat16, "momentum_dtype": torch.bfloat16, "stochastic_rounding": True}
+    for options in ({}, {"momentum": 0.9, "beta": 0.9}, EVERYTHING, {"backend": "eager"}, {"momentum": 0.9, **narrow}):
+        after = trained(False, wrap, passes=passes, **options)
+        during = trained(True, wrap, passes=passes, **options)
+        assert len(after) == len(during) > 10
+        assert all(torch.equal(a, b) for a, b in zip(after, during, strict=True)), options
+
+
+def test_the_bits_of_a_step_after_backward() -> None:
+    compare(as_it_is)
+
+
+def test_the_bits_of_a_step_after_backward_sharded(workers: Pool) -> None:
+    workers(2).run(compare, shard)
+    workers(4).run(compare, shard_replicas)
+
+
+def test_fsdp2_may_accumulate_what_it_has_not_reduced(workers: Pool) -> None:
+    workers(2).run(compare, shard, 3)
+
+
+def test_one_gradient_is_alive_at_a_time() -> None:
+    net = Net()
+    alive: list[int] = []
+    for param in net.parameters():
+        if param.requires_grad:  # before those of the handle: hooks run in the order in which they were registered
+            param.register_post_accumulate_grad_hook(
+                lambda _: alive.append(sum(param.grad is not None for param in net.parameters()))
+            )
+    optimizer = SM3(net.parameters())
+    with step_in_backward(net, optimizer):
+        net(torch.ones(2, 6), 0).backward()
+    assert alive == [1] * 4
+
+
+def reductions() -> list[str]:
+    """What happens in two steps."""
+    events: list[str] = []
+    start = MaxBucket.start
+
+    def noted(self: MaxBucket) -> None:
+        events.append("reduce")
+        start(self)
+
+    net = Net()
+    shard(net)
+    optimizer = SM3(net.parameters())
+    with step_in_backward(net, optimizer), patch.object(MaxBucket, "start", noted):
+        for step in range(2):
+            net(torch.ones(2, 6), step).backward()
+            events.append("backward")
+            optimizer.step()
+    assert len(optimizer._current_plan().buckets) == 1
+    return events
+
+
+def test_one_reduction_after_the_last_gradient(workers: Pool) -> None:
+    assert workers(2).run(reductions) == [["backward", "reduce"] * 2] * 2
+
+
+def test_a_second_gradient_before_the_step_is_an_error() -> None:
+    net = Net()
+    optimizer = SM3(net.parameters())
+    step_in_backward(net, optimizer)
+    net(torch.ones(2, 6), 0).backward()
+    with pytest.raises(RuntimeError, match="second gradient before"):
+        net(torch.ones(2, 6), 0).backward()
+
+
+def test_it_can_be_undone() -> None:
+    net = Net()
+    optimizer = SM3(net.parameters())
+    with step_in_backward(net, optimizer):
+        net(torch.ones(2, 6), 0).backward()
+        optimizer.step()
+    before = net.first.weight.detach().clone()
+    for _ in range(2):
+        net(torch.ones(2, 6), 0).backward()
+    assert net.first.weight.grad is not None
+    assert torch.equal(net.first.weight, before)
+    optimizer.step()
+    assert not torch.equal(net.first.weight, before)
+
+
+def test_grad_scaler_is_refused() -> None:
+    net = Net()
+    optimizer = SM3(net.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with step_in_backward(net, optimizer):
+        scaler.scale(net(torch.ones(2, 6), 0)).backward()
+        with pytest.raises(RuntimeError, match="GradScaler skips a step"):
+            scaler.step(optimizer)
+
+
+def refuse_wrappers() -> None:
+    plain = Net()
+    net = DistributedDataParallel(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="wrapped in DistributedDataParallel, which averages"):
+        step_in_backward(net, SM3(net.parameters()))
+    flat = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="wrapped in FullyShardedDataParallel"):
+        step_in_backward(flat, SM3(flat.parameters(), model=flat))
+    with pytest.raises(ValueError, match="shard_over="):
+        step_in_backward(plain, SM3(plain.parameters(), shard_over=dist.group.WORLD))
+    with pytest.raises(ValueError, match="shard_covers=True"):
+        step_in_backward(plain, SM3(plain.parameters(), shard_covers=True))
+
+
+def test_what_cannot_be_combined_is_refused(workers: Pool) -> None:
+    workers(2).run(refuse_wrappers)
