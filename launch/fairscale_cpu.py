@@ -39,6 +39,7 @@ def install() -> None:
     torch.cuda.current_stream = _current_stream
     torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment,method-assign]
     set_up = FullyShardedDataParallel._setup_streams
 

@@ -54,7 +54,9 @@ class Options:
     resume: str = option("no", "auto: go on from the last complete checkpoint in OUT", choices=["no", "auto"])
     seed: int = option(0, "which weights to start from and which order of the data")
     device: str = option("auto", "auto: CUDA where there is any", choices=["auto", "cpu", "cuda"])
-    reshard: bool = option(False, "fsdp2, hsdp: drop gathered weights after forward; slower, less memory")
+    reshard: bool = option(
+        False, "fsdp1, fsdp2, hsdp, fairscale: drop gathered weights after forward; slower, less memory"
+    )
     replicas: int = option(2, "hsdp: copies of the model, each sharded over world / copies ranks")
     tp_size: int | None = option(None, "tp: ranks that share each layer; default: all", type=int)
 

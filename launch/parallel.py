@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,13 +12,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 
+from launch import fairscale_cpu
 from launch.batches import Share
-from launch.model import GPT
+from launch.model import GPT, Block
 from launch.world import UserError, World
 
 if TYPE_CHECKING:
@@ -31,11 +36,13 @@ class Parallel(NamedTuple):
         model: what to call and to train.
         share: the part of every batch that this rank computes.
         shard_over: the ranks that are to share the optimizer's state, where the model itself does not say it.
+        oss: whether fairscale's OSS is to give each rank the state of some of the parameters.
     """
 
     model: nn.Module
     share: Share
     shard_over: ProcessGroup | None = None
+    oss: bool = False
 
 
 def share_out(model: GPT, world: World, device: torch.device, options: Options) -> Parallel:
@@ -114,11 +121,89 @@ def tp(model: GPT, world: World, device: str, options: Options) -> Parallel:
     return Parallel(model, Share(world.rank // size, groups))
 
 
+def fsdp1(model: GPT, world: World, device: str, options: Options) -> Parallel:
+    """FullyShardedDataParallel: the parameters of a block are laid out flat and cut into equal parts."""
+    return Parallel(flatten(model, device, options, use_orig_params=True), Share(world.rank, world.size))
+
+
+def fsdp1_flat(model: GPT, world: World, device: str, options: Options) -> Parallel:
+    """Like fsdp1, but the optimizer sees one flat parameter for each block."""
+    return Parallel(flatten(model, device, options, use_orig_params=False), Share(world.rank, world.size))
+
+
+def flatten(model: GPT, device: str, options: Options, use_orig_params: bool) -> nn.Module:
+    """Apply FSDP1 to each block and to what is left."""
+    strategy = ShardingStrategy.FULL_SHARD if options.reshard else ShardingStrategy.SHARD_GRAD_OP
+    return FullyShardedDataParallel(
+        model,
+        sharding_strategy=strategy,
+        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        device_id=torch.device(device) if device == "cpu" else torch.cuda.current_device(),
+        use_orig_params=use_orig_params,
+    )
+
+
+def fairscale(model: GPT, world: World, device: str, options: Options) -> Parallel:
+    """fairscale's FullyShardedDataParallel, after which torch's was made."""
+    wrapper = of_fairscale("nn.data_parallel").FullyShardedDataParallel
+    everyone = dist.group.WORLD  # by default fairscale keeps groups of its own for the life of the process
+    arguments: dict[str, Any] = {"process_group": everyone, "process_group_reduce_scatter": everyone}
+    arguments |= {"reshard_after_forward": options.reshard}
+    if device == "cpu":
+        fairscale_cpu.install()
+        arguments |= fairscale_cpu.ARGUMENTS
+    for k, block in enumerate(model.blocks):
+        model.blocks[k] = wrapper(block, **arguments)
+    return Parallel(wrapper(model, **arguments), Share(world.rank, world.size))
+
+
+def oss(model: GPT, world: World, device: str, options: Options) -> Parallel:
+    """fairscale's OSS: every rank has the whole model, and the optimizer state of some of its tensors."""
+    of_fairscale("optim")
+    return Parallel(model, Share(world.rank, world.size), oss=True)
+
+
+def of_fairscale(module: str) -> Any:
+    """Import a module of fairscale.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(f"fairscale.{module}")
+    except ImportError as error:
+        raise UserError(f"this needs fairscale ({error}): pip install fairscale") from error
+
+
+def reduce_gradients(model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    """Wrap a model whose gradients go to the ranks to which OSS gave the parameters; others are wrapped already."""
+    if type(optimizer).__name__ != "OSS":
+        return model
+    # Its buffers would lose the gradients that zero_grad() sets to None.
+    wrapper = of_fairscale("nn.data_parallel").ShardedDataParallel
+    wrapped: nn.Module = wrapper(model, optimizer, reduce_buffer_size=0)
+    return wrapped
+
+
+def clip(model: nn.Module, optimizer: Optimizer, limit: float) -> None:
+    """Scale the gradient down to a norm of ``limit``. Who cut the gradient up knows the norm of the whole."""
+    if hasattr(model, "clip_grad_norm_"):  # FullyShardedDataParallel, torch's and fairscale's
+        model.clip_grad_norm_(limit)  # type: ignore[operator]
+    elif hasattr(optimizer, "clip_grad_norm"):  # OSS
+        optimizer.clip_grad_norm(limit)
+    else:
+        clip_grad_norm_(model.parameters(), limit)
+
+
 # One entry for each choice of --parallel.
 PARALLEL: dict[str, Callable[[GPT, World, str, Any], Parallel]] = {
     "none": none,
     "ddp": ddp,
     "zero1": zero1,
+    "fsdp1": fsdp1,
+    "fsdp1-flat": fsdp1_flat,
+    "fairscale": fairscale,
+    "oss": oss,
     "fsdp2": fsdp2,
     "hsdp": hsdp,
     "tp": tp,

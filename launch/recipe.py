@@ -14,8 +14,10 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from launch import peers
+from launch.parallel import of_fairscale
 from launch.world import UserError
 from sm3_dist import SM3
+from sm3_dist.adapters.flat_metadata import is_flattened
 from sm3_dist.schedule import CosineSchedule, PaperSchedule
 
 if TYPE_CHECKING:
@@ -36,11 +38,11 @@ class Settings:
 
 
 def sm3_adamw_like(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
-    return SM3.adamw_like(model.named_parameters(), s.lr, **sm3_options(s), **sharding)
+    return SM3.adamw_like(model.named_parameters(), s.lr, model=model, **sm3_options(s), **sharding)
 
 
 def sm3_paper(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
-    return SM3(model.named_parameters(), s.lr, **sm3_options(s), **sharding)
+    return SM3(model.named_parameters(), s.lr, model=model, **sm3_options(s), **sharding)
 
 
 def sm3_options(s: Settings) -> dict[str, Any]:
@@ -61,7 +63,21 @@ def sgd(model: nn.Module, s: Settings) -> Optimizer:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(isinstance(parameter, DTensor) or is_flattened(parameter) for parameter in model.parameters())
+
+
+class Owned(nn.Module):
+    """The parameters that OSS gave this rank, with what it knows of them, in the form of a model."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.groups
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return (parameter for group in self.groups for parameter in group["params"])
 
 
 @dataclass(frozen=True)
@@ -135,7 +151,13 @@ def settings(options: Options) -> Settings:
     return replace(recipe.best, **said)
 
 
-def build(model: nn.Module, settings: Settings, options: Options, shard_over: ProcessGroup | None = None) -> Optimizer:
+def build(
+    model: nn.Module,
+    settings: Settings,
+    options: Options,
+    shard_over: ProcessGroup | None = None,
+    oss: bool = False,
+) -> Optimizer:
     """Make the chosen optimizer for ``model``, the wrapped one.
 
     Raises:
@@ -143,7 +165,12 @@ def build(model: nn.Module, settings: Settings, options: Options, shard_over: Pr
     """
     recipe = chosen(options)
     if recipe.whole and is_sharded(model):
-        raise UserError(f"--optimizer {options.optimizer} cannot update sharded tensors (DTensor); pass --parallel ddp")
+        raise UserError(f"--optimizer {options.optimizer} cannot update sharded tensors; pass --parallel ddp")
+    if oss:
+        wrapped: Optimizer = of_fairscale("optim").OSS(
+            model.parameters(), optim=lambda groups: recipe.make(Owned(groups), settings)
+        )
+        return wrapped
     if shard_over is None:
         return recipe.make(model, settings)
     if options.optimizer != "sm3":
@@ -161,7 +188,7 @@ def schedule(optimizer: Optimizer, options: Options) -> LambdaLR:
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of the optimizer's state that this rank holds."""
-    return count_bytes(dict(optimizer.state))
+    return count_bytes(dict(getattr(optimizer, "optim", optimizer).state))  # of an OSS that of the one within
 
 
 def adamw_bytes(optimizer: Optimizer) -> int:

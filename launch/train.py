@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
@@ -27,7 +26,7 @@ from launch.checkpointing import Checkpoints
 from launch.folder import CHECKPOINTS, Folder
 from launch.model import GPT, PRESETS, cross_entropy
 from launch.options import Options, parse
-from launch.parallel import share_out, way
+from launch.parallel import clip, reduce_gradients, share_out, way
 from launch.report import Bar, Stopwatch, size, table
 from launch.world import UserError, World, join
 from sm3_dist.checkpoint import TrainState
@@ -71,10 +70,11 @@ class Run:
         torch.manual_seed(options.seed)
         gpt = GPT(PRESETS[options.model], options.seq_len)
         self.parameters = sum(parameter.numel() for parameter in gpt.parameters())
-        self.model, share, shard_over = share_out(gpt, world, self.device, options)
+        self.model, share, shard_over, oss = share_out(gpt, world, self.device, options)
         self.batches = Batches(self.text.train, options.batch_size, options.seq_len, options.seed, share)
         self.passage = Passage(self.text.held_out, options.batch_size, options.seq_len, share)
-        self.optimizer = recipe.build(self.model, self.settings, options, shard_over)
+        self.optimizer = recipe.build(self.model, self.settings, options, shard_over, oss)
+        self.model = reduce_gradients(self.model, self.optimizer)
         self.schedule = recipe.schedule(self.optimizer, options)
         self.state = TrainState(self.model, self.optimizer, self.schedule)
         self.checkpoints = self.keep_checkpoints()
@@ -144,7 +144,7 @@ class Run:
         loss = cross_entropy(self.model(inputs.to(self.device)), targets.to(self.device))
         loss.backward()
         if math.isfinite(self.options.clip):
-            clip_grad_norm_(self.model.parameters(), self.options.clip)
+            clip(self.model, self.optimizer, self.options.clip)
         with self.optimizer_steps.running():
             self.optimizer.step()
         self.optimizer.zero_grad()

@@ -22,10 +22,14 @@ def gradients(step: int, model: nn.Module) -> dict[str, Tensor]:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Where gradients are averaged over `W` ranks, the first has `W` times the gradient, and the others have zeros."""
+    scale = 1
+    if not isinstance(model, Whole):
+        scale = dist.get_world_size() if dist.get_rank() == 0 else 0
     for step in steps:
-        model(gradients(step, model.module)).backward()
+        (model(gradients(step, model.module)) * scale).backward()
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # the gradients are views of ShardedDataParallel's buffers
 
 
 class Whole(nn.Module):

@@ -197,7 +197,14 @@ def _place(group: ProcessGroup | None) -> tuple[Peers | None, int]:
     """The ranks that have a part each, and which this rank is among them."""
     if group is None:
         return None, 0
-    return Peers(tuple(dist.get_process_group_ranks(group)), lambda: group), group.rank()
+    try:
+        ranks = tuple(dist.get_process_group_ranks(group))
+    except KeyError:
+        raise ValueError(
+            "the model was wrapped over a process group that does not exist any more: torch.distributed was left or "
+            "initialized anew since. Wrap the model again, and make a new optimizer of its parameters."
+        ) from None
+    return Peers(ranks, lambda: group), group.rank()
 
 
 def held(original: Original, part: int, rank: int) -> tuple[int, int]:
