@@ -64,7 +64,7 @@ class Rank:
         tensor = FlatTensor(self.param, tuple(originals), part, peers, rank, "a test")
         self.shards = [shard_of(tensor, original, group["cover_block"]) for original in originals]
         state: dict[str, Any] = {}
-        fill_state(state, self.param, self.shards, group)
+        fill_state(state, self.param, self.shards, group, momentum_dtype=None)
         self.momentum = state.get("momentum_buffer")
         self.entries = [
             Entry(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sm3_dist.box import Box
-from sm3_dist.cover import maxima
+from sm3_dist.cover import accumulator_count, maxima
 
 StateDict = dict[str, Any]
 
@@ -119,8 +119,8 @@ def from_adamw(
         if sums:
             squares = squares * step.to(squares.device)
         state = {"step": step, "update_square_sum": torch.zeros((), dtype=torch.int64)}
-        for i in range(max(1, squares.dim())):
-            tensor = squares.reshape(squares.shape or (1,))
+        tensor = squares.reshape(squares.shape or (1,))
+        for i in range(accumulator_count(tensor.shape, cover_block)):
             cover = maxima(tensor, Box.whole(tensor.shape), i, cover_block)
             state[f"accumulator_{i}"] = (
                 cover if cover_block and squares.dim() else cover.reshape(squares.shape[i : i + 1])
