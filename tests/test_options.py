@@ -10,11 +10,13 @@ from layouts import LAYOUTS, Tensors, cases, full, give
 from test_layouts import STEPS, gradient
 from test_maths import gradients, trained
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sm3_dist import SM3
 from sm3_dist.box import Box
+from sm3_dist.checkpoint import get_state_dict, set_state_dict
 from sm3_dist.reference import ReferenceState, reference_step
 from sm3_dist.rms import LARGEST, square_sum
 
@@ -129,6 +131,47 @@ def what_fsdp2_shares() -> None:
 
 def test_only_blocks_that_a_shard_edge_cuts_are_shared(workers: Pool) -> None:
     workers(2).run(what_fsdp2_shares)
+
+
+def steps_of(model: torch.nn.Module, optimizer: SM3, steps: range) -> None:
+    for step in steps:
+        for number, param in enumerate(model.parameters()):
+            give(param, torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + number)))
+        optimizer.step()
+
+
+def train_and_save() -> dict[str, Any]:
+    model = fully_shard(Tensors([(7, 5), (6,), (4, 3, 5)]))
+    optimizer = SM3(model.parameters(), **EVERYTHING)
+    steps_of(model, optimizer, range(3))
+    options = StateDictOptions(full_state_dict=True)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    return {"model": weights, "optim": state}
+
+
+def load_and_go_on(saved: dict[str, Any] | None) -> list[Tensor]:
+    """``None``: never stopped."""
+    model = fully_shard(Tensors([(7, 5), (6,), (4, 3, 5)]))
+    optimizer = SM3(model.parameters(), **EVERYTHING)
+    if saved is None:
+        steps_of(model, optimizer, range(3))
+    else:
+        options = StateDictOptions(full_state_dict=True)
+        set_state_dict(
+            model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optim"], options=options
+        )
+    steps_of(model, optimizer, range(3, 6))
+    return [full(param) for param in model.parameters()]
+
+
+def test_a_checkpoint_moves_to_other_numbers_of_ranks(workers: Pool) -> None:
+    """Three ranks, one and two: edges cut other blocks each time."""
+    (alone,) = workers(1).run(load_and_go_on, None)
+    saved = workers(3).run(train_and_save)[0]
+    assert saved["optim"]["state"]["blocks.0.0"]["accumulator_2"].shape == (4, 3)
+    for world_size in (1, 2):
+        for weights in workers(world_size).run(load_and_go_on, saved):
+            assert all(map(torch.equal, weights, alone))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
