@@ -230,9 +230,9 @@ class SM3(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._flattened.check_sharded()
         blank = self._is_blank()
         plan = self._current_plan()
-        self._flattened.check_sharded()
         if self._overflowed(plan):
             return loss
         # 1. Receive: the maxima that were on their way since the end of the last step.
@@ -362,6 +362,11 @@ class SM3(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._replicas is not None:
             raise TypeError("SM3 with shard_over= holds a process group and cannot be pickled; save its state_dict()")
+        if any(param in self._flattened for param, _, _ in self._labelled_params()):
+            raise TypeError(
+                "SM3 of a model with flattened parameters cannot be copied or pickled: its copy would not belong to "
+                "the model. Make a new SM3 of the other model, and load what state_dict() returns."
+            )
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups} | {
             "shard_covers": self.shard_covers,
             "momentum_dtype": self.momentum_dtype,
