@@ -3,7 +3,8 @@
 from sm3_dist.agreement import PlanMismatchError
 from sm3_dist.in_backward import step_in_backward
 from sm3_dist.optimizer import SM3
+from sm3_dist.planning import plan
 from sm3_dist.same_gradients import GradientMismatchError
 
-__all__ = ["SM3", "GradientMismatchError", "PlanMismatchError", "step_in_backward"]
+__all__ = ["SM3", "GradientMismatchError", "PlanMismatchError", "plan", "step_in_backward"]
 __version__ = "0.1.0.dev0"
