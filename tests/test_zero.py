@@ -289,9 +289,7 @@ def test_a_mesh_in_place_of_the_group(workers: Pool) -> None:
 def on_subgroups() -> str:
     """Replicated over 4 ranks, sharded over 2 of them."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
-    return train_beside_one_process(
-        params_of(), PUBLISHING["one-bucket"], momentum=0.9, shard_over=mesh["shard"].get_group()
-    )
+    return train_beside_one_process(params_of(), PUBLISHING["one-bucket"], momentum=0.9, shard_over=mesh["shard"])
 
 
 def test_subgroups(workers: Pool) -> None:
