@@ -35,6 +35,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"momentum": 0.9, "beta": 0.95, "maximize": True, "bias_correction": True, "nesterov": True},
     {"momentum": 0.9, "beta": 0.95, "update_rms": 0.2},
     {"momentum": 0.9, "cover_block": 2},
+    {"momentum": 0.9, "beta": 0.95, "cover_block": 2, "cover_product": True, "update_power": 0.5, "update_rms": 0.2},
     {"momentum": 0.9, "momentum_dtype": torch.bfloat16, "stochastic_rounding": True},
 ]
 # Odd and even, longer and shorter than any world, scalar, empty, of every number of dimensions from 0 to 5.
