@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -111,17 +112,18 @@ def overlaps(boxes: Sequence[Box]) -> tuple[Box, ...]:
         >>> overlaps([Box((0, 0), (2, 5)), Box((1, 0), (4, 5)), Box((3, 0), (3, 5))])
         (Box(start=(1, 0), stop=(2, 5)),)
     """
-    boxes = [box for box in boxes if box.numel]
-    if len(boxes) < 2:
+    times = Counter(box for box in boxes if box.numel)
+    if times.total() < 2:
         return ()
-    cuts = [sorted({side[d] for box in boxes for side in (box.start, box.stop)}) for d in range(len(boxes[0].start))]
+    ndim = len(boxes[0].start)
+    cuts = [sorted({side[d] for box in times for side in (box.start, box.stop)}) for d in range(ndim)]
     # How often each cell between the cuts is covered: a difference in every dimension, then the running sums.
     count = torch.zeros([len(cut) for cut in cuts], dtype=torch.int64)
     at = [{cut: k for k, cut in enumerate(cut)} for cut in cuts]
-    for box in boxes:
+    for box, repeated in times.items():
         for corner in product(*zip(box.start, box.stop, strict=True)):
             ends = sum(a != b for a, b in zip(corner, box.start, strict=True))
-            count[tuple(index[a] for index, a in zip(at, corner, strict=True))] += (-1) ** ends
+            count[tuple(index[a] for index, a in zip(at, corner, strict=True))] += repeated * (-1) ** ends
     for d in range(count.dim()):
         count = count.cumsum(d)
     cells = [

@@ -1,11 +1,15 @@
 """Bias correction, Nesterov momentum, RMS matching and block covers: to the last bit, under every layout."""
 
+import itertools
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from harness import Pool
+from hypothesis import given
+from hypothesis import strategies as st
 from layouts import LAYOUTS, Tensors, cases, full, give
 from test_layouts import STEPS, gradient
 from test_maths import gradients, trained
@@ -15,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sm3_dist import SM3
-from sm3_dist.box import Box
+from sm3_dist.box import Box, overlaps
 from sm3_dist.checkpoint import get_state_dict, set_state_dict
 from sm3_dist.reference import ReferenceState, reference_step
 from sm3_dist.rms import LARGEST, square_sum
@@ -99,6 +103,25 @@ def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
 @pytest.mark.parametrize(("name", "world_size"), [("fsdp2", 3), ("hsdp", 4), ("tp-2d", 4)])
 def test_equals_one_process_with_sharded_covers(workers: Pool, name: str, world_size: int) -> None:
     workers(world_size).run(compare_all_options, name, {"shard_covers": True})
+
+
+boxes = st.lists(
+    st.tuples(*[st.tuples(st.integers(0, 6), st.integers(0, 6)) for _ in range(2)]).map(
+        lambda sides: Box(tuple(min(side) for side in sides), tuple(max(side) for side in sides))
+    ),
+    max_size=6,
+)
+
+
+@given(boxes)
+def test_overlaps_are_the_points_in_two_boxes_or_more(some: list[Box]) -> None:
+    def points(box: Box) -> set[tuple[int, ...]]:
+        return set(itertools.product(*map(range, box.start, box.stop)))
+
+    held = Counter(point for box in some for point in points(box))
+    found = Counter(point for box in overlaps(some) for point in points(box))
+    assert found == Counter({point: 1 for point, times in held.items() if times > 1})
+    assert overlaps(some) == overlaps(some[::-1])
 
 
 def what_fsdp2_shares() -> None:

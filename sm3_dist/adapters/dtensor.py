@@ -160,15 +160,20 @@ def _held(cut: _Cut, dim: int, coordinate: tuple[int, ...]) -> tuple[Run, ...]:
             continue
         # A strided shard was cut by a mesh dimension further right before: FSDP2 cuts what tensor parallel left.
         pieces = _split(runs, int(placement.split_factor)) if isinstance(placement, _StridedShard) else [runs]
-        runs = _merged([run for piece in pieces for run in _split(piece, size)[index]])
+        runs = _merged([run for piece in pieces for run in _chunk(piece, size, index)])
     return tuple(runs)
 
 
 def _split(runs: Sequence[Run], parts: int) -> list[list[Run]]:
     """Cut the indices into ``parts`` chunks of equal size but for the last ones, as ``torch.chunk`` does."""
+    return [_chunk(runs, parts, k) for k in range(parts)]
+
+
+def _chunk(runs: Sequence[Run], parts: int, index: int) -> list[Run]:
+    """One of these chunks."""
     total = sum(b - a for a, b in runs)
     size = -(-total // parts)
-    return [_take(runs, min(total, k * size), min(total, (k + 1) * size)) for k in range(parts)]
+    return _take(runs, min(total, index * size), min(total, (index + 1) * size))
 
 
 def _take(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
