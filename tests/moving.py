@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from launch import fairscale_cpu
 from sm3_dist import SM3, adapters
 from sm3_dist.box import Box
 from sm3_dist.checkpoint import TrainState, get_optimizer_state_dict, load
@@ -43,7 +44,8 @@ class Wrapped(NamedTuple):
     """A model in some layout, and its optimizer."""
 
     model: nn.Module
-    optimizer: SM3
+    optimizer: Any
+    """SM3, or fairscale's OSS with SM3 in it."""
 
     @property
     def entries(self) -> dict[str, Entry]:
@@ -91,6 +93,25 @@ def flattened(use_orig_params: bool) -> Wrapped:
     return Wrapped(model, SM3(model.parameters(), **SETTINGS, model=model))
 
 
+def fairscale(world: int) -> Wrapped:
+    from fairscale.nn.data_parallel import FullyShardedDataParallel as Wrapper
+
+    fairscale_cpu.install()
+    options = {"process_group": dist.group.WORLD, "process_group_reduce_scatter": dist.group.WORLD}
+    options |= fairscale_cpu.ARGUMENTS
+    net = Net()
+    net.block = Wrapper(net.block, **options)
+    model = Wrapper(net, **options)
+    return Wrapped(model, SM3(model.parameters(), **SETTINGS, model=model))
+
+
+def oss(world: int) -> Wrapped:
+    from fairscale.optim import OSS
+
+    model = Net()
+    return Wrapped(model, OSS(model.parameters(), optim=SM3, **SETTINGS))
+
+
 def tp_fsdp2(world: int) -> Wrapped:
     size = 2 if world == 4 else world
     mesh = init_device_mesh("cpu", (world // size, size), mesh_dim_names=("data", "tensor"))
@@ -118,6 +139,8 @@ LAYOUTS: dict[str, Callable[[int], Wrapped]] = {
     "tp_fsdp2": tp_fsdp2,
     "fsdp1": fsdp1,
     "fsdp1_flat": fsdp1_flat,
+    "fairscale": fairscale,
+    "oss": oss,
 }
 WORLDS = (1, 2, 3, 4)
 PLACES = [("single", 1), *((name, world) for name in LAYOUTS for world in WORLDS)]
@@ -141,6 +164,8 @@ def gradients(step: int) -> dict[str, Tensor]:
 def inject(entries: dict[str, Entry], step: int) -> None:
     """Give every parameter its part of the step's gradients."""
     for name, grad in gradients(step).items():
+        if name not in entries:  # of another rank
+            continue
         param, part = entries[name].param, entries[name].shard
         if isinstance(param, DTensor):
             local = grad[at(part.extent)].contiguous()
@@ -186,7 +211,10 @@ def expected(steps: int) -> Expected:
 def differences(wrapped: Wrapped, wanted: Expected) -> list[str]:
     """Names of the values of which this rank holds something else than one process; of absent ones too."""
     canonical = Canonical(*wrapped)
-    found = [name for name in wanted.weights if name not in canonical.entries]
+    found = [] if canonical.apart else [name for name in wanted.weights if name not in canonical.entries]
+    if canonical.apart:
+        named = dict(wrapped.model.named_parameters())
+        found += [f"{name}: weight" for name, weight in wanted.weights.items() if not torch.equal(named[name], weight)]
     for name, entry in canonical.entries.items():
         if not all(torch.equal(part, wanted.weights[name][at(box)]) for box, part in weights(entry)):
             found.append(f"{name}: weight")
@@ -218,7 +246,7 @@ def spoil(wrapped: Wrapped, weights_too: bool = True) -> None:
     for entry in canonical.entries.values():
         for _, part in weights(entry) if weights_too else []:
             part.fill_(-5)
-        wrapped.optimizer._held_state[entry.param]["step"].fill_(-5)
+        canonical.optimizer._held_state[entry.param]["step"].fill_(-5)
         for slot in canonical.slots(entry).values():
             for part in slot.parts:
                 part.fill_(-5)

@@ -9,19 +9,21 @@ DTensor, several for a flat range), so reading and writing state are the same fo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from sm3_dist.box import Box
 from sm3_dist.checkpoint.names import canonical_names
 from sm3_dist.checkpoint.slots import Reader, Slot, values
 from sm3_dist.cover import grid
 from sm3_dist.optimizer import SM3, _validate
-from sm3_dist.shard import WHOLE, LocalShard
+from sm3_dist.shard import WHOLE, LocalShard, accumulator_dtype
 from sm3_dist.state import accumulator_key
 from sm3_dist.step_plan import Entry
 
@@ -35,14 +37,20 @@ class Canonical:
 
     Args:
         model: the wrapped root module.
-        optimizer: trains (some of) its parameters. Its plan is made now, if it has not been yet.
+        optimizer: trains (some of) its parameters: SM3, or fairscale's OSS with SM3 in it. SM3's plan is made now, if
+            it has not been yet.
 
     Raises:
         ValueError: if a parameter of the optimizer is not one of the model.
     """
 
-    def __init__(self, model: nn.Module, optimizer: SM3) -> None:
-        self.optimizer = optimizer
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        inner = sm3_within(optimizer)
+        assert inner is not None
+        self.optimizer = inner
+        # OSS knows all parameters; the optimizer in it has those of this rank, which nobody else has.
+        self.groups_of_all = optimizer.param_groups
+        self.apart = optimizer is not inner
         self._names = canonical_names(model)
         self._refresh()
 
@@ -61,17 +69,34 @@ class Canonical:
 
     def group_names(self) -> list[list[str]]:
         """For each param group the names of its original tensors, frozen ones included."""
-        names: dict[int, list[str]] = {id(group): [] for group in self.optimizer.param_groups}
-        for param, label, group in self.optimizer._labelled_params():
-            shards = self.optimizer._describe(param, label, group["cover_block"])
-            names[id(group)] += [self._name(param, shard, label) for shard in shards]
-        return list(names.values())
+        return [
+            [self._name(param, shard, label) for param, label, shard in self._originals(group, g)]
+            for g, group in enumerate(self.groups_of_all)
+        ]
+
+    def _originals(self, group: Mapping[str, Any], g: int) -> Iterator[tuple[Tensor, str, LocalShard]]:
+        for index, param in enumerate(group["params"]):
+            label = f"parameter {index} of param group {g}"
+            for shard in self.optimizer._describe(param, label, group["cover_block"]):
+                yield param, label, shard
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The state by name: live tensors and DTensors, and for flat ranges BoxedTensors with views of the state."""
-        slots = {(name, key): slot for name, entry in self.entries.items() for key, slot in self.slots(entry).items()}
-        result: dict[str, dict[str, Tensor]] = {name: {} for name in self.entries}
-        for (name, key), value in values(slots).items():
+        slots: dict[str, dict[str, Slot]] = {}
+        if not self.apart:
+            slots = {name: self.slots(entry) for name, entry in self.entries.items()}
+        else:  # in the same order on every rank
+            for g, group in enumerate(self.groups_of_all):
+                for param, label, shard in self._originals(group, g):
+                    name = self._name(param, shard, label)
+                    if name in self.entries:
+                        mine = self.slots(self.entries[name])
+                        slots[name] = {key: replace(slot, whole=False) for key, slot in mine.items()}
+                    elif param.requires_grad:
+                        slots[name] = _absent(param, shard, group)
+        result: dict[str, dict[str, Tensor]] = {name: {} for name in slots}
+        together = {(name, key): slot for name, mine in slots.items() for key, slot in mine.items()}
+        for (name, key), value in values(together).items():
             result[name][key] = value
         return result
 
@@ -79,7 +104,7 @@ class Canonical:
         """The param groups, with names in place of parameters."""
         return [
             {"params": names, **_options(group)}
-            for names, group in zip(self.group_names(), self.optimizer.param_groups, strict=True)
+            for names, group in zip(self.group_names(), self.groups_of_all, strict=True)
         ]
 
     def load(
@@ -98,8 +123,9 @@ class Canonical:
         """
         options = self._matching_options(groups, strict)
         self._check(shapes, options, strict)
-        for group, new in zip(self.optimizer.param_groups, options, strict=True):
+        for group, inner, new in zip(self.groups_of_all, self.optimizer.param_groups, options, strict=True):
             group.update(new)
+            inner.update(new)
         self._refresh()
         slots = {name: self.slots(entry) for name, entry in self.entries.items()}
         steps: dict[Tensor, list[Tensor]] = defaultdict(list)
@@ -187,6 +213,25 @@ class Canonical:
 
 
 Values = Iterable[tuple[str, str, Tensor]]
+
+
+def sm3_within(optimizer: Optimizer) -> SM3 | None:
+    """The optimizer, if it is SM3, or the SM3 in fairscale's OSS; ``None`` for others."""
+    inner = getattr(optimizer, "optim", None)
+    return optimizer if isinstance(optimizer, SM3) else inner if isinstance(inner, SM3) else None
+
+
+def _absent(param: Tensor, shard: LocalShard, group: Mapping[str, Any]) -> dict[str, Slot]:
+    """The slots of a tensor of which this rank holds no state at all."""
+    like = param.new_empty(0, dtype=accumulator_dtype(param.dtype), requires_grad=False)
+    forms: dict[str, tuple[tuple[int, ...], Tensor]] = {"step": ((), torch.empty(0, dtype=torch.float32))}
+    for i in range(len(shard.shape)):
+        forms[f"accumulator_{i}"] = (_canonical(shard, i)[0] if param.dim() else (), like)
+    if group["momentum"] > 0:
+        forms["momentum_buffer"] = (tuple(param.shape), like)
+    if group["update_rms"] is not None:
+        forms["update_square_sum"] = ((), like.to(torch.int64))
+    return {key: Slot(shape, [], [], tensor, whole=False) for key, (shape, tensor) in forms.items()}
 
 
 def _canonical(shard: LocalShard, i: int) -> tuple[tuple[int, ...], Box]:

@@ -15,11 +15,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
 from sm3_dist.checkpoint.boxed import BoxedTensor
-from sm3_dist.checkpoint.canonical import Canonical, flatten, unflatten
+from sm3_dist.checkpoint.canonical import Canonical, flatten, sm3_within, unflatten
 from sm3_dist.checkpoint.model import is_flattened, load_model, model_slots
 from sm3_dist.checkpoint.names import canonical_names
 from sm3_dist.checkpoint.slots import values
-from sm3_dist.optimizer import SM3
 
 StateDict = dict[str, Any]
 
@@ -66,7 +65,7 @@ def get_optimizer_state_dict(
     state: StateDict = {}
     groups: list[StateDict] = []
     for optimizer in _several(optimizers):
-        if isinstance(optimizer, SM3):
+        if sm3_within(optimizer) is not None:
             canonical = Canonical(model, optimizer)
             part: StateDict = {"state": canonical.state(), "param_groups": canonical.groups()}
         else:
@@ -111,7 +110,7 @@ def set_optimizer_state_dict(
     """
     options = _checked(options)
     for optimizer in _several(optimizers):
-        if not isinstance(optimizer, SM3):
+        if sm3_within(optimizer) is None:
             torch_state_dict.set_optimizer_state_dict(model, optimizer, optim_state_dict, options=options)
             continue
         loaded = _Loaded.of(optim_state_dict)
