@@ -200,6 +200,7 @@ class Expected(NamedTuple):
     state: dict[str, dict[str, Tensor]]
 
 
+@functools.cache
 def expected(steps: int) -> Expected:
     """The state of one process after so many steps, without any checkpoint."""
     model, optimizer = wrapped = single(1)
@@ -265,19 +266,18 @@ def save_all(folder: Path, world: int) -> list[str]:
 
 
 @torch.no_grad()
-def load_all(folder: Path, world: int, *only: str) -> list[str]:
-    """Load every checkpoint into every layout of this world size, compare, train on, compare. What differs."""
+def load_all(folder: Path, world: int, name: str) -> list[str]:
+    """Load every checkpoint into one layout, compare, train on, compare. What differs."""
     found = []
     before, after = expected(STEPS), expected(2 * STEPS)
-    for name in only or names(world):
-        wrapped = build(name, world)
-        state = TrainState(*wrapped)
-        for source in sorted(folder.iterdir()):
-            spoil(wrapped)
-            load({"train": state}, source)
-            found += [f"{name} loaded {source.name}: {what}" for what in differences(wrapped, before)]
-            train(wrapped, range(state.step, state.step + STEPS))
-            found += [f"{name} went on from {source.name}: {what}" for what in differences(wrapped, after)]
+    wrapped = build(name, world)
+    state = TrainState(*wrapped)
+    for source in sorted(folder.iterdir()):
+        spoil(wrapped)
+        load({"train": state}, source)
+        found += [f"{source.name} as loaded: {what}" for what in differences(wrapped, before)]
+        train(wrapped, range(state.step, state.step + STEPS))
+        found += [f"{source.name} three steps later: {what}" for what in differences(wrapped, after)]
     return found
 
 

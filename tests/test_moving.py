@@ -19,10 +19,10 @@ def saved(workers: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_every_layout_loads_what_every_layout_saved(workers: Pool, saved: Path, world: int) -> None:
+@pytest.mark.parametrize(("name", "world"), PLACES)
+def test_loads_what_every_layout_saved(workers: Pool, saved: Path, name: str, world: int) -> None:
     assert len(list(saved.iterdir())) == len(PLACES)
-    assert workers(world, timeout=120).run(load_all, saved, world) == [[]] * world
+    assert workers(world, timeout=120).run(load_all, saved, world, name) == [[]] * world
 
 
 def test_every_element_is_written_once(saved: Path) -> None:
