@@ -1,9 +1,9 @@
 """The canonical form of SM3's state: by parameter name, the same for every wrapper, mesh and number of ranks.
 
-For each original tensor of shape ``(n_1, …, n_k)``: ``step``, ``accumulator_i`` of shape ``(n_i,)`` (with block covers:
-of the shape of its grid), with momentum ``momentum_buffer`` of the tensor's shape, and with ``update_rms`` the scalar
-``update_square_sum``. What a rank holds of a value is a list of boxes (one for a whole tensor or a
-DTensor, several for a flat range), so reading and writing state are the same for all of them.
+For each original tensor of shape ``(n_1, …, n_k)``: ``step``; ``accumulator_i`` of shape ``(n_i,)`` (with block covers:
+of the shape of its grid, see :mod:`~sm3_dist.cover`); with momentum ``momentum_buffer`` of the tensor's shape; with
+``update_rms`` the scalar ``update_square_sum``. What a rank holds of a value is a list of boxes (one for a whole tensor
+or a DTensor, several for a flat range), so reading and writing state are the same for all of them.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Canonical:
                         mine = self.slots(self.entries[name])
                         slots[name] = {key: replace(slot, whole=False) for key, slot in mine.items()}
                     elif param.requires_grad:
-                        slots[name] = _absent(param, shard, group)
+                        slots[name] = _absent(param, shard, group, self.optimizer.momentum_dtype)
         result: dict[str, dict[str, Tensor]] = {name: {} for name in slots}
         together = {(name, key): slot for name, mine in slots.items() for key, slot in mine.items()}
         for (name, key), value in values(together).items():
@@ -221,14 +221,16 @@ def sm3_within(optimizer: Optimizer) -> SM3 | None:
     return optimizer if isinstance(optimizer, SM3) else inner if isinstance(inner, SM3) else None
 
 
-def _absent(param: Tensor, shard: LocalShard, group: Mapping[str, Any]) -> dict[str, Slot]:
+def _absent(
+    param: Tensor, shard: LocalShard, group: Mapping[str, Any], momentum_dtype: torch.dtype | None
+) -> dict[str, Slot]:
     """The slots of a tensor of which this rank holds no state at all."""
     like = param.new_empty(0, dtype=accumulator_dtype(param.dtype), requires_grad=False)
     forms: dict[str, tuple[tuple[int, ...], Tensor]] = {"step": ((), torch.empty(0, dtype=torch.float32))}
-    for i in range(len(shard.shape)):
+    for i in range(shard.accumulator_count):
         forms[f"accumulator_{i}"] = (_canonical(shard, i)[0] if param.dim() else (), like)
     if group["momentum"] > 0:
-        forms["momentum_buffer"] = (tuple(param.shape), like)
+        forms["momentum_buffer"] = (tuple(param.shape), like.to(momentum_dtype or like.dtype))
     if group["update_rms"] is not None:
         forms["update_square_sum"] = ((), like.to(torch.int64))
     return {key: Slot(shape, [], [], tensor, whole=False) for key, (shape, tensor) in forms.items()}
