@@ -19,7 +19,7 @@ from launch.options import parse
 from launch.train import Run
 from launch.world import UserError, World
 
-FAST = "--model tiny --steps 8 --batch-size 4 --seq-len 16 --lr 0.01 --held-out-bytes 500 --device cpu"
+FAST = "--model tiny --steps 8 --batch-size 4 --seq-len 16 --lr 0.01 --held-out-bytes 500 --schedule cosine --device cpu"
 
 
 class Interrupted(Exception):
