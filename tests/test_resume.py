@@ -19,7 +19,7 @@ from launch.options import parse
 from launch.train import Run
 from launch.world import UserError, World
 
-FAST = "--model tiny --steps 8 --batch-size 4 --seq-len 16 --lr 0.01 --held-out-bytes 500 --schedule cosine --device cpu"
+FAST = "--model tiny --steps 8 --batch-size 4 --seq-len 16 --lr 0.01 --schedule cosine --held-out-bytes 500"
 
 
 class Interrupted(Exception):
@@ -36,7 +36,11 @@ def job(
 ) -> str:
     """Train, up to step ``stop`` if one is given; return what was said."""
     console = Console(file=io.StringIO(), width=1000)
-    run = Run(parse([*f"{FAST} {arguments}".split(), "--data", str(text), "--out", str(out)]), World.current(), console)
+    run = Run(
+        parse([*f"{FAST} --device cpu {arguments}".split(), "--data", str(text), "--out", str(out)]),
+        World.current(),
+        console,
+    )
     if before is not None:
         before(run)
     take_step = run.take_step
