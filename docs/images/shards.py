@@ -61,8 +61,8 @@ def panel(left: float, title: str, subtitle: str, ranks: list[list[Box]]) -> lis
         for column in range(SHAPE[1]):
             one = Box((row, column), (row + 1, column + 1))
             parts.append(cell(matrix_left + column * CELL, y, colour(holders(one, None))))
-    for column in range(SHAPE[1]):
-        parts.append(cell(matrix_left + column * CELL, top, colour(holders(Box((0, column), (1, column + 1)), 1))))
+    columns = [Box((0, column), (1, column + 1)) for column in range(SHAPE[1])]
+    parts += [cell(matrix_left + box.start[1] * CELL, top, colour(holders(box, 1))) for box in columns]
     return parts
 
 
