@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from importlib import metadata
 
 import pytest
 import torch
@@ -146,7 +148,7 @@ def with_another_torch(change: Callable[[nn.Module], None]) -> None:
     ],
 )
 def test_another_version_of_torch(workers: Pool, change: Callable[[nn.Module], None], expected: str) -> None:
-    version = torch.__version__.replace("+", r"\+")
+    version = re.escape(metadata.version("torch"))
     workers(2).run_raises(RuntimeError, with_another_torch, change, match=f"torch {version} .*{expected}")
 
 
