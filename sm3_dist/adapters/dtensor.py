@@ -64,8 +64,8 @@ def describe(param: Tensor, label: str, cover_block: int | None) -> tuple[LocalS
             boxes=(box,) if box.numel else (),
             extent=box,
             shared=tuple(_shared(cut, i, cover_block, mesh) for i in range(accumulator_count(cut.shape, cover_block))),
-            ranks=tuple(mesh.mesh.flatten().tolist()),
-            layout=f"{tuple(map(str, cut.placements))} on mesh {mesh.mesh.tolist()}",
+            ranks=_ranks(mesh),
+            layout=_layout(cut.placements, mesh),
             cover_block=cover_block,
             holders=_peers(mesh, sharding) if sharding else None,
         ),
@@ -199,7 +199,14 @@ def _merged(runs: Sequence[Run]) -> list[Run]:
 def _shared(cut: _Cut, i: int, block: int | None, mesh: DeviceMesh) -> Shared | None:
     """Accumulator ``i`` is a maximum over the mesh dimensions that shard another tensor dimension."""
     dims = cut.dims_that_shard(lambda dim: dim != i)
-    regions = _overlaps(cut, i, block, _among(cut, dims, tuple(mesh.get_coordinate() or ()))) if dims else ()
+    if not dims:
+        return None
+    here = tuple(mesh.get_coordinate() or ())
+    if block is None:  # the peers hold the same indices of dimension i, so they touch the same entries
+        whole = touched(_box(cut, here), i)
+        regions: tuple[Box, ...] = (whole,) if whole.numel else ()
+    else:
+        regions = _overlaps(cut, i, block, _among(cut, dims, here))
     return Shared(_peers(mesh, dims), regions) if regions else None
 
 
@@ -213,12 +220,31 @@ def _overlaps(cut: _Cut, i: int, block: int | None, peers: tuple[tuple[int, ...]
     return overlaps([touched(_box(cut, peer), i, block) for peer in peers])
 
 
+# A mesh may have thousands of ranks, and a model hundreds of tensors on it: the ranks are written down once. Their
+# process group is not: a mesh of a later process group is equal.
+
+
+@lru_cache(maxsize=256)
+def _ranks(mesh: DeviceMesh) -> tuple[int, ...]:
+    return tuple(mesh.mesh.flatten().tolist())
+
+
+@lru_cache(maxsize=256)
+def _layout(placements: tuple[Placement, ...], mesh: DeviceMesh) -> str:
+    return f"{tuple(map(str, placements))} on mesh {mesh.mesh.tolist()}"
+
+
+@lru_cache(maxsize=256)
+def _members(mesh: DeviceMesh, dims: tuple[int, ...], here: tuple[int, ...]) -> tuple[int, ...]:
+    ranks = mesh.mesh[tuple(slice(None) if d in dims else here[d] for d in range(mesh.ndim))]
+    return tuple(sorted(ranks.flatten().tolist()))
+
+
 def _peers(mesh: DeviceMesh, dims: tuple[int, ...]) -> Peers:
     """The ranks that differ from this one in the coordinates ``dims`` of the mesh alone."""
     here = mesh.get_coordinate()
     assert here is not None
-    ranks = mesh.mesh[tuple(slice(None) if d in dims else here[d] for d in range(mesh.ndim))]
-    members = tuple(sorted(ranks.flatten().tolist()))
+    members = _members(mesh, dims, tuple(here))
     if len(dims) == 1:
         return Peers(members, partial(mesh.get_group, dims[0]))
     return Peers(members, partial(dist.new_group, members, use_local_synchronization=True))
