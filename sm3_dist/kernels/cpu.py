@@ -203,14 +203,14 @@ class CpuWork:
             operands.survey()
             self._write_list()
         self._table[0::3] = array("q", addresses)
-        addresses, copies, eager = operands.grads()
+        addresses, kept, eager = operands.grads()
         self._table[1::3] = array("q", addresses)
         for tensor, entry in self._released:
             _point(tensor, entry, fused.memory_order(entry, adapters.local(entry.param)))
         for target, group in zip(self._group_settings, self._groups, strict=True):
             _write(target, settings[id(group)])
         self._step()
-        del copies
+        del kept
         for i in eager:
             for entry in operands.entries_of[i]:
                 entry.update(settings[id(entry.group)])

@@ -106,12 +106,13 @@ class Operands:
             return addresses, [(weight.dtype, weight.stride()) for weight in weights] == self._layouts
         return addresses, True
 
-    def grads(self) -> tuple[list[int], list[Tensor], list[int]]:
+    def grads(self) -> tuple[list[int], list[Tensor | None], list[int]]:
         """The addresses of the gradients, 0 for none.
 
         Returns:
-            Addresses; copies of gradients that were not laid out as surveyed, to be kept during the step; and the
-            indices of the parameters that must be stepped in eager PyTorch: those with sparse gradients.
+            Addresses; the gradients, to be kept during the step, for some are copies (not laid out as surveyed) or
+            reduced just now; and the indices of the parameters that must be stepped in eager PyTorch: those with sparse
+            gradients.
         """
         grads = [param.grad for param in self.params]
         for i in self._sharded:
@@ -128,7 +129,7 @@ class Operands:
             else:
                 addresses.append(0)
                 odd.append(i)
-        copies, eager = [], []
+        eager = []
         for i in odd:
             grad = grads[i]
             assert grad is not None
@@ -141,9 +142,9 @@ class Operands:
                 self._retype(i, dtype)
             if grad.dtype != dtype or grad.stride() != self.strides[i]:
                 grad = torch.empty_strided(grad.shape, self.strides[i], dtype=dtype, device=grad.device).copy_(grad)
-                copies.append(grad)
+                grads[i] = grad
             addresses[i] = grad.data_ptr() or EMPTY
-        return addresses, copies, eager
+        return addresses, grads, eager
 
     def _weights(self) -> list[Tensor]:
         if not self._sharded:

@@ -286,7 +286,7 @@ class TritonWork:
         if not as_surveyed or any(any(entry.shard.shared) for entry in self.entries):
             operands.survey()
             self._write_list()  # shard_covers moves accumulators in every step
-        grads, copies, eager = operands.grads()
+        grads, kept, eager = operands.grads()
         self._write_addresses([each for pair in zip(weights, grads, strict=True) for each in pair])
         self._write_settings([settings[id(group)] for group in self._groups])
         self._aside.zero_()
@@ -304,7 +304,7 @@ class TritonWork:
         stepped = [step for step, grad in zip(self._steps, grads, strict=True) if grad]
         if stepped:
             torch._foreach_add_(stepped, 1)
-        del copies
+        del kept
         for i in eager:
             for entry in operands.entries_of[i]:
                 entry.update(settings[id(entry.group)])
