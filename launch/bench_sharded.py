@@ -34,7 +34,8 @@ def fsdp2(model: GPT) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Block):
             fully_shard(module)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def fsdp1(model: GPT) -> nn.Module:
