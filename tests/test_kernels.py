@@ -241,6 +241,13 @@ def test_every_float16_and_bfloat16_value_is_read_and_written_right():
 
 
 @needs_c
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)], ids=str)
+def test_halves_round_to_even(dtype, step):
+    for odd in (1, 3):  # in the middle between two neighbours; the first update is the sign of the gradient
+        compare([torch.zeros(40, dtype=dtype)], [[torch.ones(40, dtype=dtype)]], lr=1 + odd * step)
+
+
+@needs_c
 @torch.no_grad()
 def test_float32_gradients_of_narrow_parameters_are_not_rounded():
     generator = torch.Generator().manual_seed(0)
