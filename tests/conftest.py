@@ -6,6 +6,9 @@ import pytest
 from harness import Pool
 
 
+collect_ignore = ["data"]  # scripts that made recorded values, and need more than the tests do
+
+
 @pytest.fixture(scope="session")
 def workers() -> Iterator[Pool]:
     """Run functions on several ranks: ``workers(world_size).run(function, *args)``; see harness.py."""

@@ -107,9 +107,11 @@ def test_fsdp1_of_torch(workers: Pool, world: int, full: bool) -> None:
 
 
 def through_torch_save(world: int) -> list[str]:
-    """``torch.save`` and a ``torch.load`` that runs nothing, in every layout."""
+    """``torch.save`` and a ``torch.load`` that runs nothing, in every layout but OSS, which must consolidate first."""
     found = []
     for name in LAYOUTS:
+        if name == "oss":  # see test_flat_oss.py
+            continue
         wrapped = build(name, world)
         train(wrapped, range(STEPS))
         file = io.BytesIO()
