@@ -39,20 +39,6 @@ def came(model: nn.Module, s: Settings) -> Optimizer:
     return make(model.parameters(), s.lr, betas=(s.momentum, s.beta, 0.9999), weight_decay=s.weight_decay)
 
 
-def adam_mini(model: nn.Module, s: Settings) -> Optimizer:
-    """Adam-mini (arXiv 2406.16793): one second moment per block of the model."""
-    make, shape = _from("adam_mini", "Adam_mini"), model.shape
-    return make(
-        model.named_parameters(),
-        s.lr,
-        (s.momentum, s.beta),
-        weight_decay=s.weight_decay,
-        dim=shape.channels,  # type: ignore[union-attr]
-        n_heads=shape.heads,  # type: ignore[union-attr]
-        verbose=False,
-    )
-
-
 def muon(model: nn.Module, s: Settings) -> Optimizer:
     """Muon (arXiv 2502.16982) on the matrices within the blocks, with AdamW's update size; AdamW on the rest."""
     inner = {name for name, p in model.named_parameters() if p.dim() == 2 and "blocks." in name}

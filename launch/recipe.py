@@ -112,7 +112,6 @@ OPTIMIZERS = {
     "adafactor-transformers": Recipe(
         peers.adafactor_transformers, Settings(lr=1e-2), unknown=("momentum", "beta", "cover_block"), whole=True
     ),
-    "adam-mini": Recipe(peers.adam_mini, Settings(lr=2e-3, momentum=0.9, beta=0.95), whole=True),
     "came": Recipe(peers.came, Settings(lr=1e-3, momentum=0.9, beta=0.999), whole=True),
     "lion": Recipe(peers.lion, Settings(lr=5e-4, momentum=0.9, beta=0.99), whole=True),
     "muon": Recipe(peers.muon, Settings(lr=2e-3, momentum=0.95, beta=0.95), whole=True),

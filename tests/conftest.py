@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import pytest
 from harness import Pool
 
-
 collect_ignore = ["data"]  # scripts that made recorded values, and need more than the tests do
 
 

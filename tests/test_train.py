@@ -318,7 +318,6 @@ def test_recipes_differ_and_are_for_sm3_alone() -> None:
     [
         ("adamw-8bit", "torchao"),
         ("adafactor-transformers", "transformers"),
-        ("adam-mini", "adam_mini"),
         ("came", "came_pytorch"),
         ("lion", "lion_pytorch"),
         ("muon", "torch"),
