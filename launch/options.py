@@ -29,7 +29,7 @@ class Options:
     parallel: str = option(
         "auto", "how ranks share the work; auto: fsdp2, or none for a single process", choices=["auto", *PARALLEL]
     )
-    steps: int = option(800, "optimizer steps")
+    steps: int = option(600, "optimizer steps")
     batch_size: int = option(16, "sequences per step, over all ranks")
     seq_len: int = option(128, "bytes per sequence; the gpt2 model is GPT-2's 124 M parameters at 1024")
     lr: float | None = option(None, "learning rate; default: the best found for the optimizer", type=float)
