@@ -40,13 +40,23 @@ Place = tuple[int, int]
 """``(k, seed)``: learning rate ``start * 2^k``."""
 
 
+# SM3 with float32 weights and fewer bytes of momentum, and with bfloat16 weights, rounded stochastically or not.
+IN_BFLOAT16 = {
+    "sm3-momentum16": ("--momentum-dtype", "bfloat16"),
+    "sm3-bf16": ("--dtype", "bfloat16"),
+    "sm3-bf16-momentum16": ("--dtype", "bfloat16", "--momentum-dtype", "bfloat16"),
+    "sm3-bf16-nearest": ("--dtype", "bfloat16", "--momentum-dtype", "bfloat16", "--rounding", "nearest"),
+}
+
+
 @dataclass(frozen=True)
 class Contestant:
     """An optimizer on a model.
 
     Args:
         model: size of the model.
-        name: ``adamw``; ``sm3-paper``: SM3 with that recipe; ``sm3-16``: with covers of 16 elements.
+        name: ``adamw``; ``sm3-paper``: SM3 with that recipe; ``sm3-16``: with covers of 16 elements; ``sm3-bf16``: in
+            bfloat16, as :data:`IN_BFLOAT16` has it.
     """
 
     model: str
@@ -70,8 +80,11 @@ class Contestant:
             how = ("sm3", "--recipe", variant)
         elif kind == "sm3" and variant.isdecimal():
             how = ("sm3", "--cover-block", variant)
+        elif self.name in IN_BFLOAT16:
+            how = ("sm3", *IN_BFLOAT16[self.name])
         else:
-            known = ", ".join([*OPTIMIZERS, *(f"sm3-{recipe}" for recipe in RECIPES), "sm3-16 (covers of 16 elements)"])
+            variants = [f"sm3-{recipe}" for recipe in RECIPES]
+            known = ", ".join([*OPTIMIZERS, *variants, "sm3-16 (covers of 16 elements)", *IN_BFLOAT16])
             raise UserError(f"--optimizers {self.name}: there is none of that name; known are {known}")
         return ("--model", self.model, "--optimizer", *how)
 
@@ -83,10 +96,12 @@ class Contestant:
         return recipe.best.lr
 
 
-def wanted(results: Mapping[Place, float], seeds: int) -> list[Place]:
+def wanted(results: Mapping[Place, float], seeds: int, sweep: bool = True) -> list[Place]:
     """Which runs are still to be made, given the final losses so far (``inf`` where training came to nothing).
 
     Example:
+        >>> wanted({(0, 0): 3.0}, seeds=2, sweep=False)
+        [(0, 1)]
         >>> wanted({}, seeds=2)
         [(-1, 0), (0, 0), (1, 0)]
         >>> wanted({(-1, 0): 3.0, (0, 0): 2.0, (1, 0): 1.0}, seeds=2)  # the best lies at the edge
@@ -94,13 +109,15 @@ def wanted(results: Mapping[Place, float], seeds: int) -> list[Place]:
         >>> wanted({(-1, 0): 3.0, (0, 0): 1.0, (1, 0): 2.0}, seeds=2)
         [(-1, 1), (0, 1), (1, 1)]
     """
+    if not sweep:
+        return [(0, seed) for seed in range(seeds) if (0, seed) not in results]
     first = [(k, 0) for k in (-1, 0, 1) if (k, 0) not in results]
     if first:
         return first
     best = best_rate(results)
     around = (best - 1, best, best + 1)
-    sweep = [(k, 0) for k in around if (k, 0) not in results]
-    return sweep or [(k, seed) for k in around for seed in range(seeds) if (k, seed) not in results]
+    further = [(k, 0) for k in around if (k, 0) not in results]
+    return further or [(k, seed) for k in around for seed in range(seeds) if (k, seed) not in results]
 
 
 def best_rate(results: Mapping[Place, float]) -> int:
@@ -121,10 +138,14 @@ class Comparison:
         contestants: what is compared.
         seeds: how many seeds each best learning rate is tried with.
         common: further arguments of `launch/train.py`, the same for every run.
+        sweep: whether to look for the best learning rate, or to take the one that the sweep would start from.
     """
 
-    def __init__(self, out: Path, contestants: Sequence[Contestant], seeds: int, common: Sequence[str]) -> None:
+    def __init__(
+        self, out: Path, contestants: Sequence[Contestant], seeds: int, common: Sequence[str], sweep: bool = True
+    ) -> None:
         self.out, self.contestants, self.seeds, self.common = out, contestants, seeds, tuple(common)
+        self.sweep = sweep
         out.mkdir(parents=True, exist_ok=True)
         lines = (out / RESULTS).read_text().splitlines() if (out / RESULTS).exists() else []
         self.records: dict[str, dict[str, Any]] = {each["run"]: each for each in map(json.loads, lines)}
@@ -143,6 +164,10 @@ class Comparison:
         places = ((k, seed) for k in range(-20, 21) for seed in range(self.seeds))
         records = ((place, self.record(contestant, place)) for place in places)
         return {place: math.inf if r["bits"] is None else r["bits"] for place, r in records if r is not None}
+
+    def wanted(self, contestant: Contestant) -> list[Place]:
+        """Which of its runs are still to be made."""
+        return wanted(self.results(contestant), self.seeds, self.sweep)
 
     def folder(self, contestant: Contestant, place: Place) -> Path:
         """Where one run writes."""
@@ -184,7 +209,7 @@ class Comparison:
             bar = progress.add_task("runs", total=None)
             running: dict[Future[dict[str, Any]], tuple[Contestant, Place]] = {}
             while True:
-                todo = [(c, place) for c in self.contestants for place in wanted(self.results(c), self.seeds)]
+                todo = [(c, place) for c in self.contestants for place in self.wanted(c)]
                 for job in todo:
                     if job not in running.values() and len(running) < jobs:
                         running[pool.submit(self.run, *job)] = job
@@ -219,7 +244,8 @@ class Comparison:
 
     def table(self) -> Table:
         """One line for each contestant, the best of a model first."""
-        table = Table(title="Validation, bits per byte, at the best learning rate, half of it and twice of it")
+        rates = "the best learning rate, half of it and twice of it" if self.sweep else "the default learning rate"
+        table = Table(title=f"Validation, bits per byte, at {rates}")
         for name in ("model", "optimizer", "lr", "best", "± (seeds)", "at lr / 2", "at 2 lr", "bytes per parameter"):
             table.add_column(name, justify="left" if name in ("model", "optimizer") else "right")
         for model in dict.fromkeys(c.model for c in self.contestants):
@@ -227,7 +253,8 @@ class Comparison:
                 results, best = self.best(c)
                 losses = [loss for (k, _), loss in results.items() if k == best]
                 spread = f"{stdev(losses):.4f} ({len(losses)})" if len(losses) > 1 else "(1)"
-                near = [f"{at_rate(results, k):.4f}" for k in (best, best - 1, best + 1)]
+                tried = {k for k, _ in results}
+                near = [f"{at_rate(results, k):.4f}" if k in tried else "" for k in (best, best - 1, best + 1)]
                 rate, size = f"{c.start * 2.0**best:g}", f"{self.bytes_per_parameter(c):.2f}"
                 table.add_row(model, c.name, rate, near[0], spread, *near[1:], size)
         return table
@@ -294,10 +321,14 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs; one that has some goes on")
     parser.add_argument(
-        "--optimizers", nargs="+", default=["adamw", "sm3"], help="any of --optimizer; sm3-paper; sm3-16"
+        "--optimizers",
+        nargs="+",
+        default=["adamw", "sm3"],
+        help=f"any of --optimizer; sm3-paper; sm3-16; {'; '.join(IN_BFLOAT16)}",
     )
     parser.add_argument("--models", nargs="+", default=["small"], choices=list(PRESETS), help="sizes of the model")
     parser.add_argument("--seeds", type=int, default=3, help="seeds for the best learning rate and its neighbours")
+    parser.add_argument("--no-sweep", action="store_true", help="run every optimizer at its default rate alone")
     parser.add_argument("--steps", default="1000", help="optimizer steps")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     known, common = parser.parse_known_args(arguments)
@@ -317,7 +348,7 @@ def main(arguments: list[str]) -> int:
         contestants = [Contestant(model, name) for model in options.models for name in options.optimizers]
         for contestant in contestants:
             _ = contestant.arguments  # raises before anything is run
-        comparison = Comparison(options.out, contestants, options.seeds, common)
+        comparison = Comparison(options.out, contestants, options.seeds, common, sweep=not options.no_sweep)
         comparison.run_all(options.jobs, console)
         table = comparison.table()
         console.print(table)

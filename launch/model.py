@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @dataclass(frozen=True)
@@ -123,16 +124,29 @@ class GPT(nn.Module):
         """Let the head share the embedding's weight (again, after a wrapper has replaced either)."""
         self.head.weight = self.embedding.weight
 
+    def materialize(self, device: torch.device | str) -> GPT:
+        """Give a model on the meta device memory and its first weights; a sharded one takes its share of them."""
+        self.to_empty(device=device)
+        self.tie()
+        self.initialize()
+        return self
+
     @torch.no_grad()
     def initialize(self) -> None:
-        """GPT-2's start: normal weights of 0.02, less where a layer adds to the stream, and zero biases."""
+        """GPT-2's start: normal weights of 0.02, less where a layer adds to the stream, and zero biases.
+
+        Each tensor is drawn whole, and in float32, so that the start depends neither on the layout nor on the type.
+        """
         depth = 2 * len(self.blocks)  # layers that add to the stream
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-            elif "norm" not in name:
+            elif "norm" in name:
+                parameter.fill_(1)
+            else:
                 adds = name.endswith(("out.weight", "down.weight"))
-                parameter.normal_(std=0.02 / depth**0.5 if adds else 0.02)
+                whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+                fill(parameter, whole.normal_(std=0.02 / depth**0.5 if adds else 0.02))
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> logits (B, T, V)
         places = torch.arange(tokens.shape[1], device=tokens.device)
@@ -141,6 +155,14 @@ class GPT(nn.Module):
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Copy ``whole`` into a parameter, of a sharded one this rank's part. Every rank has the same ``whole``."""
+    if isinstance(parameter, DTensor):
+        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter, whole = parameter.to_local(), part.to_local()
+    parameter.copy_(whole)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

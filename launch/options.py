@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -41,8 +42,25 @@ class Options:
     cover_block: int | None = option(
         None, "sm3: elements of a row that one entry of its state covers; default: the recipe's", type=int
     )
+    dtype: str = option("float32", "type of the weights, and of what is computed", choices=["float32", "bfloat16"])
+    rounding: str | None = option(
+        None,
+        "sm3: how weights and momentum are rounded to bfloat16 (default: stochastic)",
+        type=str,
+        choices=["stochastic", "nearest"],
+    )
+    momentum_dtype: str | None = option(
+        None, "sm3: type of the momentum (default: float32)", type=str, choices=["float32", "bfloat16"]
+    )
+    step_in_backward: bool = option(
+        False, "sm3 with none, fsdp2, hsdp or tp: use each gradient as soon as it is there, and free it"
+    )
     schedule: str = option("paper", "learning rate after its warm-up", choices=list(SCHEDULES))
-    clip: float = option(1.0, "largest norm of the whole gradient; inf: no clipping")
+    clip: float | None = option(
+        None,
+        "largest norm of the whole gradient; inf: no clipping (default: 1; with --step-in-backward inf)",
+        type=float,
+    )
     data: Path | None = option(None, "file or directory to train on; default: Python's standard library", type=Path)  # noqa: RUF009
     held_out_bytes: int | None = option(None, "judge on so many of the bytes held out; default: all", type=int)
     out: Path | None = option(None, "directory for configuration, metrics and picture; default: none", type=Path)  # noqa: RUF009
@@ -72,7 +90,23 @@ class Options:
         require(
             not (self.overwrite and self.resume == "auto"), "--overwrite starts anew and --resume goes on; pass one"
         )
-        require(self.clip > 0, f"--clip {self.clip} must be greater than 0; pass inf to switch clipping off")
+        require(
+            self.clip is None or self.clip > 0,
+            f"--clip {self.clip} must be greater than 0; pass inf to switch clipping off",
+        )
+        require(
+            not (self.step_in_backward and math.isfinite(self.clip_norm)),
+            f"--clip {self.clip} needs the norm of the whole gradient, which --step-in-backward never has: each "
+            "gradient is used and freed before the next is there. Leave --clip out; the adamw-like recipe bounds the "
+            "update of each tensor (update_rms)",
+        )
+
+    @property
+    def clip_norm(self) -> float:
+        """The largest norm of the gradient: ``clip``, or what it stands for."""
+        if self.clip is not None:
+            return self.clip
+        return math.inf if self.step_in_backward else 1.0
 
     def as_json(self) -> dict[str, Any]:
         """Return the options as values that JSON knows."""

@@ -46,12 +46,14 @@ class Parallel(NamedTuple):
 
 
 def share_out(model: GPT, world: World, device: torch.device, options: Options) -> Parallel:
-    """Wrap ``model`` as ``--parallel`` says.
+    """Wrap ``model``, which is on the meta device, as ``--parallel`` says, and give it its first weights.
+
+    What a wrapper cuts up is cut before it takes memory: no rank ever holds more of the model than its part.
 
     Raises:
         UserError: that way does not suit this number of ranks or this model.
     """
-    return PARALLEL[way(options, world)](model.to(device), world, device.type, options)
+    return PARALLEL[way(options, world)](model, world, device.type, options)
 
 
 def way(options: Options, world: World) -> str:
@@ -65,23 +67,23 @@ def none(model: GPT, world: World, device: str, options: Options) -> Parallel:
     """One process, no wrapper."""
     if world.size > 1:
         raise UserError(f"--parallel none is for one process, and there are {world.size}; pass ddp or fsdp2")
-    return Parallel(model, Share())
+    return Parallel(model.materialize(device), Share())
 
 
 def ddp(model: GPT, world: World, device: str, options: Options) -> Parallel:
     """Every rank has the whole model; gradients are averaged."""
-    return Parallel(DistributedDataParallel(model), Share(world.rank, world.size))
+    return Parallel(DistributedDataParallel(model.materialize(device)), Share(world.rank, world.size))
 
 
 def zero1(model: GPT, world: World, device: str, options: Options) -> Parallel:
     """Like ddp, but each rank has the optimizer state of a part of the parameters, and updates that part."""
-    return Parallel(DistributedDataParallel(model), Share(world.rank, world.size), dist.group.WORLD)
+    return ddp(model, world, device, options)._replace(shard_over=dist.group.WORLD)
 
 
 def fsdp2(model: GPT, world: World, device: str, options: Options) -> Parallel:
     """Every rank has a slice of each parameter and gathers the rest, block by block, when it is needed."""
     mesh = init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
-    return Parallel(shard(model, mesh, options), Share(world.rank, world.size))
+    return Parallel(shard(model, mesh, options).materialize(device), Share(world.rank, world.size))
 
 
 def hsdp(model: GPT, world: World, device: str, options: Options) -> Parallel:
@@ -93,7 +95,7 @@ def hsdp(model: GPT, world: World, device: str, options: Options) -> Parallel:
             f"of {copies}; choose a divisor of {world.size}, or pass fsdp2"
         )
     mesh = init_device_mesh(device, (copies, world.size // copies), mesh_dim_names=("replicate", "shard"))
-    return Parallel(shard(model, mesh, options), Share(world.rank, world.size))
+    return Parallel(shard(model, mesh, options).materialize(device), Share(world.rank, world.size))
 
 
 def tp(model: GPT, world: World, device: str, options: Options) -> Parallel:
@@ -118,7 +120,7 @@ def tp(model: GPT, world: World, device: str, options: Options) -> Parallel:
         # True of the logits, which nobody writes to.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         shard(model, mesh["data"], options)
-    return Parallel(model, Share(world.rank // size, groups))
+    return Parallel(model.materialize(device), Share(world.rank // size, groups))
 
 
 def fsdp1(model: GPT, world: World, device: str, options: Options) -> Parallel:
@@ -135,7 +137,7 @@ def flatten(model: GPT, device: str, options: Options, use_orig_params: bool) ->
     """Apply FSDP1 to each block and to what is left."""
     strategy = ShardingStrategy.FULL_SHARD if options.reshard else ShardingStrategy.SHARD_GRAD_OP
     return FullyShardedDataParallel(
-        model,
+        model.materialize(device),
         sharding_strategy=strategy,
         auto_wrap_policy=ModuleWrapPolicy({Block}),
         device_id=torch.device(device) if device == "cpu" else torch.cuda.current_device(),
@@ -152,6 +154,7 @@ def fairscale(model: GPT, world: World, device: str, options: Options) -> Parall
     if device == "cpu":
         fairscale_cpu.install()
         arguments |= fairscale_cpu.ARGUMENTS
+    model.materialize(device)
     for k, block in enumerate(model.blocks):
         model.blocks[k] = wrapper(block, **arguments)
     return Parallel(wrapper(model, **arguments), Share(world.rank, world.size))
@@ -160,7 +163,7 @@ def fairscale(model: GPT, world: World, device: str, options: Options) -> Parall
 def oss(model: GPT, world: World, device: str, options: Options) -> Parallel:
     """fairscale's OSS: every rank has the whole model, and the optimizer state of some of its tensors."""
     of_fairscale("optim")
-    return Parallel(model, Share(world.rank, world.size), oss=True)
+    return Parallel(model.materialize(device), Share(world.rank, world.size), oss=True)
 
 
 def of_fairscale(module: str) -> Any:
@@ -210,7 +213,7 @@ PARALLEL: dict[str, Callable[[GPT, World, str, Any], Parallel]] = {
 }
 
 
-def shard(model: GPT, mesh: DeviceMesh, options: Options) -> nn.Module:
+def shard(model: GPT, mesh: DeviceMesh, options: Options) -> GPT:
     """Apply FSDP2 to each block, then to what is left: embeddings, last norm and head, which share a weight."""
     for block in model.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=options.reshard)

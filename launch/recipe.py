@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from launch import peers
 from launch.parallel import of_fairscale
 from launch.world import UserError
-from sm3_dist import SM3
+from sm3_dist import SM3, step_in_backward
 from sm3_dist.adapters.flat_metadata import is_flattened
 from sm3_dist.schedule import CosineSchedule, PaperSchedule
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from launch.options import Options
 
 SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {"paper": PaperSchedule, "cosine": CosineSchedule}
+
+
+SM3_ALONE = ("cover_block", "momentum_dtype", "rounding")  # settings that no other optimizer has
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Settings:
     beta: float = 0.0
     weight_decay: float = 0.0
     cover_block: int | None = None
+    momentum_dtype: str | None = None
+    rounding: str | None = None
 
 
 def sm3_adamw_like(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
@@ -46,7 +51,9 @@ def sm3_paper(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
 
 
 def sm3_options(s: Settings) -> dict[str, Any]:
-    return {name: getattr(s, name) for name in ("momentum", "beta", "weight_decay", "cover_block")}
+    told = {name: getattr(s, name) for name in ("momentum", "beta", "weight_decay", "cover_block")}
+    kept = getattr(torch, s.momentum_dtype) if s.momentum_dtype else None
+    return told | {"momentum_dtype": kept, "stochastic_rounding": s.rounding != "nearest"}
 
 
 def adamw(model: nn.Module, s: Settings) -> Optimizer:
@@ -93,7 +100,7 @@ class Recipe:
 
     make: Callable[..., Optimizer]
     best: Settings
-    unknown: tuple[str, ...] = ("cover_block",)
+    unknown: tuple[str, ...] = SM3_ALONE
     whole: bool = False
 
 
@@ -108,14 +115,14 @@ OPTIMIZERS = {
     "sm3": RECIPES["adamw-like"],
     "adamw": Recipe(adamw, Settings(lr=2e-3, momentum=0.9, beta=0.95)),
     "adamw-8bit": Recipe(peers.adamw_8bit, Settings(lr=2e-3, momentum=0.9, beta=0.95), whole=True),
-    "adafactor": Recipe(adafactor, Settings(lr=3e-2), unknown=("momentum", "beta", "cover_block"), whole=True),
+    "adafactor": Recipe(adafactor, Settings(lr=3e-2), unknown=("momentum", "beta", *SM3_ALONE), whole=True),
     "adafactor-transformers": Recipe(
-        peers.adafactor_transformers, Settings(lr=1e-2), unknown=("momentum", "beta", "cover_block"), whole=True
+        peers.adafactor_transformers, Settings(lr=1e-2), unknown=("momentum", "beta", *SM3_ALONE), whole=True
     ),
     "came": Recipe(peers.came, Settings(lr=1e-3, momentum=0.9, beta=0.999), whole=True),
     "lion": Recipe(peers.lion, Settings(lr=5e-4, momentum=0.9, beta=0.99), whole=True),
     "muon": Recipe(peers.muon, Settings(lr=2e-3, momentum=0.95, beta=0.95), whole=True),
-    "sgd": Recipe(sgd, Settings(lr=0.1, momentum=0.9), unknown=("beta", "cover_block")),
+    "sgd": Recipe(sgd, Settings(lr=0.1, momentum=0.9), unknown=("beta", *SM3_ALONE)),
 }
 
 
@@ -139,13 +146,13 @@ def settings(options: Options) -> Settings:
         UserError: the optimizer has no such setting, or the value is out of range.
     """
     recipe = chosen(options)
-    said = {name: getattr(options, name) for name in ("lr", "momentum", "beta", "weight_decay", "cover_block")}
+    said = {item.name: getattr(options, item.name) for item in fields(Settings)}
     said = {name: value for name, value in said.items() if value is not None}
     for name, value in said.items():
         limit = 1.0 if name in ("momentum", "beta") else float("inf")
         if name in recipe.unknown:
             raise UserError(f"--optimizer {options.optimizer} has no {name}; leave --{name.replace('_', '-')} out")
-        if not 0 <= value < limit:
+        if not isinstance(value, str) and not 0 <= value < limit:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 0 and less than {limit}")
     return replace(recipe.best, **said)
 
@@ -178,6 +185,21 @@ def build(
             "rank, pass --parallel ddp"
         )
     return recipe.make(model, settings, shard_over=shard_over)
+
+
+def use_in_backward(model: nn.Module, optimizer: Optimizer, options: Options) -> None:
+    """Let the steps be taken during backward.
+
+    Raises:
+        UserError: the optimizer is another, or gradients are not final when backward leaves them.
+    """
+    if not isinstance(optimizer, SM3):
+        given = f"--parallel {options.parallel}" if options.optimizer == "sm3" else f"--optimizer {options.optimizer}"
+        raise UserError(f"--step-in-backward is for --optimizer sm3 on its own, and {given} uses another; leave it out")
+    try:
+        step_in_backward(model, optimizer)
+    except ValueError as error:
+        raise UserError(f"--step-in-backward: {error}") from error
 
 
 def schedule(optimizer: Optimizer, options: Options) -> LambdaLR:

@@ -68,13 +68,16 @@ class Run:
         world.same("the corpus", self.text.digest)
 
         torch.manual_seed(options.seed)
-        gpt = GPT(PRESETS[options.model], options.seq_len)
+        with torch.device("meta"):
+            gpt = GPT(PRESETS[options.model], options.seq_len).to(getattr(torch, options.dtype))
         self.parameters = sum(parameter.numel() for parameter in gpt.parameters())
         self.model, share, shard_over, oss = share_out(gpt, world, self.device, options)
         self.batches = Batches(self.text.train, options.batch_size, options.seq_len, options.seed, share)
         self.passage = Passage(self.text.held_out, options.batch_size, options.seq_len, share)
         self.optimizer = recipe.build(self.model, self.settings, options, shard_over, oss)
         self.model = reduce_gradients(self.model, self.optimizer)
+        if options.step_in_backward:
+            recipe.use_in_backward(self.model, self.optimizer, options)
         self.schedule = recipe.schedule(self.optimizer, options)
         self.state = TrainState(self.model, self.optimizer, self.schedule)
         self.checkpoints = self.keep_checkpoints()
@@ -104,9 +107,9 @@ class Run:
 
         How the ranks share the work is not part of it.
         """
-        told = ("model", "optimizer", "recipe", "steps", "batch_size", "seq_len", "schedule", "clip", "seed")
+        told = ("model", "optimizer", "recipe", "steps", "batch_size", "seq_len", "schedule", "seed", "dtype")
         identity = {name: getattr(self.options, name) for name in told} | asdict(self.settings)
-        identity |= {"clip": str(self.options.clip), "corpus": self.text.digest}  # JSON knows no infinity
+        identity |= {"clip": str(self.options.clip_norm), "corpus": self.text.digest}  # JSON knows no infinity
         path = self.options.out / CHECKPOINTS if self.options.out is not None else None
         say = partial(self.console.print, markup=False, highlight=False, soft_wrap=True)
         return Checkpoints(path, self.state, self.world, identity, self.options.keep, say)
@@ -143,8 +146,8 @@ class Run:
         """Learn from one batch; return its loss on this rank."""
         loss = cross_entropy(self.model(inputs.to(self.device)), targets.to(self.device))
         loss.backward()
-        if math.isfinite(self.options.clip):
-            clip(self.model, self.optimizer, self.options.clip)
+        if math.isfinite(self.options.clip_norm):
+            clip(self.model, self.optimizer, self.options.clip_norm)
         with self.optimizer_steps.running():
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -204,7 +207,8 @@ class Run:
         rows |= {f"  {name}": f"{value:.3f} bits per byte" for name, value in yardsticks.items()}
         rows |= {"optimizer state per rank": size(state), "  AdamW would hold": size(adamw)}
         if step_ms is not None and optimizer_ms is not None:  # a run resumed after its last step takes none
-            rows |= {"time per step": f"{step_ms:.1f} ms", "  in the optimizer": f"{optimizer_ms:.1f} ms"}
+            after = ", after backward" if self.options.step_in_backward else ""
+            rows |= {"time per step": f"{step_ms:.1f} ms", f"  in the optimizer{after}": f"{optimizer_ms:.1f} ms"}
         rows |= {"time of all steps": f"{figures['seconds']:.0f} s"}
         self.console.print(table(f"{self.options.optimizer} after {self.options.steps} steps", rows))
         return figures

@@ -10,8 +10,21 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
-from launch.compare import BYTES, CURVES, RESULTS, Comparison, Contestant, Place, at_rate, best_rate, main, wanted
+from launch.compare import (
+    BYTES,
+    CURVES,
+    IN_BFLOAT16,
+    RESULTS,
+    Comparison,
+    Contestant,
+    Place,
+    at_rate,
+    best_rate,
+    main,
+    wanted,
+)
 from launch.folder import METRICS
+from launch.options import parse
 from launch.recipe import OPTIMIZERS
 from launch.world import UserError
 
@@ -63,6 +76,14 @@ def test_a_second_call_makes_only_what_is_missing(tmp_path: Path) -> None:
     more = simulate(tmp_path, seeds=2).made
     assert len(more) == 6
     assert {seed for _, (_, seed) in more} == {1}
+
+
+def test_without_a_sweep_every_seed_runs_at_the_default_rate(tmp_path: Path) -> None:
+    comparison = Simulated(tmp_path, [SM3, ADAMW], 3, ["--steps", "20"], sweep=False)
+    comparison.run_all(2, Console(quiet=True))
+    assert {place for _, place in comparison.made} == {(0, 0), (0, 1), (0, 2)}
+    assert len(comparison.made) == 6
+    assert list(comparison.table().columns[3].cells) == ["2.0100", "2.9100"]
 
 
 def test_rates_at_which_training_comes_to_nothing_are_not_the_best() -> None:
@@ -122,7 +143,7 @@ def test_mistakes_are_told_before_anything_is_run(
 
 
 def test_every_optimizer_of_the_training_job_can_take_part() -> None:
-    for name in [*OPTIMIZERS, "sm3-paper", "sm3-adamw-like", "sm3-64"]:
+    for name in [*OPTIMIZERS, *IN_BFLOAT16, "sm3-paper", "sm3-adamw-like", "sm3-64"]:
         contestant = Contestant("small", name)
-        assert contestant.arguments[:2] == ("--model", "small")
+        assert parse(contestant.arguments).model == "small"
         assert contestant.start > 0

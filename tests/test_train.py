@@ -150,6 +150,37 @@ def test_sharding_divides_the_state(workers: Pool, text: Path, alone: dict[str, 
     assert result["state_bytes_per_rank"] < 0.6 * result["adamw_bytes_per_rank"]
 
 
+IN_BACKWARD = "--steps 6 --dtype bfloat16 --clip inf --momentum-dtype bfloat16"
+
+
+def used_in_backward(arguments: str, data: Path) -> tuple[float, list[bool]]:
+    """Train; the validation loss, and of every step whether it found no gradient left to use."""
+    run = Run(parse([*FAST.split(), *arguments.split(), "--data", str(data)]), World.current(), Console(quiet=True))
+    parameters, used = list(run.model.parameters()), []
+    assert {parameter.dtype for parameter in parameters} == {torch.bfloat16}
+    run.optimizer.register_step_pre_hook(lambda *_: used.append(all(p.grad is None for p in parameters)))
+    run.learn()
+    return run.judge(), used
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(1, "none"), (2, "fsdp2 --reshard"), (2, "tp"), (4, "hsdp")])
+def test_bfloat16_trains_in_backward_as_after_it(workers: Pool, text: Path, size: int, parallel: str) -> None:
+    """In every layout that has it: the same weights to the last bit, and no gradient is left."""
+    common = f"{IN_BACKWARD} --parallel {parallel}"
+    after, left = workers(size).run(used_in_backward, common, text)[0]
+    during, used = workers(size).run(used_in_backward, f"{common} --step-in-backward", text)[0]
+    assert (during, used, left) == (after, [True] * 6, [False] * 6)
+    assert during < math.log(256) - 0.2
+
+
+def test_rounding_is_stochastic_unless_told_otherwise(workers: Pool, text: Path) -> None:
+    losses = [
+        workers(1).run(used_in_backward, f"{IN_BACKWARD} {rounding}", text)[0][0]
+        for rounding in ("", "--rounding stochastic", "--rounding nearest")
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_shows_on_a_terminal_and_in_a_log(terminal: bool) -> None:
     written = io.StringIO()
@@ -223,6 +254,15 @@ def test_it_starts_without_knowing_anything() -> None:
         ("--parallel hsdp --replicas 2", "1 is not a multiple of 2"),
         ("--parallel tp --tp-size 2", "--tp-size 2 does not divide the 1 ranks"),
         ("--out /dev/null/run", "--out /dev/null/run cannot be written to"),
+        ("--optimizer sgd --momentum-dtype bfloat16", "--optimizer sgd has no momentum_dtype"),
+        ("--optimizer adamw --rounding nearest", "--optimizer adamw has no rounding"),
+        ("--step-in-backward", "--clip 0.5 needs the norm of the whole gradient"),
+        ("--step-in-backward --clip inf --optimizer adamw", "and --optimizer adamw uses another"),
+        ("--step-in-backward --clip inf --parallel oss", "and --parallel oss uses another"),
+        ("--step-in-backward --clip inf --parallel ddp", "DistributedDataParallel, which averages gradients"),
+        ("--step-in-backward --clip inf --parallel zero1", "DistributedDataParallel, which averages gradients"),
+        ("--step-in-backward --clip inf --parallel fsdp1", "FullyShardedDataParallel (FSDP1 or fairscale's)"),
+        ("--step-in-backward --clip inf --parallel fairscale", "FullyShardedDataParallel (FSDP1 or fairscale's)"),
         ("--lr 1e30 --clip inf --optimizer sgd", "pass a lower --lr than 1e+30"),
     ],
 )
