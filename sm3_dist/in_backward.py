@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sm3_dist import kernels
 from sm3_dist.adapters.flat_metadata import is_flattened
-from sm3_dist.optimizer import SM3, _settings
+from sm3_dist.optimizer import SM3
+from sm3_dist.param_groups import settings_of
 from sm3_dist.step_plan import StepPlan
 from sm3_dist.update import Settings
 
@@ -121,7 +122,7 @@ class StepInBackward:
             for entry in plan.entries:
                 entries.setdefault(entry.param, []).append(entry)
             self._works = {param: kernels.works(these, optimizer.backend) for param, these in entries.items()}
-        self._settings = {id(group): _settings(group, None) for group in optimizer.param_groups}
+        self._settings = {id(group): settings_of(group, None) for group in optimizer.param_groups}
 
     def _end(self, *_: Any) -> None:
         self._stepped.clear()

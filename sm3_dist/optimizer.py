@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, overload
@@ -13,12 +12,12 @@ from torch.optim import Optimizer
 
 from sm3_dist import adapters, kernels
 from sm3_dist.agreement import check_agreement
+from sm3_dist.param_groups import can_move, inverse_of, label_of, layout_options, settings_of, validate
 from sm3_dist.publish import Publisher
 from sm3_dist.same_gradients import check_same_gradients, refuse_sparse_gradients
 from sm3_dist.shard import LocalShard
 from sm3_dist.state import State, adopt_state, fill_state, local_accumulators, local_square_sum, parameter_shaped
 from sm3_dist.step_plan import Entry, StepPlan, agreement_lines
-from sm3_dist.update import Settings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -239,8 +238,8 @@ class SM3(Optimizer):
         plan.receive()
         self._check_gradients()
         # 2. Update: every box from its slices of the accumulators.
-        unscale = _inverse(getattr(self, "grad_scale", None))
-        plan.update({id(group): _settings(group, unscale) for group in self.param_groups})
+        unscale = inverse_of(getattr(self, "grad_scale", None))
+        plan.update({id(group): settings_of(group, unscale) for group in self.param_groups})
         if blank:
             for entry in plan.entries:
                 entry.step.zero_()
@@ -289,9 +288,9 @@ class SM3(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _validate(group)
+            validate(group)
             for index, param in enumerate(group["params"]):
-                self._describe(param, _label(group, len(self.param_groups) - 1, index), group["cover_block"])
+                self._describe(param, label_of(group, len(self.param_groups) - 1, index), group["cover_block"])
         except Exception:
             self.param_groups.pop()
             raise
@@ -400,19 +399,19 @@ class SM3(Optimizer):
 
     def _labelled_params(self) -> list[tuple[Tensor, str, dict[str, Any]]]:
         return [
-            (param, _label(group, g, index), group)
+            (param, label_of(group, g, index), group)
             for g, group in enumerate(self.param_groups)
             for index, param in enumerate(group["params"])
         ]
 
     def _active_params(self) -> list[Tensor]:
         """The parameters that can have a gradient, or have state."""
-        return [p for p, _, _ in self._labelled_params() if _can_move(p) or p in self._held_state]
+        return [p for p, _, _ in self._labelled_params() if can_move(p) or p in self._held_state]
 
     def _check_gradients(self) -> None:
         if self._replicas is None:
             return
-        params = [(param, label) for param, label, _ in self._labelled_params() if _can_move(param)]
+        params = [(param, label) for param, label, _ in self._labelled_params() if can_move(param)]
         refuse_sparse_gradients(params)
         if self._checks_left:
             check_same_gradients(params, self._replicas.group)
@@ -435,10 +434,10 @@ class SM3(Optimizer):
         held = self._held_state
         return tuple(
             (
-                _layout_options(group),
+                layout_options(group),
                 *map(id, group["params"]),
                 *map(id, map(held.get, group["params"])),
-                *map(_can_move, group["params"]),
+                *map(can_move, group["params"]),
                 *(p.shape for p in group["params"]),
             )
             for group in self.param_groups
@@ -468,14 +467,14 @@ class SM3(Optimizer):
         entries = []
         for g, group in enumerate(self.param_groups):
             for index, param in enumerate(group["params"]):
-                if not (_can_move(param) or param in self._held_state):
+                if not (can_move(param) or param in self._held_state):
                     continue
-                state = self._fitting_state(param, shards[param], _label(group, g, index))
+                state = self._fitting_state(param, shards[param], label_of(group, g, index))
                 fill_state(state, param, shards[param], group, self.momentum_dtype)
                 buffer = adapters.local(state["momentum_buffer"]) if group["momentum"] > 0 else None
                 for shard in shards[param]:
                     accumulators = local_accumulators(state, shard)
-                    label = _label(group, g, index) + (f" ({shard.name})" if shard.name else "")
+                    label = label_of(group, g, index) + (f" ({shard.name})" if shard.name else "")
                     squares = local_square_sum(state, shard, group)
                     number = numbers[param, shard.name]
                     entries.append(
@@ -487,7 +486,7 @@ class SM3(Optimizer):
             check_agreement(plans)
         publisher = None
         if self._replicas is not None:
-            publisher = Publisher(self._replicas.group, self._replicas.partitions, _can_move)
+            publisher = Publisher(self._replicas.group, self._replicas.partitions, can_move)
         return StepPlan(entries, self.backend, self.shard_covers, self._groups, publisher)
 
     def _fitting_state(self, param: Tensor, shards: tuple[LocalShard, ...], label: str) -> State:
@@ -513,7 +512,7 @@ class SM3(Optimizer):
             for index, param in enumerate(group["params"]):
                 old = self._positions.get((g, index))
                 if old is not None and old is not param and old in self._held_state and param not in self._held_state:
-                    label = _label(group, g, index)
+                    label = label_of(group, g, index)
                     if self._replicas is not None:
                         self._replicas.exchange(old, param)
                     shards = self._describe(param, label, group["cover_block"])
@@ -528,69 +527,3 @@ class SM3(Optimizer):
             for index, param in enumerate(group["params"])
             if param in self._held_state
         }
-
-
-def _label(group: dict[str, Any], g: int, index: int) -> str:
-    names = group.get("param_names") or ()
-    if len(names) != len(group["params"]):  # fairscale's OSS gives a rank some of the parameters with all of the names
-        return f"parameter {index} of param group {g}"
-    return f"parameter {names[index]!r}"
-
-
-def _layout_options(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What the state, and who works on it, depends on."""
-    on = (group["momentum"] > 0, group["update_rms"] is not None)
-    return *on, *(group[key] for key in ("cover_block", "bias_correction", "nesterov", "update_power"))
-
-
-def _can_move(param: Tensor) -> bool:
-    """Whether a step may change it: whether it can have a gradient, or has one."""
-    return param.requires_grad or param.grad is not None
-
-
-def _inverse(grad_scale: Tensor | None) -> float | Tensor | None:
-    """What unscales gradients: as ``GradScaler.unscale_`` has it, rounded once to float32."""
-    if grad_scale is None:
-        return None
-    inverse = grad_scale.double().reciprocal().float().reshape(())
-    return inverse.item() if inverse.device.type == "cpu" else inverse
-
-
-def _settings(group: dict[str, Any], unscale: float | Tensor | None) -> Settings:
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        lr = lr.item() if lr.device.type == "cpu" else lr.reshape(())
-    names = ("momentum", "beta", "eps", "weight_decay", "maximize", "nesterov", "update_power", "cover_product")
-    return Settings(lr, **{name: group[name] for name in names}, unscale=unscale)
-
-
-def _validate(group: dict[str, Any]) -> None:
-    """Refuse hyperparameters out of range."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a float or a tensor of one element, not a tensor of shape {tuple(lr.shape)}")
-    bounds = {"lr": math.inf, "momentum": 1.0, "beta": 1.0, "eps": math.inf, "weight_decay": math.inf}
-    for name, bound in bounds.items():
-        if not 0.0 <= float(group[name]) < bound:
-            raise ValueError(f"{name} must be at least 0 and less than {bound}, but is {float(group[name])}")
-    if group["bias_correction"] and not group["beta"]:
-        raise ValueError("bias_correction=True corrects the moving average of beta > 0, but beta is 0. Leave it out")
-    if group["nesterov"] and not group["momentum"]:
-        raise ValueError("nesterov=True looks ahead along the momentum, but momentum is 0. Set it, to 0.9 say")
-    if group["update_power"] not in (0.5, 1):
-        raise ValueError(f"update_power must be 1 or 0.5, but is {group['update_power']}")
-    if group["cover_product"] and group["cover_block"] is None:
-        raise ValueError("cover_product=True is for block covers. Set cover_block, to 32 say")
-    rms, block = group["update_rms"], group["cover_block"]
-    if rms is not None and not 0.0 < rms < math.inf:
-        raise ValueError(f"update_rms must be greater than 0 (or None), but is {rms}")
-    seed = group["rounding_seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-        raise ValueError(f"rounding_seed must be an integer in [0, 2^64), but is {seed!r}")
-    if group["stochastic_rounding"] and any(param.dtype == torch.float16 for param in group["params"]):
-        raise ValueError(
-            "stochastic_rounding=True rounds to bfloat16, but parameters of this group are float16. Use bfloat16 "
-            "weights, or leave it out"
-        )
-    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
-        raise ValueError(f"cover_block must be an integer of at least 1 (or None), but is {block!r}")

@@ -20,7 +20,7 @@ from sm3_dist.adapters.flat import shard_of
 from sm3_dist.adapters.flat_metadata import FlatTensor, Original
 from sm3_dist.box import Box
 from sm3_dist.cover import grid
-from sm3_dist.optimizer import _settings
+from sm3_dist.param_groups import settings_of
 from sm3_dist.shard import LocalShard, Peers
 from sm3_dist.state import fill_state, local_accumulators
 from sm3_dist.step_plan import Entry
@@ -85,7 +85,7 @@ class Rank:
         group = self.entries[0].group
         with torch.no_grad():
             for work in kernels.works(self.entries, "auto"):
-                work.update({id(group): _settings(group, None)})
+                work.update({id(group): settings_of(group, None)})
 
 
 def share(ranks: list[Rank]) -> None:

@@ -22,7 +22,8 @@ from sm3_dist.box import Box
 from sm3_dist.checkpoint.names import canonical_names
 from sm3_dist.checkpoint.slots import Reader, Slot, values
 from sm3_dist.cover import grid
-from sm3_dist.optimizer import SM3, _validate
+from sm3_dist.optimizer import SM3
+from sm3_dist.param_groups import validate
 from sm3_dist.shard import WHOLE, LocalShard, accumulator_dtype
 from sm3_dist.state import accumulator_key
 from sm3_dist.step_plan import Entry
@@ -190,7 +191,7 @@ class Canonical:
         new = {}
         for group, change in zip(self.optimizer.param_groups, changes, strict=True):
             new[id(group)] = {**group, **change}
-            _validate(new[id(group)])
+            validate(new[id(group)])
         for name, entry in self.entries.items():
             if name not in shapes:
                 continue

@@ -1,0 +1,83 @@
+"""Param groups: what may be in them, and what a step, a plan and a message take from them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sm3_dist.update import Settings
+
+
+def label_of(group: dict[str, Any], g: int, index: int) -> str:
+    """What messages call a parameter: its name if it has one, else its position."""
+    names = group.get("param_names") or ()
+    if len(names) != len(group["params"]):  # fairscale's OSS gives a rank some of the parameters with all of the names
+        return f"parameter {index} of param group {g}"
+    return f"parameter {names[index]!r}"
+
+
+def layout_options(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What the state, and who works on it, depends on."""
+    on = (group["momentum"] > 0, group["update_rms"] is not None)
+    return *on, *(group[key] for key in ("cover_block", "bias_correction", "nesterov", "update_power"))
+
+
+def can_move(param: Tensor) -> bool:
+    """Whether a step may change it: whether it can have a gradient, or has one."""
+    return param.requires_grad or param.grad is not None
+
+
+def inverse_of(grad_scale: Tensor | None) -> float | Tensor | None:
+    """What unscales gradients: as ``GradScaler.unscale_`` has it, rounded once to float32."""
+    if grad_scale is None:
+        return None
+    inverse = grad_scale.double().reciprocal().float().reshape(())
+    return inverse.item() if inverse.device.type == "cpu" else inverse
+
+
+def settings_of(group: dict[str, Any], unscale: float | Tensor | None) -> Settings:
+    """What a step needs to know of a group; ``unscale`` is what :func:`inverse_of` returned."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.item() if lr.device.type == "cpu" else lr.reshape(())
+    names = ("momentum", "beta", "eps", "weight_decay", "maximize", "nesterov", "update_power", "cover_product")
+    return Settings(lr, **{name: group[name] for name in names}, unscale=unscale)
+
+
+def validate(group: dict[str, Any]) -> None:
+    """Refuse hyperparameters out of range.
+
+    Raises:
+        ValueError: says which, its value and what to do.
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a float or a tensor of one element, not a tensor of shape {tuple(lr.shape)}")
+    bounds = {"lr": math.inf, "momentum": 1.0, "beta": 1.0, "eps": math.inf, "weight_decay": math.inf}
+    for name, bound in bounds.items():
+        if not 0.0 <= float(group[name]) < bound:
+            raise ValueError(f"{name} must be at least 0 and less than {bound}, but is {float(group[name])}")
+    if group["bias_correction"] and not group["beta"]:
+        raise ValueError("bias_correction=True corrects the moving average of beta > 0, but beta is 0. Leave it out")
+    if group["nesterov"] and not group["momentum"]:
+        raise ValueError("nesterov=True looks ahead along the momentum, but momentum is 0. Set it, to 0.9 say")
+    if group["update_power"] not in (0.5, 1):
+        raise ValueError(f"update_power must be 1 or 0.5, but is {group['update_power']}")
+    if group["cover_product"] and group["cover_block"] is None:
+        raise ValueError("cover_product=True is for block covers. Set cover_block, to 32 say")
+    rms, block = group["update_rms"], group["cover_block"]
+    if rms is not None and not 0.0 < rms < math.inf:
+        raise ValueError(f"update_rms must be greater than 0 (or None), but is {rms}")
+    seed = group["rounding_seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise ValueError(f"rounding_seed must be an integer in [0, 2^64), but is {seed!r}")
+    if group["stochastic_rounding"] and any(param.dtype == torch.float16 for param in group["params"]):
+        raise ValueError(
+            "stochastic_rounding=True rounds to bfloat16, but parameters of this group are float16. Use bfloat16 "
+            "weights, or leave it out"
+        )
+    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
+        raise ValueError(f"cover_block must be an integer of at least 1 (or None), but is {block!r}")
