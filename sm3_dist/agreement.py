@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from sm3_dist.shard import in_words
+
 
 class PlanMismatchError(RuntimeError):
     """Ranks that share accumulators hold different parameters or settings."""
@@ -62,7 +64,7 @@ class _Check:
         kind, *others = verdict.split()
         if kind == "absent":
             raise PlanMismatchError(
-                f"ranks {', '.join(others)} of {list(self.ranks)} did not reach their first SM3 step within "
+                f"ranks {', '.join(others)} of {in_words(self.ranks)} did not reach their first SM3 step within "
                 f"{self.timeout}: they hold no parameter of this mesh or process group, or they stopped."
             )
         self._explain(leader, int(others[0]))
@@ -91,7 +93,7 @@ class _Check:
         a = ours[at] if at < len(ours) else ending
         b = theirs[at] if at < len(theirs) else ending
         raise PlanMismatchError(
-            f"SM3 needs the same parameters with the same settings on all of ranks {list(self.ranks)}, but\n"
+            f"SM3 needs the same parameters with the same settings on all of ranks {in_words(self.ranks)}, but\n"
             f"  rank {leader} has {len(ours)} tensors, and as number {at}: {a}\n"
             f"  rank {other} has {len(theirs)} tensors, and as number {at}: {b}\n"
             "Build the model and the param groups in the same way on every rank."
@@ -103,7 +105,7 @@ class _Check:
             self.store.wait([key], self.timeout + timedelta(seconds=5))
         except RuntimeError as error:
             raise PlanMismatchError(
-                f"rank {author} of {list(self.ranks)} did not take part in the check of SM3's plans within "
+                f"rank {author} of {in_words(self.ranks)} did not take part in the check of SM3's plans within "
                 f"{self.timeout}: it holds no parameter of this mesh or process group, or it stopped."
             ) from error
         return self.store.get(key).decode()

@@ -36,6 +36,20 @@ class Peers:
     group: Callable[[], ProcessGroup] = field(compare=False, repr=False)
 
 
+def in_words(ranks: Sequence[int]) -> str:
+    """Ranks as messages and plans name them: all, unless there are so many that runs are easier to read.
+
+    Example:
+        >>> in_words([0, 1, 3]), in_words(range(4096))
+        ('[0, 1, 3]', '[0 to 4095]')
+    """
+    if len(ranks) <= 16:
+        return str(list(ranks))
+    starts = [i for i in range(len(ranks)) if i == 0 or ranks[i] != ranks[i - 1] + 1]
+    runs = [(ranks[a], ranks[b - 1]) for a, b in zip(starts, [*starts[1:], len(ranks)], strict=True)]
+    return f"[{', '.join(str(a) if a == b else f'{a} to {b}' for a, b in runs)}]"
+
+
 @dataclass(frozen=True)
 class Shared:
     """Entries of one accumulator that several ranks touch.

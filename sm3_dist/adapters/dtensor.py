@@ -25,7 +25,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from sm3_dist.box import Box, overlaps
 from sm3_dist.cover import accumulator_count, grid, touched
-from sm3_dist.shard import LocalShard, Peers, Shared
+from sm3_dist.shard import LocalShard, Peers, Shared, in_words
 
 Run = tuple[int, int]
 """Indices ``[start, stop)`` of one tensor dimension."""
@@ -39,7 +39,7 @@ def describe(param: Tensor, label: str, cover_block: int | None) -> tuple[LocalS
     here = param.device_mesh.get_coordinate()
     if here is None:
         raise ValueError(
-            f"{label}: this rank is not part of its mesh {param.device_mesh.mesh.tolist()}. "
+            f"{label}: this rank is not part of its mesh of ranks {in_words(_ranks(param.device_mesh))}. "
             "Leave the parameter out here."
         )
     runs = [_held(cut, dim, tuple(here)) for dim in range(len(cut.shape))]
@@ -231,7 +231,7 @@ def _ranks(mesh: DeviceMesh) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def _layout(placements: tuple[Placement, ...], mesh: DeviceMesh) -> str:
-    return f"{tuple(map(str, placements))} on mesh {mesh.mesh.tolist()}"
+    return f"{tuple(map(str, placements))} on a mesh of shape {tuple(mesh.shape)} of ranks {in_words(_ranks(mesh))}"
 
 
 @lru_cache(maxsize=256)

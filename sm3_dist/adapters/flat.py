@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sm3_dist.adapters.flat_metadata import FlatTensor, Original, clean, flat_tensors, held, is_flattened
 from sm3_dist.box import Box, flat_boxes
 from sm3_dist.ranges import Range, shared_entries
-from sm3_dist.shard import LocalShard, Peers, Shared
+from sm3_dist.shard import LocalShard, Peers, Shared, in_words
 
 
 class Flattened:
@@ -143,7 +143,7 @@ def shard_of(tensor: FlatTensor, original: Original, cover_block: int | None = N
         order=original.order,
         shared=_shared(shape, order, everywhere, cut, cover_block) if cut is not None else (),
         ranks=ranks,
-        layout=f"at {original.start} of a flat tensor in parts of {tensor.part} over ranks {list(ranks)}",
+        layout=f"at {original.start} of a flat tensor in parts of {tensor.part} over ranks {in_words(ranks)}",
         name="" if separate else original.name,
         cover_block=cover_block,
         holders=cut,

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from sm3_dist.adapters import whole
 from sm3_dist.box import flat_boxes
 from sm3_dist.ranges import Range, even_cuts, shared_entries
-from sm3_dist.shard import LocalShard, Peers
+from sm3_dist.shard import LocalShard, Peers, in_words
 
 
 class Partition:
@@ -103,8 +103,8 @@ class Replicas:
                 replicated=True,
                 shared=shared_entries(shape, ranges, peers, cover_block),
                 ranks=self.ranks,
-                layout=f"stride {param.stride()}, replicated over ranks {list(self.ranks)}, cut at elements {inside} "
-                f"from partition {self.partitions.index(partition)}",
+                layout=f"stride {param.stride()}, replicated over ranks {in_words(self.ranks)}, "
+                f"cut at elements {inside} from partition {self.partitions.index(partition)}",
                 cover_block=cover_block,
                 holders=peers if inside else None,
             ),
