@@ -41,10 +41,12 @@ Place = tuple[int, int]
 
 
 # SM3 with float32 weights and fewer bytes of momentum, and with bfloat16 weights, rounded stochastically or not.
-IN_BFLOAT16 = {
+FEWER_BYTES = {
     "sm3-momentum16": ("--momentum-dtype", "bfloat16"),
+    "sm3-momentum8": ("--momentum-dtype", "int8"),
     "sm3-bf16": ("--dtype", "bfloat16"),
     "sm3-bf16-momentum16": ("--dtype", "bfloat16", "--momentum-dtype", "bfloat16"),
+    "sm3-bf16-momentum8": ("--dtype", "bfloat16", "--momentum-dtype", "int8"),
     "sm3-bf16-nearest": ("--dtype", "bfloat16", "--momentum-dtype", "bfloat16", "--rounding", "nearest"),
 }
 
@@ -56,7 +58,7 @@ class Contestant:
     Args:
         model: size of the model.
         name: ``adamw``; ``sm3-paper``: SM3 with that recipe; ``sm3-16``: with covers of 16 elements; ``sm3-bf16``: in
-            bfloat16, as :data:`IN_BFLOAT16` has it.
+            bfloat16, as :data:`FEWER_BYTES` has it.
     """
 
     model: str
@@ -80,11 +82,11 @@ class Contestant:
             how = ("sm3", "--recipe", variant)
         elif kind == "sm3" and variant.isdecimal():
             how = ("sm3", "--cover-block", variant)
-        elif self.name in IN_BFLOAT16:
-            how = ("sm3", *IN_BFLOAT16[self.name])
+        elif self.name in FEWER_BYTES:
+            how = ("sm3", *FEWER_BYTES[self.name])
         else:
             variants = [f"sm3-{recipe}" for recipe in RECIPES]
-            known = ", ".join([*OPTIMIZERS, *variants, "sm3-16 (covers of 16 elements)", *IN_BFLOAT16])
+            known = ", ".join([*OPTIMIZERS, *variants, "sm3-16 (covers of 16 elements)", *FEWER_BYTES])
             raise UserError(f"--optimizers {self.name}: there is none of that name; known are {known}")
         return ("--model", self.model, "--optimizer", *how)
 
@@ -324,7 +326,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--optimizers",
         nargs="+",
         default=["adamw", "sm3"],
-        help=f"any of --optimizer; sm3-paper; sm3-16; {'; '.join(IN_BFLOAT16)}",
+        help=f"any of --optimizer; sm3-paper; sm3-16; {'; '.join(FEWER_BYTES)}",
     )
     parser.add_argument("--models", nargs="+", default=["small"], choices=list(PRESETS), help="sizes of the model")
     parser.add_argument("--seeds", type=int, default=3, help="seeds for the best learning rate and its neighbours")

@@ -45,12 +45,12 @@ class Options:
     dtype: str = option("float32", "type of the weights, and of what is computed", choices=["float32", "bfloat16"])
     rounding: str | None = option(
         None,
-        "sm3: how weights and momentum are rounded to bfloat16 (default: stochastic)",
+        "sm3: how weights and momentum are rounded to bfloat16 (default: stochastic); int8 always is so",
         type=str,
         choices=["stochastic", "nearest"],
     )
     momentum_dtype: str | None = option(
-        None, "sm3: type of the momentum (default: float32)", type=str, choices=["float32", "bfloat16"]
+        None, "sm3: type of the momentum (default: float32)", type=str, choices=["float32", "bfloat16", "int8"]
     )
     step_in_backward: bool = option(
         False, "sm3 with none, fsdp2, hsdp or tp: use each gradient as soon as it is there, and free it"

@@ -14,6 +14,7 @@ from torch import nn
 from sm3_dist.planning import WRAPPERS, RankBytes, plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOMENTUM_DTYPES = {**DTYPES, "int8": torch.int8}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--world", type=int, default=1, help="number of ranks")
     command.add_argument("--wrapper", choices=WRAPPERS, default="none", help="how they share the work")
     command.add_argument("--momentum", type=float, default=0.0)
-    command.add_argument("--momentum-dtype", choices=DTYPES)
+    command.add_argument("--momentum-dtype", choices=MOMENTUM_DTYPES)
     command.add_argument("--update-rms", type=float)
     command.add_argument("--cover-block", type=int)
     given = parser.parse_args(arguments)
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             world=given.world,
             wrapper=given.wrapper,
             momentum=given.momentum,
-            momentum_dtype=DTYPES[given.momentum_dtype] if given.momentum_dtype else None,
+            momentum_dtype=MOMENTUM_DTYPES[given.momentum_dtype] if given.momentum_dtype else None,
             update_rms=given.update_rms,
             cover_block=given.cover_block,
         )

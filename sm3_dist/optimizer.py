@@ -16,7 +16,15 @@ from sm3_dist.param_groups import can_move, inverse_of, label_of, layout_options
 from sm3_dist.publish import Publisher
 from sm3_dist.same_gradients import check_same_gradients, refuse_sparse_gradients
 from sm3_dist.shard import LocalShard
-from sm3_dist.state import State, adopt_state, fill_state, local_accumulators, local_square_sum, parameter_shaped
+from sm3_dist.state import (
+    State,
+    adopt_state,
+    fill_state,
+    local_accumulators,
+    local_momentum,
+    local_square_sum,
+    parameter_shaped,
+)
 from sm3_dist.step_plan import Entry, StepPlan, agreement_lines
 
 if TYPE_CHECKING:
@@ -80,8 +88,9 @@ class SM3(Optimizer):
             of an equal range of all parameters and updates that alone; a step ends when every rank has all new weights.
         shard_covers: store each shared accumulator entry on one rank alone. A step then begins with an all-gather and
             ends with a reduce-scatter that nothing hides, and to read ``state`` is a collective: do it on every rank.
-        momentum_dtype: type of the momentum buffer, if not that of the accumulators: ``torch.float32`` or
-            ``torch.bfloat16``, for two bytes per element.
+        momentum_dtype: type of the momentum buffer, if not that of the accumulators: ``torch.float32``;
+            ``torch.bfloat16``, for two bytes per element; or ``torch.int8`` for one, which is a code
+            (:mod:`~sm3_dist.momentum_code`), always rounded stochastically, and has the key ``momentum_code``.
         stochastic_rounding: round what is kept in bfloat16, weights and momentum, up or down with probabilities that
             make it right on average, so that updates too small for bfloat16 are not lost. The random numbers belong to
             the elements of the original tensors: the bits are the same under every layout and after a resume.
@@ -138,8 +147,10 @@ class SM3(Optimizer):
         check_gradients: int = 3,
         backend: str = "auto",
     ) -> None:
-        if momentum_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"momentum_dtype must be torch.float32, torch.bfloat16 or None, but is {momentum_dtype}")
+        if momentum_dtype not in (None, torch.float32, torch.bfloat16, torch.int8):
+            raise ValueError(
+                f"momentum_dtype must be torch.float32, torch.bfloat16, torch.int8 or None, but is {momentum_dtype}"
+            )
         if backend not in kernels.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, kernels.BACKENDS))}, but is {backend!r}")
         if check_gradients < 0:
@@ -471,7 +482,7 @@ class SM3(Optimizer):
                     continue
                 state = self._fitting_state(param, shards[param], label_of(group, g, index))
                 fill_state(state, param, shards[param], group, self.momentum_dtype)
-                buffer = adapters.local(state["momentum_buffer"]) if group["momentum"] > 0 else None
+                buffer = local_momentum(state, group)
                 for shard in shards[param]:
                     accumulators = local_accumulators(state, shard)
                     label = label_of(group, g, index) + (f" ({shard.name})" if shard.name else "")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import struct
+from bisect import bisect
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +23,7 @@ class ReferenceState:
         accumulators: ``mu_i`` of shape ``(n_i,)`` for each dimension; the tensor's own shape for ``k <= 1``. With
             blocks of ``B`` it has ``k`` dimensions: ``n_i``, and ``ceil(n_d / B)`` in every other dimension ``d``; and
             there is one for the tiles, number ``k``, of length ``ceil(n_d / B)`` in every dimension.
-        momentum_buffer: the tensor's shape; zero at first.
+        momentum_buffer: the tensor's shape; zero at first. int8: codes, see :func:`code_values`.
         step: number of steps taken.
         update_square_sum: of the last update that was not all zero, in the unit of :func:`square_unit`.
     """
@@ -83,7 +86,8 @@ def reference_step(
         update_rms: scale the update by what would have given that of the step before this root mean square.
         cover_block: elements per block of the covers; ``None`` for whole slices.
         cover_product: estimate from the product of the covers, over that of the tile, and not from their minimum.
-        rounding: seed and number of the tensor, to round to bfloat16 stochastically; ``None``: to the nearest.
+        rounding: seed and number of the tensor, to round to bfloat16 and to codes stochastically; ``None``: to the
+            nearest, which codes are not.
 
     Source: arXiv 1901.11150, algorithm SM3-II.
 
@@ -113,7 +117,10 @@ def reference_step(
     corrected = nu * (1 / (1 - beta**state.step)) if bias_correction else nu
     u = torch.rsqrt(corrected + eps) * g
     if momentum > 0:
-        m = state.momentum_buffer.to(dtype) * momentum + u * (1 - momentum)
+        m = state.momentum_buffer.to(dtype)
+        if state.momentum_buffer.dtype == torch.int8:
+            m = torch.tensor(code_values(), dtype=dtype)[state.momentum_buffer.long()]
+        m = m * momentum + u * (1 - momentum)
         u = u * (1 - momentum) + m * momentum if nesterov else m
         state.momentum_buffer = _rounded(m, state.momentum_buffer.dtype, rounding, state.step - 1, stream=1)
     if update_power == 0.5:
@@ -136,17 +143,56 @@ def reference_step(
 
 def _rounded(x: Tensor, dtype: torch.dtype, rounding: tuple[int, int] | None, step: int, stream: int) -> Tensor:
     """``x`` in the type in which it is kept. Each element takes 16 random bits of its own, see :class:`Rounding`."""
-    if rounding is None or dtype != torch.bfloat16 or not x.numel():
+    if rounding is None or dtype not in (torch.bfloat16, torch.int8) or not x.numel():
         return x.to(dtype)
-    seed, number = rounding
-    lines = x.float().contiguous().view(-1, x.shape[-1] if x.dim() else 1).clone()
-    for row, line in enumerate(lines.view(torch.int32)):
-        for column, bits in enumerate(line.tolist()):
-            words = philox((column // 8, row, number + 2**31 * stream, step), (seed % 2**32, seed // 2**32))
-            noise = words[column % 8 // 2] // 2 ** (16 * (column % 2)) % 2**16
-            if not math.isnan(lines[row, column]):
-                line[column] = (bits + noise) // 2**16 * 2**16
-    return lines.view(x.shape).to(dtype)
+    lines = x.float().contiguous().view(-1, x.shape[-1] if x.dim() else 1)
+    noise = [_noise(*rounding, step, stream, row, lines.shape[1]) for row in range(len(lines))]
+    rounded = _bfloat16 if dtype == torch.bfloat16 else _code
+    values = [list(map(rounded, *pair)) for pair in zip(lines.tolist(), noise, strict=True)]
+    return torch.tensor(values).view(x.shape).to(dtype)
+
+
+@functools.cache
+def _noise(seed: int, number: int, step: int, stream: int, row: int, columns: int) -> list[int]:
+    """16 random bits for each element of a row."""
+    noise = []
+    for column in range(columns):
+        words = philox((column // 8, row, number + 2**31 * stream, step), (seed % 2**32, seed // 2**32))
+        noise.append(words[column % 8 // 2] // 2 ** (16 * (column % 2)) % 2**16)
+    return noise
+
+
+@functools.cache
+def code_values() -> list[float]:
+    """The value of each code of momentum: of 0 to 127, and then of -128 (NaN) to -1, as Python counts from the end.
+
+    Example:
+        >>> values = code_values()
+        >>> values[0], values[7] * 2**15, values[8] * 2**12, values[104], values[127], values[-104]
+        (0.0, 7.0, 1.0, 1.0, 7.5, -1.0)
+    """
+    values = [c / 2**15 if c < 8 else (8 + c % 8) * 2.0 ** (c // 8 - 16) for c in range(128)]
+    return [*values, math.nan, *(-value for value in values[:0:-1])]
+
+
+def _code(x: float, noise: int) -> int:
+    """The code of one of the two neighbours of ``x``: the longer one if the noise carries over."""
+    if math.isnan(x):
+        return -128
+    values = code_values()[:128]
+    low = bisect(values, abs(x)) - 1
+    if low < 127:
+        low += math.floor(2**16 * (abs(x) - values[low]) / (values[low + 1] - values[low])) + noise >= 2**16
+    return low if x >= 0 else -low
+
+
+def _bfloat16(x: float, noise: int) -> float:
+    """A value that bfloat16 can represent: the 16 bits that are dropped carry over if the noise makes them."""
+    if math.isnan(x):
+        return x
+    (bits,) = struct.unpack("<I", struct.pack("<f", x))
+    (rounded,) = struct.unpack("<f", struct.pack("<I", (bits + noise) // 2**16 * 2**16))
+    return float(rounded)
 
 
 def square_unit(numel: int) -> tuple[float, float]:

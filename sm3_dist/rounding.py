@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16, from random numbers that belong to an element of the original tensor.
+"""Stochastic rounding to bfloat16 and to 8 bits, from random numbers that belong to an element of the original tensor.
 
 A float32 value lies between two neighbours in bfloat16. Rounded to the nearest, an update of less than half their
 distance is lost, in every step anew. Rounded up with a probability that is the fraction of the way to the upper one, it
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sm3_dist.box import Box
+from sm3_dist.momentum_code import encode
 
 WEIGHT, MOMENTUM = 0, 1
 """What is rounded: each has random numbers of its own."""
@@ -70,12 +71,14 @@ class Rounding:
         step: number of steps that the tensor has taken before.
         number: tells the tensors of an optimizer apart.
         shape: shape of the original tensor.
+        bfloat16: whether bfloat16 is rounded so; 8-bit momentum always is.
     """
 
     seed: int
     step: int
     number: int
     shape: tuple[int, ...]
+    bfloat16: bool = True
 
     def noise(self, box: Box, stream: int, device: torch.device | str = "cpu") -> Tensor:
         """Random integers in ``[0, 2^16)`` for the elements of a box; int32, of the shape of the box.
@@ -99,15 +102,17 @@ class Rounding:
         return halves.flatten(1).narrow(1, box.start[-1] - first * LANES, box.shape[-1]).reshape(box.shape)
 
     def store(self, target: Tensor, values: Tensor, box: Box, stream: int) -> None:
-        """Write values of a box into a tensor: rounded stochastically if that is bfloat16, else to the nearest.
+        """Write values of a box into a tensor: rounded stochastically to codes and to bfloat16, else to the nearest.
 
         Args:
-            target: of the shape of the box.
+            target: of the shape of the box; int8 for codes of momentum.
             values: the same shape, float32 or float64 (which is first rounded to the nearest float32).
             box: the elements.
             stream: ``WEIGHT`` or ``MOMENTUM``.
         """
-        if target.dtype == torch.bfloat16:
+        if target.dtype == torch.int8:
+            values = encode(values, self.noise(box, stream, values.device))
+        elif target.dtype == torch.bfloat16 and self.bfloat16:
             values = round_to_bfloat16(values, self.noise(box, stream, values.device))
         target.copy_(values)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sm3_dist import adapters
 from sm3_dist.minimum import read_minimum, write_minimum
+from sm3_dist.momentum_code import MOMENTUM_BUFFER, MOMENTUM_CODE, converted, momentum_key
 from sm3_dist.rms import SquareSum, square_sum
 from sm3_dist.shard import WHOLE, LocalShard, accumulator_dtype
 
@@ -48,8 +49,8 @@ def fill_state(
                 state[key] = adapters.like(param, part, shard, i)
         if group["update_rms"] is not None:
             state.setdefault(square_sum_key(shard), torch.zeros((), dtype=torch.int64, device=device))
-    if group["momentum"] > 0 and "momentum_buffer" not in state:
-        state["momentum_buffer"] = _zeros(param, shards, momentum_dtype or dtype)
+    if group["momentum"] > 0 and momentum_key(momentum_dtype or dtype) not in state:
+        state[momentum_key(momentum_dtype or dtype)] = _zeros(param, shards, momentum_dtype or dtype)
 
 
 def local_accumulators(state: State, shard: LocalShard) -> list[Tensor]:
@@ -58,6 +59,13 @@ def local_accumulators(state: State, shard: LocalShard) -> list[Tensor]:
         adapters.local(state[accumulator_key(shard, i)]).view(shard.stored[i].shape)
         for i in range(shard.accumulator_count)
     ]
+
+
+def local_momentum(state: State, group: Mapping[str, Any]) -> Tensor | None:
+    """The momentum, or its codes; ``None`` without momentum."""
+    if not group["momentum"] > 0:
+        return None
+    return adapters.local(state[MOMENTUM_CODE if MOMENTUM_CODE in state else MOMENTUM_BUFFER])
 
 
 def local_square_sum(state: State, shard: LocalShard, group: Mapping[str, Any]) -> SquareSum | None:
@@ -109,17 +117,21 @@ def adopt_state(
         if total is not None:
             total = torch.as_tensor(total, dtype=torch.int64, device=adapters.local(param).device)
             state[square_sum_key(shard)] = total.detach().clone()
-    buffer = loaded.get("momentum_buffer")
-    if isinstance(buffer, Tensor):
-        target = _zeros(param, shards, momentum_dtype or dtype)
-        plain = adapters.local(target)
-        plain.copy_(_adopt(buffer, tuple(plain.shape), plain.dtype, param, f"momentum_buffer of {label}"))
-        state["momentum_buffer"] = target
+    for key in (MOMENTUM_BUFFER, MOMENTUM_CODE):
+        buffer = loaded.get(key)
+        if isinstance(buffer, Tensor):
+            target = _zeros(param, shards, momentum_dtype or dtype)
+            plain = adapters.local(target)
+            found = _adopt(buffer, tuple(plain.shape), buffer.dtype, param, f"{key} of {label}")
+            plain.copy_(converted(found, plain.dtype))
+            state[momentum_key(plain.dtype)] = target
     return state
 
 
 def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard], label: str) -> State:
     """The state in a form where every tensor has the shape of the parameter or none, as FSDP1 and fairscale want it.
+
+    They also want one type for all of them: narrower momentum comes in that of the accumulators, which is exact.
 
     Raises:
         NotImplementedError: if there is a sum of squares, which they would take for one of the flat parameter.
@@ -133,8 +145,9 @@ def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard], 
     minimum = _zeros(param, shards, accumulator_dtype(param.dtype))
     for shard in shards:
         write_minimum(shard, local_accumulators(state, shard), minimum)
-    kept = {key: value for key, value in state.items() if key in ("step", "momentum_buffer")}
-    return {**kept, "cover_minimum": minimum}
+    momenta = [state[key] for key in (MOMENTUM_BUFFER, MOMENTUM_CODE) if key in state]
+    kept = {MOMENTUM_BUFFER: converted(momentum, minimum.dtype) for momentum in momenta}
+    return {"step": state["step"], **kept, "cover_minimum": minimum}
 
 
 def _zeros(param: Tensor, shards: Sequence[LocalShard], dtype: torch.dtype) -> Tensor:

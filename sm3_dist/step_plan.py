@@ -36,7 +36,7 @@ class Entry:
         group: the param group of that parameter.
         shard: what this rank holds.
         accumulators: this rank's part of accumulator ``i``, of shape ``shard.stored[i].shape``.
-        momentum_buffer: the local tensor, laid out like the parameter's; ``None`` without momentum.
+        momentum_buffer: the local tensor, laid out like the parameter's, int8 for codes; ``None`` without momentum.
         step: how many steps the parameter has taken; 0-dimensional.
         squares: the sum that ``update_rms`` goes by; ``None`` without.
         label: what error messages call it.
@@ -71,7 +71,7 @@ class Entry:
     def rounds(self) -> bool:
         """Whether weight or momentum is rounded stochastically."""
         types = [tensor.dtype for tensor in (self.param, self.momentum_buffer) if tensor is not None]
-        return bool(self.group["stochastic_rounding"]) and torch.bfloat16 in types
+        return torch.int8 in types or (bool(self.group["stochastic_rounding"]) and torch.bfloat16 in types)
 
     def update(self, settings: Settings) -> None:
         """Take one step, if the parameter has a gradient. Without one everything stays as it is."""
@@ -82,9 +82,10 @@ class Entry:
         if grad.is_sparse:
             if self.squares is not None or self.shard.cover_block is not None or self.rounds:
                 raise NotImplementedError(
-                    f"{self.label} has a sparse gradient, which SM3 takes without update_rms, cover_block and "
-                    "stochastic_rounding alone. Put it into a param group of its own with update_rms=None, "
-                    "cover_block=None, stochastic_rounding=False."
+                    f"{self.label} has a sparse gradient, which SM3 takes without update_rms, cover_block, "
+                    "stochastic_rounding and 8-bit momentum alone. Put it into a param group of its own with "
+                    "update_rms=None, cover_block=None, stochastic_rounding=False, momentum=0 (which sparse gradients "
+                    "do not use)."
                 )
             if self.shard.layout != WHOLE:
                 raise NotImplementedError(
@@ -106,7 +107,8 @@ class Entry:
             scale = self.squares.scale(self.group["update_rms"], first, self.accumulators[0].dtype)
             settings = replace(settings, scale=scale)
         if self.rounds:
-            rounding = Rounding(self.group["rounding_seed"], int(self.step.item()), self.number, self.shard.shape)
+            seed, bfloat16 = self.group["rounding_seed"], bool(self.group["stochastic_rounding"])
+            rounding = Rounding(seed, int(self.step.item()), self.number, self.shard.shape, bfloat16)
             settings = replace(settings, rounding=rounding)
         return settings
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sm3_dist.box import Box
 from sm3_dist.cover import maxima, spread
+from sm3_dist.momentum_code import decode
 from sm3_dist.rms import SquareSum
 from sm3_dist.rounding import MOMENTUM, WEIGHT, Rounding
 from sm3_dist.shard import LocalShard
@@ -38,7 +39,7 @@ class Settings:
         scale: what the update after momentum is multiplied with before it is cut off at 1 either way; ``None``:
             neither. A float or a 0-dimensional tensor of the type and device of the accumulators.
         unscale: what gradients are multiplied with first, the inverse of the loss scale; ``None``: nothing.
-        rounding: how values are rounded to bfloat16; ``None``: to the nearest, as all other types are.
+        rounding: how values are rounded to bfloat16 and to 8 bits; ``None``: to the nearest, as all other types are.
     """
 
     lr: float | Tensor
@@ -72,7 +73,8 @@ def update_box(
         grad: same shape, any floating type.
         covers: old accumulators, number ``i`` of shape ``(1, …, n_i, …, 1)`` or another that broadcasts to that of
             ``weight``, float32 (float64 for float64 weights).
-        momentum_buffer: same shape as ``weight``; updated in place. ``None`` where momentum is 0.
+        momentum_buffer: same shape as ``weight``; updated in place. int8: codes, which need ``settings.rounding``.
+            ``None`` where momentum is 0.
         settings: the hyperparameters.
         squares: adds up the squares of the update after momentum, before it is scaled; ``None``: nobody asks.
         box: which elements of the original tensor these are; ``None`` without ``settings.rounding``.
@@ -95,7 +97,8 @@ def update_box(
     if s.maximize:
         update.neg_()
     if momentum_buffer is not None:
-        moment = momentum_buffer.to(nu.dtype)
+        stored = decode(momentum_buffer) if momentum_buffer.dtype == torch.int8 else momentum_buffer
+        moment = stored.to(nu.dtype)
         moment.mul_(s.momentum).add_(update.mul_(1 - s.momentum))
         if moment is not momentum_buffer:
             _store(momentum_buffer, moment, MOMENTUM, s.rounding, box)
@@ -243,6 +246,7 @@ def update_rows(weight: Tensor, grad: Tensor, accumulators: Sequence[Tensor], se
 
 def _store(target: Tensor, values: Tensor, stream: int, rounding: Rounding | None, box: Box | None) -> None:
     if rounding is None:
+        assert target.dtype != torch.int8
         target.copy_(values)
     else:
         assert box is not None

@@ -200,9 +200,13 @@ class Expected(NamedTuple):
     state: dict[str, dict[str, Tensor]]
 
 
-@functools.cache
 def expected(steps: int) -> Expected:
     """The state of one process after so many steps, without any checkpoint."""
+    return _expected(steps, frozenset(SETTINGS.items()))
+
+
+@functools.cache
+def _expected(steps: int, settings: frozenset[tuple[str, Any]]) -> Expected:
     model, optimizer = wrapped = single(1)
     train(wrapped, range(steps))
     state = get_optimizer_state_dict(model, optimizer)["state"]

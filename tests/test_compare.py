@@ -13,7 +13,7 @@ from rich.console import Console
 from launch.compare import (
     BYTES,
     CURVES,
-    IN_BFLOAT16,
+    FEWER_BYTES,
     RESULTS,
     Comparison,
     Contestant,
@@ -143,7 +143,7 @@ def test_mistakes_are_told_before_anything_is_run(
 
 
 def test_every_optimizer_of_the_training_job_can_take_part() -> None:
-    for name in [*OPTIMIZERS, *IN_BFLOAT16, "sm3-paper", "sm3-adamw-like", "sm3-64"]:
+    for name in [*OPTIMIZERS, *FEWER_BYTES, "sm3-paper", "sm3-adamw-like", "sm3-64"]:
         contestant = Contestant("small", name)
         assert parse(contestant.arguments).model == "small"
         assert contestant.start > 0

@@ -20,7 +20,7 @@ from sm3_dist.planning import RankBytes
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"momentum": 0.9, "momentum_dtype": torch.bfloat16, "update_rms": 0.2},
-    {"momentum": 0.9, "cover_block": 2},
+    {"momentum": 0.9, "momentum_dtype": torch.int8, "cover_block": 2},
 ]
 SEVERAL = [*SHAPES, (64, 48), (300, 7)]
 
@@ -97,11 +97,11 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # of the model
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--world", "4", "--wrapper", "fsdp2", "--dtype", "bfloat16", "--momentum", "0.9"]
-    main(["plan", "torch.nn:Transformer", *options, "--momentum-dtype", "bfloat16", "--cover-block", "32"])
+    options = ["--world", "4", "--wrapper", "fsdp2", "--dtype", "bfloat16", "--momentum", "0.9", "--cover-block", "32"]
+    main(["plan", "torch.nn:Transformer", *options, "--momentum-dtype", "int8"])
     with torch.device("meta"):
         module = torch.nn.Transformer(dtype=torch.bfloat16)
-    ranks = sm3_dist.plan(module, world=4, wrapper="fsdp2", momentum=0.9, momentum_dtype=torch.bfloat16, cover_block=32)
+    ranks = sm3_dist.plan(module, world=4, wrapper="fsdp2", momentum=0.9, momentum_dtype=torch.int8, cover_block=32)
     printed = capsys.readouterr().out
     assert printed.startswith("44,140,544 parameters, 4 ranks\n")
     assert f"{sum(rank.state for rank in ranks):,}" in printed

@@ -25,8 +25,9 @@ KNOWN = [
     ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
 ]
 SEED = (1 << 63) + 12345
-BFLOAT16: list[dict[str, Any]] = [
+NARROW: list[dict[str, Any]] = [
     {"momentum": 0.9, "momentum_dtype": torch.bfloat16},
+    {"momentum": 0.9, "beta": 0.95, "momentum_dtype": torch.int8},
     {"weight_decay": 0.1, "maximize": True},
     EVERYTHING | {"momentum_dtype": torch.bfloat16},
 ]
@@ -149,7 +150,7 @@ def test_chunks_do_not_show() -> None:
 
 
 def compare_all(name: str, **keywords: Any) -> None:
-    for options in BFLOAT16:
+    for options in NARROW:
         for dtype in (torch.bfloat16, torch.float32):
             given = {key: value for key, value in options.items() if key != "momentum_dtype"}
             form = {"momentum_dtype": options.get("momentum_dtype")}
@@ -170,10 +171,11 @@ def test_equals_one_process_with_replicas(workers: Pool) -> None:
 
 
 def compare_flat(name: str) -> None:
-    # fairscale wraps float32 and float16 weights alone, the momentum of which may be bfloat16.
+    # fairscale wraps float32 and float16 weights alone, the momentum of which may be narrower.
     for dtype in (torch.float32,) if name.startswith("fairscale") else (torch.bfloat16, torch.float32):
         options = {"momentum": 0.9, "beta": 0.95, "weight_decay": 0.1}
-        test_flat.compare_with_reference(name, options, dtype, SEED, momentum_dtype=torch.bfloat16)
+        for momentum_dtype in (torch.bfloat16, torch.int8):
+            test_flat.compare_with_reference(name, options, dtype, SEED, momentum_dtype=momentum_dtype)
 
 
 FLAT = [

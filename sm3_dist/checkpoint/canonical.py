@@ -1,9 +1,10 @@
 """The canonical form of SM3's state: by parameter name, the same for every wrapper, mesh and number of ranks.
 
 For each original tensor of shape ``(n_1, …, n_k)``: ``step``; ``accumulator_i`` of shape ``(n_i,)`` (with block covers:
-of the shape of its grid, see :mod:`~sm3_dist.cover`); with momentum ``momentum_buffer`` of the tensor's shape; with
-``update_rms`` the scalar ``update_square_sum``. What a rank holds of a value is a list of boxes (one for a whole tensor
-or a DTensor, several for a flat range), so reading and writing state are the same for all of them.
+of the shape of its grid, see :mod:`~sm3_dist.cover`); with momentum ``momentum_buffer`` of the tensor's shape, or in 8
+bits ``momentum_code`` (:mod:`~sm3_dist.momentum_code`); with ``update_rms`` the scalar ``update_square_sum``. What a
+rank holds of a value is a list of boxes (one for a whole tensor or a DTensor, several for a flat range), so reading and
+writing state are the same for all of them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from sm3_dist.box import Box
 from sm3_dist.checkpoint.names import canonical_names
 from sm3_dist.checkpoint.slots import Reader, Slot, values
 from sm3_dist.cover import grid
+from sm3_dist.momentum_code import MOMENTUM_BUFFER, MOMENTUM_CODE, converted, momentum_key
 from sm3_dist.optimizer import SM3
 from sm3_dist.param_groups import validate
 from sm3_dist.shard import WHOLE, LocalShard, accumulator_dtype
@@ -29,8 +31,14 @@ from sm3_dist.state import accumulator_key
 from sm3_dist.step_plan import Entry
 
 SCALAR = Box((), ())
-_OPTIONAL = {"momentum_buffer": "momentum > 0", "update_square_sum": "update_rms"}
+_OPTIONAL = {
+    MOMENTUM_BUFFER: "momentum > 0",
+    MOMENTUM_CODE: "momentum_dtype=torch.int8",
+    "update_square_sum": "update_rms",
+}
 """What only some hyperparameters need."""
+_MOMENTA = {MOMENTUM_BUFFER: MOMENTUM_CODE, MOMENTUM_CODE: MOMENTUM_BUFFER}
+"""Each form of the momentum with the other, from which it can be made."""
 
 
 class Canonical:
@@ -131,7 +139,8 @@ class Canonical:
         slots = {name: self.slots(entry) for name, entry in self.entries.items()}
         steps: dict[Tensor, list[Tensor]] = defaultdict(list)
         for name, key, value in loaded:
-            slot = slots.get(name, {}).get(key)
+            mine = slots.get(name, {})
+            slot = mine.get(key) or mine.get(_MOMENTA.get(key, ""))
             reader = Reader(value, slot.tensor if slot and slot.whole else None)
             if slot is None:
                 continue
@@ -139,7 +148,7 @@ class Canonical:
                 steps[self.entries[name].param].append(reader.read(SCALAR))
                 continue
             for box, part in zip(slot.boxes, slot.parts, strict=True):
-                part.copy_(reader.read(box))
+                part.copy_(converted(reader.read(box), part.dtype) if key in _MOMENTA else reader.read(box))
         for param, counts in steps.items():
             self.optimizer._held_state[param]["step"].copy_(torch.stack([c.float().cpu() for c in counts]).max())
 
@@ -155,8 +164,8 @@ class Canonical:
             shape, stored = _canonical(shard, i)
             slots[f"accumulator_{i}"] = _slot(shape, [stored], [part], state[accumulator_key(shard, i)], shard, scalar)
         if entry.momentum_buffer is not None:
-            parts = shard.state_views(entry.momentum_buffer)
-            slots["momentum_buffer"] = _slot(shard.shape, shard.boxes, parts, state["momentum_buffer"], shard, scalar)
+            parts, key = shard.state_views(entry.momentum_buffer), momentum_key(entry.momentum_buffer.dtype)
+            slots[key] = _slot(shard.shape, shard.boxes, parts, state[key], shard, scalar)
         if entry.squares is not None:
             total = entry.squares.total
             slots["update_square_sum"] = Slot((), [SCALAR], [total], total, not flat, speaks)
@@ -199,7 +208,9 @@ class Canonical:
             options = new[id(entry.group)]
             wanted = {key: shape for key, shape in wanted.items() if key not in _OPTIONAL}
             if options["momentum"] > 0:
-                wanted["momentum_buffer"] = () if entry.param.dim() == 0 else entry.shard.shape
+                key = momentum_key(self.optimizer.momentum_dtype or torch.float32)
+                key = key if key in shapes[name] or _MOMENTA[key] not in shapes[name] else _MOMENTA[key]
+                wanted[key] = () if entry.param.dim() == 0 else entry.shard.shape
             if options["update_rms"] is not None:
                 wanted["update_square_sum"] = ()
             for key, shape in wanted.items():
@@ -231,7 +242,8 @@ def _absent(
     for i in range(shard.accumulator_count):
         forms[f"accumulator_{i}"] = (_canonical(shard, i)[0] if param.dim() else (), like)
     if group["momentum"] > 0:
-        forms["momentum_buffer"] = (tuple(param.shape), like.to(momentum_dtype or like.dtype))
+        dtype = momentum_dtype or like.dtype
+        forms[momentum_key(dtype)] = (tuple(param.shape), like.to(dtype))
     if group["update_rms"] is not None:
         forms["update_square_sum"] = ((), like.to(torch.int64))
     return {key: Slot(shape, [], [], tensor, whole=False) for key, (shape, tensor) in forms.items()}

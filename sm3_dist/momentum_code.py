@@ -1,0 +1,101 @@
+"""Momentum in one byte per element: a table of 255 values, the same for every element, tensor and step.
+
+Other optimizers cut their state into blocks and keep the largest value of each as its scale, for the state may be of
+any size. That of SM3 is not: no update is longer than 1 (``beta = 0``) or ``1 / sqrt(1 - beta)``, and momentum is an
+average of updates. So a small floating-point number does, with a sign, 4 bits of exponent and 3 of mantissa, and there
+are no scales to find, to store, or to agree on where a shard ends within a block.
+
+Code ``c >= 0`` stands for
+
+    ``c * 2^-15``  for ``c < 8``,  ``(8 + c % 8) * 2^(c // 8 - 16)``  up to 127, which is 7.5,
+
+and ``-c`` for the negative of that; -128 is NaN. Values are rounded to a neighbour at random, with probabilities that
+make them right on average: to the nearest, what a step adds to the momentum would mostly be lost. Longer momentum than
+7.5 is cut off. That is rare: it takes ``beta > 0.98`` and gradients that grow over many steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MOMENTUM_BUFFER, MOMENTUM_CODE = "momentum_buffer", "momentum_code"
+"""Key of the momentum in the state of a parameter. Codes have one of their own, lest they be taken for values."""
+NEAREST = 1 << 15
+"""Noise that rounds to the nearest."""
+
+_NAN = -128
+_LONGEST = 127
+_NORMAL = 2.0**-12
+"""From here on the distance between neighbours grows with the values."""
+_DROPPED = 20
+"""Bits of float32's mantissa beyond those that a code has."""
+_BIAS = (127 - 12 << 3) - 8
+"""What the upper bits of a float32, exponent and 3 bits of mantissa, have more than a code."""
+
+
+def momentum_key(dtype: torch.dtype) -> str:
+    """Key of a momentum of this type in the state of its parameter."""
+    return MOMENTUM_CODE if dtype == torch.int8 else MOMENTUM_BUFFER
+
+
+def encode(values: Tensor, noise: Tensor | int = NEAREST) -> Tensor:
+    """Codes of values: of the two neighbours of a value the longer one, if the noise carries over.
+
+    With ``low`` and ``high`` the neighbours, that is if ``floor(2^16 (|x| - low) / (high - low)) + noise >= 2^16``.
+
+    Args:
+        values: float32 or float64 (which is first rounded to the nearest float32).
+        noise: integers in ``[0, 2^16)``, int32, of the shape of the values.
+
+    Returns:
+        int8, of the same shape.
+
+    Example:
+        >>> encode(torch.tensor([0.0, 1.0, -7.5, 100.0, float("nan")]))
+        tensor([   0,  104, -127,  127, -128], dtype=torch.int8)
+        >>> value = torch.tensor(1 + 1 / 32)  # a quarter of the way from 1 to 1 + 1 / 8
+        >>> [decode(encode(value, n)).item() for n in (0, 49151, 49152)]
+        [1.0, 1.0, 1.125]
+    """
+    values = values.float()
+    length = values.abs()
+    small = (length.clamp(max=_NORMAL) * 2.0**31).int().add_(noise) >> 16
+    code = (length.view(torch.int32) + noise * (1 << _DROPPED - 16) >> _DROPPED) - _BIAS
+    code = torch.where(length < _NORMAL, small, code).clamp_(max=_LONGEST)
+    code = torch.where(values.isnan(), _NAN, torch.where(values < 0, -code, code))
+    return code.to(torch.int8)
+
+
+def decode(codes: Tensor) -> Tensor:
+    """Values of codes.
+
+    Args:
+        codes: int8.
+
+    Returns:
+        float32, of the same shape; exact.
+
+    Example:
+        >>> decode(torch.tensor([0, 1, 104, -127], dtype=torch.int8)).tolist()
+        [0.0, 3.0517578125e-05, 1.0, -7.5]
+    """
+    codes = codes.int()
+    length = codes.abs()
+    values = torch.where(length < 8, length * 2.0**-15, (length + _BIAS << _DROPPED).view(torch.float32))
+    return torch.where(codes == _NAN, torch.nan, torch.where(codes < 0, -values, values))
+
+
+def converted(momentum: Tensor, dtype: torch.dtype) -> Tensor:
+    """Momentum in another type, from codes or to codes too; rounded to the nearest.
+
+    Example:
+        >>> converted(torch.tensor([1.01, -0.25]), torch.int8)
+        tensor([104, -88], dtype=torch.int8)
+        >>> converted(torch.tensor([104, -88], dtype=torch.int8), torch.bfloat16)
+        tensor([ 1.0000, -0.2500], dtype=torch.bfloat16)
+    """
+    if momentum.dtype == dtype:
+        return momentum
+    values = decode(momentum) if momentum.dtype == torch.int8 else momentum
+    return encode(values) if dtype == torch.int8 else values.to(dtype)
