@@ -145,9 +145,11 @@ def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard], 
     minimum = _zeros(param, shards, accumulator_dtype(param.dtype))
     for shard in shards:
         write_minimum(shard, local_accumulators(state, shard), minimum)
-    momenta = [state[key] for key in (MOMENTUM_BUFFER, MOMENTUM_CODE) if key in state]
-    kept = {MOMENTUM_BUFFER: converted(momentum, minimum.dtype) for momentum in momenta}
-    return {"step": state["step"], **kept, "cover_minimum": minimum}
+    shaped = {"step": state["step"], "cover_minimum": minimum}
+    for key in (MOMENTUM_BUFFER, MOMENTUM_CODE):
+        if key in state:
+            shaped[MOMENTUM_BUFFER] = converted(state[key], minimum.dtype)
+    return shaped
 
 
 def _zeros(param: Tensor, shards: Sequence[LocalShard], dtype: torch.dtype) -> Tensor:
