@@ -40,13 +40,20 @@ class Shape:
 
 
 # The sizes that `--model` offers. `gpt2` has GPT-2's own shapes, its 50,257 embedding rows included, so that time and
-# memory are those of the real thing; reading bytes, it uses 256 of them.
+# memory are those of the real thing; reading bytes, it uses 256 of them. Those named by their size have GPT-3's widths
+# and read bytes; in the place of its vocabulary they have a few blocks more.
 PRESETS = {
     "tiny": Shape(layers=2, channels=32, heads=2),
     "small": Shape(layers=4, channels=128, heads=4),
     "medium": Shape(layers=6, channels=192, heads=6),
     "large": Shape(layers=8, channels=512, heads=8),
     "gpt2": Shape(layers=12, channels=768, heads=12, vocabulary=50257),
+    "125m": Shape(layers=18, channels=768, heads=12),
+    "350m": Shape(layers=28, channels=1024, heads=16),
+    "760m": Shape(layers=27, channels=1536, heads=16),
+    "1.3b": Shape(layers=26, channels=2048, heads=16),
+    "2.7b": Shape(layers=34, channels=2560, heads=32),
+    "6.7b": Shape(layers=33, channels=4096, heads=32),
 }
 
 
