@@ -60,6 +60,7 @@ class Way:
         label: what the picture calls it.
         dtype: type of the weights that are kept.
         make: makes the optimizer of the sharded parameters.
+        held: bytes per parameter that weights, gradients and state must take at least.
         mixed: compute in bfloat16 nevertheless.
         in_backward: step during backward, and keep no gradients.
     """
@@ -67,23 +68,25 @@ class Way:
     label: str
     dtype: torch.dtype
     make: Callable[[Iterable[Tensor]], Optimizer]
+    held: int
     mixed: bool = False
     in_backward: bool = False
 
 
 sm3_bfloat16 = partial(SM3, lr=1e-3, stochastic_rounding=True)
 WAYS = {
-    "adamw": Way("AdamW, mixed precision", torch.float32, partial(AdamW, fused=True), mixed=True),
-    "adamw-bf16": Way("AdamW, all in bfloat16", torch.bfloat16, partial(AdamW, fused=True)),
-    "adafactor": Way("Adafactor, mixed precision", torch.float32, OnShards, mixed=True),
-    "sm3": Way("SM3, mixed precision", torch.float32, partial(SM3, lr=1e-3), mixed=True),
+    "adamw": Way("AdamW, mixed precision", torch.float32, partial(AdamW, fused=True), 16, mixed=True),
+    "adamw-bf16": Way("AdamW, all in bfloat16", torch.bfloat16, partial(AdamW, fused=True), 8),
+    "adafactor": Way("Adafactor, mixed precision", torch.float32, OnShards, 8, mixed=True),
+    "sm3": Way("SM3, mixed precision", torch.float32, partial(SM3, lr=1e-3), 8, mixed=True),
     "sm3-bf16-momentum16": Way(
         "SM3, bfloat16, step in backward, bfloat16 momentum",
         torch.bfloat16,
         partial(sm3_bfloat16, momentum=0.9, momentum_dtype=torch.bfloat16),
+        4,
         in_backward=True,
     ),
-    "sm3-bf16": Way("SM3, bfloat16, step in backward", torch.bfloat16, sm3_bfloat16, in_backward=True),
+    "sm3-bf16": Way("SM3, bfloat16, step in backward", torch.bfloat16, sm3_bfloat16, 2, in_backward=True),
 }
 
 

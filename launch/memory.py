@@ -1,0 +1,159 @@
+"""Peak resident memory of training a decoder in several ways, sharded with FSDP2, against the size of the model.
+
+    python launch/memory.py --out measured --models 125m 350m 760m 1.3b
+
+Each measurement is a `launch/footprint.py` in fresh processes under torchrun. Finished ones are kept in `--out`, and a
+second call goes on where the first was stopped. At the end stand a table, in bytes per parameter, summed over the ranks,
+and its picture.
+
+The allocator is part of what is measured: as glibc comes, it keeps freed memory. Processes are therefore started with
+the environment that `ALLOCATOR` holds, in which whatever is larger than 128 kB goes back to the system when it is freed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from launch.footprint import WAYS
+from launch.model import PRESETS
+from launch.options import Parser
+from launch.world import UserError
+
+RESULTS, TABLE, PICTURE = "results.jsonl", "table.txt", "memory.png"
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
+Key = tuple[str, str]
+"""Way and model."""
+
+
+class Measurements:
+    """All measurements, those made and those to make.
+
+    Args:
+        out: the directory that holds them.
+        ways: names of :data:`launch.footprint.WAYS`.
+        models: names of the presets, smallest first.
+        ranks: how many processes share each model.
+        most: leave out what will hold more than so many bytes.
+    """
+
+    def __init__(self, out: Path, ways: list[str], models: list[str], ranks: int, most: float) -> None:
+        self.out, self.ways, self.models, self.ranks, self.most = out, ways, models, ranks, most
+        out.mkdir(parents=True, exist_ok=True)
+        lines = (out / RESULTS).read_text().splitlines() if (out / RESULTS).exists() else []
+        made = [each for each in map(json.loads, lines) if len(each["bytes"]) == ranks]
+        self.records: dict[Key, dict[str, Any]] = {(each["way"], each["model"]): each for each in made}
+
+    def make_all(self, console: Console) -> None:
+        """Measure what has not been measured, and tell."""
+        for model in self.models:
+            for way in self.ways:
+                if (way, model) in self.records or self.too_large(way, model):
+                    continue
+                record = self.measure(way, model)
+                self.records[way, model] = record
+                with (self.out / RESULTS).open("a") as results:
+                    results.write(json.dumps(record) + "\n")
+                said = f"{model} {way}: {sum(record['bytes']):,} bytes, {per_parameter(record):.2f} per parameter"
+                console.print(said, highlight=False, soft_wrap=True)
+
+    def too_large(self, way: str, model: str) -> bool:
+        """Whether weights, gradients and state alone exceed what is allowed."""
+        return WAYS[way].held * PRESETS[model].count(seq_len=1) > self.most
+
+    def measure(self, way: str, model: str) -> dict[str, Any]:
+        """Make one measurement.
+
+        Raises:
+            UserError: it failed.
+        """
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
+        command += [str(Path(__file__).with_name("footprint.py")), "--way", way, "--model", model]
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ | ALLOCATOR
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise UserError(f"{' '.join(command[1:])} failed:\n{done.stderr.strip()}")
+        record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return record
+
+    def table(self) -> Table:
+        """One line for each way, one column for each model."""
+        table = Table(title=f"Peak resident bytes per parameter, summed over {self.ranks} ranks")
+        table.add_column("")
+        table.add_column("weights, gradients, state", justify="right")
+        for model in self.models:
+            table.add_column(f"{PRESETS[model].count(seq_len=1) / 1e6:,.0f} M", justify="right")
+        for way in self.ways:
+            records = [self.records.get((way, model)) for model in self.models]
+            cells = [f"{per_parameter(record):.2f}" if record else "" for record in records]
+            table.add_row(WAYS[way].label, f"{WAYS[way].held}", *cells)
+        return table
+
+    def draw(self) -> None:
+        """Draw the table."""
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        for way in self.ways:
+            records = [self.records[way, model] for model in self.models if (way, model) in self.records]
+            sizes, heights = [record["parameters"] for record in records], list(map(per_parameter, records))
+            axes.plot(sizes, heights, "o-", label=WAYS[way].label)
+        axes.set(xscale="log", yscale="log", xlabel="parameters")
+        axes.set_ylabel(f"peak resident bytes per parameter, summed over {self.ranks} ranks")
+        ticks = [2, 4, 8, 16]
+        axes.set_yticks(ticks, [str(tick) for tick in ticks])
+        axes.set_yticks([], minor=True)
+        axes.grid(axis="y")
+        sizes = [PRESETS[model].count(seq_len=1) for model in self.models]
+        axes.set_xticks(sizes, self.models)
+        axes.set_xticks([], minor=True)
+        axes.legend()
+        figure.savefig(self.out / PICTURE, dpi=120)
+        pyplot.close(figure)
+
+
+def per_parameter(record: dict[str, Any]) -> float:
+    """Bytes of all ranks per parameter of the model."""
+    return float(sum(record["bytes"]) / record["parameters"])
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
+    parser = Parser(prog="memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory of the results; one that has some goes on")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--models", nargs="+", default=["125m", "350m", "760m", "1.3b"], choices=list(PRESETS))
+    parser.add_argument("--ranks", type=int, default=2, help="processes that share each model (default: 2)")
+    parser.add_argument("--most", type=float, default=12.5e9, help="bytes; what must hold more is left out")
+    console = Console()
+    try:
+        given = parser.parse_args(arguments)
+        if given.ranks < 1:
+            raise UserError(f"--ranks {given.ranks} must be at least 1")
+        measurements = Measurements(given.out, given.ways, given.models, given.ranks, given.most)
+        measurements.make_all(console)
+        console.print(measurements.table())
+        with (given.out / TABLE).open("w") as file:
+            Console(file=file, width=120).print(measurements.table())
+        measurements.draw()
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
