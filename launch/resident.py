@@ -27,7 +27,9 @@ def forget_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
-        raise UserError(f"cannot reset the peak of resident memory, which takes Linux and its /proc: {error}") from error
+        raise UserError(
+            f"cannot reset the peak of resident memory, which takes Linux and its /proc: {error}"
+        ) from error
 
 
 def status(process: int | str) -> dict[str, int]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import astuple, dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sm3_dist.adapters.zero import Partition
-from sm3_dist.box import Box, bounding, flat_boxes, overlaps
-from sm3_dist.cover import touched
-from sm3_dist.ranges import Range
-from sm3_dist.shard import LocalShard, accumulator_dtype
+from sm3_dist.pieces import REPLICATED, WRAPPERS, pieces
+from sm3_dist.shard import accumulator_dtype
 
-WRAPPERS = ("none", "ddp", "fsdp2", "zero1")
-"""One process, DistributedDataParallel, ``fully_shard`` over all ranks, ``SM3(shard_over=)`` over all ranks."""
+IN_BACKWARD = ("none", "fsdp2", "hsdp", "tp")
+"""Wrappers with which steps may be taken during backward."""
 
 _STEP, _SQUARE_SUM = 4, 8
 
@@ -26,8 +23,8 @@ class RankBytes:
 
     Attributes:
         weights: what the rank holds of the weights.
-        gradients: as much of the gradients, once backward is through. With ``step_in_backward`` they are freed as they
-            come, and it is the largest module's (FSDP2) or parameter's that counts.
+        gradients: as much of the gradients, once backward is through. With ``step_in_backward`` those that are there
+            at a time: of the largest unit under FSDP2, of the largest parameter otherwise.
         state: of SM3: accumulators, momentum, step counts, and what ``update_rms`` keeps.
         sent: the buffer of maxima that is reduced in each step.
         adam_moments: the two moments that Adam would hold in place of ``state``, in the type of the weights.
@@ -45,6 +42,11 @@ def plan(
     *,
     world: int = 1,
     wrapper: str = "none",
+    replicas: int = 2,
+    units: Collection[nn.Module] = (),
+    tensor_parallel: Mapping[str, int] | None = None,
+    shard_covers: bool = False,
+    step_in_backward: bool = False,
     momentum: float = 0.0,
     momentum_dtype: torch.dtype | None = None,
     update_rms: float | None = None,
@@ -55,9 +57,18 @@ def plan(
     Args:
         module: the model as it is before any wrapper; on the meta device it takes no memory.
         world: number of ranks.
-        wrapper: ``"none"``, ``"ddp"``, ``"fsdp2"`` (or HSDP, with the number of ranks of one replica for ``world``), or
-            ``"zero1"``.
-        momentum: as for :class:`sm3_dist.SM3`, and so are the others; all parameters are in one param group.
+        wrapper: ``"none"``, ``"ddp"``, ``"zero1"`` (``shard_over=`` over all ranks), ``"fsdp2"``, ``"hsdp"``, ``"tp"``
+            (tensor parallel over all ranks), ``"fsdp1"`` (with ``use_orig_params=True``; padding is left out) or
+            ``"fairscale"``.
+        replicas: for HSDP the number of copies of the model, each sharded over ``world / replicas`` ranks.
+        units: the submodules that are wrapped one by one before the root, such as ``model.blocks``: what is flattened
+            together by FSDP1 and fairscale, and what has its gradients reduced together by FSDP2.
+        tensor_parallel: for ``"tp"`` the dimension in which each parameter is cut, by its name; the others are
+            replicated.
+        shard_covers: as for :class:`sm3_dist.SM3`, and so are the options after it; all parameters are in one param
+            group.
+        step_in_backward: whether :func:`sm3_dist.step_in_backward` is used.
+        momentum: see there.
         momentum_dtype: see there.
         update_rms: see there.
         cover_block: see there.
@@ -66,7 +77,9 @@ def plan(
         for each rank its bytes.
 
     Raises:
-        ValueError: for another wrapper, for several ranks without any, and for fewer than 1.
+        ValueError: for another wrapper, for several ranks without any, for fewer than 1, for replicas that do not
+            divide them, for ``"tp"`` without ``tensor_parallel``, for names in that which the model does not have or
+            dimensions that the parameter does not have, and for ``step_in_backward`` where it is refused.
 
     Example:
         >>> import torch, sm3_dist
@@ -76,70 +89,70 @@ def plan(
         >>> first
         RankBytes(weights=16781312, gradients=16781312, state=32776, sent=16384, adam_moments=33562624)
     """
+    check_plan(module, world, wrapper, replicas, tensor_parallel)
+    if step_in_backward and (wrapper not in IN_BACKWARD or shard_covers):
+        reason = "with shard_covers" if shard_covers else f"with wrapper={wrapper!r}"
+        raise ValueError(f"no steps can be taken during backward {reason}; leave step_in_backward out")
+    copies = replicas if wrapper == "hsdp" else 1
+    ranks = world // copies
+    kept = {p.dtype: accumulator_dtype(p.dtype).itemsize for p in module.parameters() if p.requires_grad}
+    widest = max(kept.values(), default=0)  # accumulators of several types are sent in one buffer
+    parts = [[RankBytes(0, 0, 0, 0, 0)] for _ in range(ranks)]
+    gradients: list[dict[int, int]] = [{} for _ in range(ranks)]
+    for number, piece in enumerate(pieces(module, wrapper, ranks, units, tensor_parallel)):
+        param, shards = piece.param, piece.shards(cover_block)
+        shared = [piece.shared(i, cover_block) for i in range(shards[0].accumulator_count)]
+        unit = piece.unit if wrapper in ("fsdp2", "hsdp") else number
+        for rank, (part, shard) in enumerate(zip(parts, shards, strict=True)):
+            padding = piece.padding[rank] if piece.padding else 0
+            stored = param.numel() if wrapper in REPLICATED else shard.numel + padding
+            weights = param.element_size() * stored
+            if not param.requires_grad:
+                part.append(RankBytes(weights, 0, 0, 0, 0))
+                continue
+            entries = [
+                box.numel
+                for box, regions in zip(shard.stored, shared, strict=True)
+                if not (shard_covers and any((region & box) == box for region in regions))
+            ]
+            state = _STEP * piece.counted + kept[param.dtype] * sum(entries)
+            if momentum > 0:
+                elements = shard.numel + padding
+                state += elements * (momentum_dtype.itemsize if momentum_dtype else kept[param.dtype])
+            if update_rms is not None:
+                state += _SQUARE_SUM
+            sent = widest * sum(box.numel for regions in shared for box in regions)
+            moments = 2 * param.element_size() * (shard.numel + padding)
+            part.append(RankBytes(weights, weights, state, sent, moments))
+            gradients[rank][unit] = gradients[rank].get(unit, 0) + weights
+    result = []
+    for part, by_unit in zip(parts, gradients, strict=True):
+        total = RankBytes(*map(sum, zip(*map(astuple, part), strict=True)))
+        if step_in_backward:
+            total = replace(total, gradients=max(by_unit.values(), default=0))
+        if shard_covers:  # each rank owns an equal part of the buffer
+            total = replace(total, state=total.state + -(-total.sent // widest // ranks) * widest if widest else 0)
+        result.append(total)
+    return result * copies
+
+
+def check_plan(
+    module: nn.Module, world: int, wrapper: str, replicas: int, tensor_parallel: Mapping[str, int] | None
+) -> None:
+    """Raise for what cannot be planned."""
     if wrapper not in WRAPPERS:
         raise ValueError(f"wrapper must be one of {', '.join(map(repr, WRAPPERS))}, but is {wrapper!r}")
     if world < 1 or (wrapper == "none" and world > 1):
         raise ValueError(f"{world} ranks with wrapper={wrapper!r}: name how they share the work, or take world=1")
-    kept = {p.dtype: accumulator_dtype(p.dtype).itemsize for p in module.parameters() if p.requires_grad}
-    widest = max(kept.values(), default=0)  # accumulators of several types are sent in one buffer
-    parts: list[list[RankBytes]] = [[RankBytes(0, 0, 0, 0, 0)] for _ in range(world)]
-    for param, held in _cut(module, wrapper, world):
-        shards = [
-            LocalShard(tuple(param.shape) or (1,), boxes, extent=extent, cover_block=cover_block)
-            for boxes, extent in held
-        ]
-        shared = [box for i in range(shards[0].accumulator_count) for box in _shared(shards, i, wrapper)]
-        for part, shard in zip(parts, shards, strict=True):
-            weights = param.element_size() * (shard.numel if wrapper == "fsdp2" else param.numel())
-            if not param.requires_grad:
-                part.append(RankBytes(weights, 0, 0, 0, 0))
-                continue
-            state = _STEP + kept[param.dtype] * sum(stored.numel for stored in shard.stored)
-            if momentum > 0:
-                state += shard.numel * (momentum_dtype.itemsize if momentum_dtype else kept[param.dtype])
-            if update_rms is not None:
-                state += _SQUARE_SUM
-            sent = widest * sum(box.numel for box in shared)
-            part.append(RankBytes(weights, weights, state, sent, 2 * param.element_size() * shard.numel))
-    return [RankBytes(*map(sum, zip(*map(astuple, part), strict=True))) for part in parts]
-
-
-Held = tuple[tuple[Box, ...], Box]
-"""The boxes that a rank updates, and their extent."""
-
-
-def _cut(module: nn.Module, wrapper: str, world: int) -> Iterator[tuple[Tensor, list[Held]]]:
-    """Each parameter with what every rank updates of it."""
-    params = list(module.parameters())
-    if wrapper != "zero1":
-        for param in params:
-            whole = Box.whole(tuple(param.shape) or (1,))
-            rows = -(-whole.stop[0] // world)  # as torch.chunk cuts
-            cut = wrapper == "fsdp2"
-            boxes = [whole.along(0, r * rows, (r + 1) * rows) if cut else whole for r in range(world)]
-            yield param, [((box,) if box.numel else (), box) for box in boxes]
+    if wrapper == "hsdp" and (replicas < 1 or world % replicas):
+        raise ValueError(f"{world} ranks cannot hold {replicas} replicas of equal size; replicas must divide the ranks")
+    if wrapper != "tp":
         return
-    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for param in params:
-        if param.requires_grad:
-            alike.setdefault((param.dtype, param.device), []).append(param)
-        else:
-            yield param, [_range(param, (0, 0))] * world
-    for trained in alike.values():
-        partition = Partition(trained, world)
-        for index, each in enumerate(trained):
-            yield each, [_range(each, elements) for elements in partition.ranges(index)]
-
-
-def _range(param: Tensor, elements: Range) -> Held:
-    shape = tuple(param.shape) or (1,)
-    boxes = flat_boxes(shape, *elements)
-    return tuple(boxes), bounding(boxes, len(shape))
-
-
-def _shared(shards: Sequence[LocalShard], i: int, wrapper: str) -> tuple[Box, ...]:
-    """The entries of accumulator ``i`` that several ranks touch, where they do not compute the same thing."""
-    if wrapper in ("none", "ddp") or (wrapper == "fsdp2" and i == 0):
-        return ()
-    holding = [shard for shard in shards if wrapper == "fsdp2" or shard.boxes]
-    return overlaps([touched(shard.extent, i, shard.cover_block) for shard in holding])
+    if tensor_parallel is None:
+        raise ValueError("wrapper='tp' needs tensor_parallel=, the dimension in which each parameter is cut, by name")
+    params = dict(module.named_parameters())
+    for name, axis in tensor_parallel.items():
+        if name not in params:
+            raise ValueError(f"tensor_parallel= names {name!r}, and the model has no parameter of that name")
+        if not 0 <= axis < params[name].dim():
+            raise ValueError(f"tensor_parallel= cuts {name!r} in dimension {axis}, and it has {params[name].dim()}")
