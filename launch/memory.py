@@ -3,11 +3,11 @@
     python launch/memory.py --out measured --models 125m 350m 760m 1.3b
 
 Each measurement is a `launch/footprint.py` in fresh processes under torchrun. Finished ones are kept in `--out`, and a
-second call goes on where the first was stopped. At the end stand a table, in bytes per parameter, summed over the ranks,
-and its picture.
+second call goes on where the first was stopped. At the end stand a table, in bytes per parameter, summed over the
+ranks, and its picture.
 
 The allocator is part of what is measured: as glibc comes, it keeps freed memory. Processes are therefore started with
-the environment that `ALLOCATOR` holds, in which whatever is larger than 128 kB goes back to the system when it is freed.
+the environment that `ALLOCATOR` holds: what is larger than 128 kB goes back to the system when it is freed.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def test_decoders_have_as_many_parameters_as_published(config: Any, parameters: 
         decoder = Decoder(config)
     assert sum(param.numel() for param in decoder.parameters()) == parameters
     ranks = sm3_dist.plan(decoder, world=4, wrapper="tp", tensor_parallel=decoder.tensor_parallel)
-    assert 4 * parameters <= sum(rank.weights for rank in ranks) < 4 * 1.01 * parameters
+    assert 4 * parameters <= sum(rank.weights for rank in ranks) < 4 * 1.03 * parameters
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # of the model
@@ -201,7 +201,7 @@ def test_the_command_line_compares_optimizers(capsys: pytest.CaptureFixture[str]
     main(["plan", "--model", "gpt2-124m", "--world", "2", "--wrapper", "fsdp2"])
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[8:] if line}
     assert "248.88 MB   248.88 MB   497.76 MB   995.52 MB     746.64 MB           0 B" in rows["adamw"]
-    assert [*rows["sm3-bf16"].split()[1:3], rows["sm3-bf16"].split()[-2]] == ["124.45", "MB", "147.12"]
+    assert "124.44 MB    39.39 MB" in rows["sm3-bf16"], "of gradients those of the embeddings"
     assert set(rows) == {"on", *VARIANTS, *RIVALS}
 
 
