@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sm3_dist.rms import first_rms
 from sm3_dist.update import Settings
 
 
@@ -45,6 +47,17 @@ def settings_of(group: dict[str, Any], unscale: float | Tensor | None) -> Settin
         lr = lr.item() if lr.device.type == "cpu" else lr.reshape(())
     names = ("momentum", "beta", "eps", "weight_decay", "maximize", "nesterov", "update_power", "cover_product")
     return Settings(lr, **{name: group[name] for name in names}, unscale=unscale)
+
+
+def correction_of(group: Mapping[str, Any], step: float) -> float:
+    """What corrects the moving average of squared gradients for its start at 0, after ``step`` steps; 1 for nothing."""
+    return 1 / (1 - float(group["beta"]) ** (step + 1)) if group["bias_correction"] else 1.0
+
+
+def first_rms_of(group: Mapping[str, Any]) -> float:
+    """The root mean square of a first update, see :func:`~sm3_dist.rms.first_rms`."""
+    names = ("momentum", "beta", "nesterov", "bias_correction", "update_power")
+    return first_rms(**{name: group[name] for name in names})
 
 
 def validate(group: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from sm3_dist import adapters, kernels
 from sm3_dist.bucket import MaxBucket, Slot, SumBucket
+from sm3_dist.param_groups import correction_of, first_rms_of
 from sm3_dist.publish import Parts, Publisher
-from sm3_dist.rms import SquareSum, first_rms
+from sm3_dist.rms import SquareSum
 from sm3_dist.rounding import Rounding
 from sm3_dist.shard import WHOLE, LocalShard, Peers
 from sm3_dist.update import Settings, update_rows, update_shard
@@ -100,11 +101,9 @@ class Entry:
     def _of_this_tensor(self, settings: Settings) -> Settings:
         """The settings of the group, with what depends on the steps that this tensor has taken."""
         if self.group["bias_correction"]:
-            settings = replace(settings, correction=1 / (1 - self.group["beta"] ** (self.step.item() + 1)))
+            settings = replace(settings, correction=correction_of(self.group, self.step.item()))
         if self.squares is not None:
-            names = ("momentum", "beta", "nesterov", "bias_correction", "update_power")
-            first = first_rms(**{name: self.group[name] for name in names})
-            scale = self.squares.scale(self.group["update_rms"], first, self.accumulators[0].dtype)
+            scale = self.squares.scale(self.group["update_rms"], first_rms_of(self.group), self.accumulators[0].dtype)
             settings = replace(settings, scale=scale)
         if self.rounds:
             seed, bfloat16 = self.group["rounding_seed"], bool(self.group["stochastic_rounding"])

@@ -13,6 +13,7 @@ from sm3_dist import SM3, kernels
 from sm3_dist.box import Box, flat_boxes
 from sm3_dist.kernels import cpu
 from sm3_dist.kernels.eager import EagerWork
+from sm3_dist.rms import square_sum
 from sm3_dist.shard import LocalShard
 from sm3_dist.step_plan import HYPERPARAMETERS, Entry
 from sm3_dist.update import Settings
@@ -29,6 +30,7 @@ SHAPES = [
     *[(64, 64), (33, 17), (3, 1000), (1, 3000), (3000, 1), (200, 7), (60, 8500), (6, 9000), (0, 5), (5, 0), (1, 1)],
     *[(2, 3, 5), (40, 8, 700), (9, 1, 130), (64, 32, 3, 3), (64, 1, 3, 3), (4, 5, 6, 7, 8), (2, 2, 2, 2, 2, 2)],
 ]
+RECIPE = {"momentum": 0.9, "beta": 0.95, "bias_correction": True, "update_power": 0.5, "update_rms": 0.2}
 SETTINGS = [
     {},
     {"momentum": 0.9},
@@ -37,6 +39,10 @@ SETTINGS = [
     {"beta": 0.9, "momentum": 0.8, "maximize": True, "eps": 1e-8, "weight_decay": 0.01},
     {"eps": 0.0},
     {"lr": torch.tensor(0.3), "maximize": True},
+    {"momentum": 0.9, "beta": 0.95, "bias_correction": True, "nesterov": True, "weight_decay": 0.1},
+    {"beta": 0.9, "update_rms": 0.2, "maximize": True, "eps": 0.0},
+    RECIPE,
+    RECIPE | {"momentum_dtype": torch.bfloat16, "nesterov": True, "maximize": True, "weight_decay": 0.1},
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -205,12 +211,13 @@ def compare_boxes(shape: tuple[int, ...], replicated: bool, fused: type[kernels.
 
 
 @needs_c
+@pytest.mark.parametrize("options", [{}, RECIPE | {"nesterov": True}], ids=["plain", "recipe"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
-def test_every_vector_width(dtype):
+def test_every_vector_width(dtype, options):
     generator = torch.Generator().manual_seed(1)
-    shape, group = (37, 131), dict.fromkeys(HYPERPARAMETERS)
-    settings = Settings(0.1, 0.9, 0.95, 1e-30, 0.1, False)
+    shape, group = (37, 131), dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.95} | options
+    settings = Settings(0.1, 0.9, 0.95, 1e-30, 0.1, False, bool(options), 0.5 if options else 1)
     weight, grad = torch.randn(shape, generator=generator).to(dtype), gradient(shape, dtype, generator, special=True)
     results = []
     for width in [None, *cpu.widths()]:
@@ -219,11 +226,14 @@ def test_every_vector_width(dtype):
         shard = LocalShard(shape, (Box.whole(shape),))
         accumulators = [torch.zeros(s.shape) for s in shard.stored]
         moment = torch.zeros(shape, dtype=torch.bfloat16)
-        entry = Entry(param, group, shard, accumulators, moment, torch.zeros(()), None, "x")
+        squares = square_sum(shape, torch.zeros((), dtype=torch.int64)) if options else None
+        entry = Entry(param, group, shard, accumulators, moment, torch.zeros(()), squares, "x")
         work = EagerWork([entry]) if width is None else cpu.CpuWork([entry], width)
         for _ in range(3):
             work.update({id(group): settings})
-        results.append([param.detach(), *accumulators, moment])
+            if squares is not None:
+                squares.total.copy_(squares.partial)
+        results.append([param.detach(), *accumulators, moment, *([squares.partial] if squares else [])])
     for width, result in zip(cpu.widths(), results[1:], strict=True):
         for expected, actual in zip(results[0], result, strict=True):
             assert_same(actual, expected, width)

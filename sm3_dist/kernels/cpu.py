@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+import math
 import warnings
 from array import array
 from collections.abc import Mapping, Sequence
@@ -20,12 +21,15 @@ import torch
 from sm3_dist import adapters
 from sm3_dist.kernels import fused
 from sm3_dist.kernels.fused import DIMS, Operands
+from sm3_dist.param_groups import correction_of, first_rms_of
 
 if TYPE_CHECKING:
     from sm3_dist.step_plan import Entry
     from sm3_dist.update import Settings
 
 WEIGHT, GRAD, MOMENT, OPERANDS, MAX_THREADS = 0, 1, 2, 3, 256
+PARAM_FIELDS = 4
+"""Of struct param, 64 bits each: weight, grad, step, correction."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_MOMENTUM = 3
 MOST_ASIDE = 1 << 20
@@ -36,8 +40,10 @@ _integers = ctypes.c_int64 * DIMS
 class _Settings(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_float) for name in ("lr", "decay", "momentum", "fresh", "beta", "one_minus_beta", "eps")),
-        ("unscale", ctypes.c_float),
-        ("simple", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("unscale", "limit")),
+        *((name, ctypes.c_int32) for name in ("simple", "shaped", "nesterov", "root", "product")),
+        *((name, ctypes.c_double) for name in ("update_rms", "first_square")),
+        *((name, ctypes.c_float) for name in ("correction", "scale", "per_one", "cap")),
     )
 
 
@@ -56,12 +62,17 @@ class _Tensor(ctypes.Structure):
         ("group", ctypes.c_int64),
         ("type", ctypes.c_int64 * OPERANDS),
         ("dims", ctypes.c_int64),
+        ("block", ctypes.c_int64),
         ("first_box", ctypes.c_int64),
         ("boxes", ctypes.c_int64),
         ("numel", ctypes.c_int64),
         ("stored", _integers),
         ("accumulator", ctypes.c_void_p * DIMS),
         ("moment", ctypes.c_void_p),
+        ("whole_numel", ctypes.c_double),
+        ("cap", ctypes.c_double),
+        ("partial", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),
     )
 
 
@@ -147,8 +158,11 @@ class CpuWork:
         self._groups = list({id(entry.group): entry.group for entry in entries}.values())
         self._group_settings = (_Settings * len(self._groups))()
         self._operands = Operands(entries, self._retype)
-        self._table = array("q", bytes(3 * 8 * len(self._operands.params)))  # struct param: weight, grad, step
-        self._table[2::3] = array("q", [entries[0].step.data_ptr() for entries in self._operands.entries_of])
+        first = [entries[0] for entries in self._operands.entries_of]
+        self._table = array("q", bytes(8 * PARAM_FIELDS * len(first)))
+        self._table[2::PARAM_FIELDS] = array("q", [entry.step.data_ptr() for entry in first])
+        # (A Python float costs less to read this way than from a tensor.)
+        self._steps = [(entry.group, ctypes.c_float.from_address(entry.step.data_ptr())) for entry in first]
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_threads = 0
         self._write_list()
@@ -178,6 +192,9 @@ class CpuWork:
         tensor.dims, tensor.boxes, tensor.numel = len(order), len(shard.boxes), shard.numel
         for i, dim in enumerate(order):
             tensor.stored[i] = shard.stored[dim].numel
+        if (squares := entry.squares) is not None:
+            tensor.whole_numel, tensor.cap = squares.numel, squares.cap
+            tensor.partial, tensor.total = squares.partial.data_ptr(), squares.total.data_ptr()
         _point(tensor, entry, order)
         operands = fused.views(entry, weight, self._operands.strides[tensor.param])
         for b, box in enumerate(shard.boxes):
@@ -202,19 +219,25 @@ class CpuWork:
         if not as_surveyed:
             operands.survey()
             self._write_list()
-        self._table[0::3] = array("q", addresses)
+        self._table[0::PARAM_FIELDS] = array("q", addresses)
         addresses, kept, eager = operands.grads()
-        self._table[1::3] = array("q", addresses)
+        self._table[1::PARAM_FIELDS] = array("q", addresses)
+        self._table[3::PARAM_FIELDS] = self._corrections()
         for tensor, entry in self._released:
             _point(tensor, entry, fused.memory_order(entry, adapters.local(entry.param)))
         for target, group in zip(self._group_settings, self._groups, strict=True):
-            _write(target, settings[id(group)])
+            _write(target, settings[id(group)], group)
         self._step()
         del kept
         for i in eager:
             for entry in operands.entries_of[i]:
                 entry.update(settings[id(entry.group)])
             operands.entries_of[i][0].step.add_(1)
+
+    def _corrections(self) -> array[int]:
+        """The bits of what corrects the moving average of each parameter's squared gradients for its start at 0."""
+        values = array("d", [correction_of(group, step.value) for group, step in self._steps])
+        return array("q", values.tobytes())
 
     def _step(self) -> None:
         library = _loaded()
@@ -236,8 +259,8 @@ def _point(tensor: Any, entry: Entry, order: Sequence[int]) -> None:
         tensor.accumulator[i] = entry.accumulators[dim].data_ptr()
 
 
-def _write(target: Any, s: Settings) -> None:
-    """The settings of a group in the form of ``cpu.c``; every number is rounded once, to float32, as PyTorch does."""
+def _write(target: Any, s: Settings, group: Mapping[str, Any]) -> None:
+    """The settings of a group in the form of ``settings.h``; each number is rounded once, to float32, as in PyTorch."""
     lr = float(s.lr)
     target.lr, target.eps, target.momentum = lr, s.eps, s.momentum
     target.decay = 1 - lr * s.weight_decay
@@ -245,3 +268,9 @@ def _write(target: Any, s: Settings) -> None:
     target.beta, target.one_minus_beta = (s.beta, 1 - s.beta) if s.beta > 0 else (1.0, 1.0)
     target.unscale = 1.0 if s.unscale is None else float(s.unscale)
     target.simple = not (s.maximize and not s.momentum) and target.decay == 1 and s.beta == 0 and target.unscale == 1
+    target.nesterov, target.root, target.product = s.nesterov, s.update_power == 0.5, s.cover_product
+    target.limit = math.inf
+    rms = group["update_rms"]
+    if rms is not None:
+        target.limit, target.update_rms, target.first_square = 1.0, rms, first_rms_of(group) ** 2
+    target.shaped = rms is not None or bool(group["bias_correction"]) or s.nesterov or s.update_power != 1

@@ -36,9 +36,8 @@ def refusal(entry: Entry, device: str) -> str | None:
         return f"it has more than {DIMS} dimensions."
     if entry.rounds:
         return "it has no stochastic rounding yet."
-    options = ("bias_correction", "nesterov", "update_rms", "cover_block")
-    if any(entry.group[option] for option in options) or entry.group["update_power"] != 1:
-        return "of bias_correction, nesterov, update_power, update_rms and cover_block it has none yet."
+    if entry.group["cover_block"] is not None:
+        return "it has no block covers yet."
     last = memory_order(entry, weight)[-1]
     for view in [*entry.shard.views(weight), *([] if momentum is None else entry.shard.state_views(momentum))]:
         if view.shape[last] > 1 and view.stride(last) != 1:

@@ -191,7 +191,12 @@ def unavailable() -> str | None:
 
 def refusal(entry: Entry) -> str | None:
     """Why the Triton backend cannot step this tensor; ``None`` if it can."""
-    return unavailable() or fused.refusal(entry, "cpu" if interpreting() else "cuda")
+    if (reason := unavailable() or fused.refusal(entry, "cpu" if interpreting() else "cuda")) is not None:
+        return reason
+    options = ("bias_correction", "nesterov", "update_rms")
+    if any(entry.group[option] for option in options) or entry.group["update_power"] != 1:
+        return "of bias_correction, nesterov, update_power and update_rms the Triton kernel has none yet."
+    return None
 
 
 class TritonWork:

@@ -1,0 +1,67 @@
+/* Numbers as the arithmetic has them, in float32, and as memory has them: conversions round to nearest even, and NaN stays
+ * NaN. Written so that compilers can vectorize them. */
+
+#include <math.h>
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { FLOAT32, BFLOAT16, FLOAT16, NONE }; /* element types; NONE: no momentum */
+
+union bits {
+    float f;
+    int32_t i;
+    uint32_t u;
+};
+
+INLINE int32_t bits_of(float x) { return ((union bits){.f = x}).i; }
+INLINE float float_of(int32_t i) { return ((union bits){.i = i}).f; }
+INLINE int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+/* The lesser of two accumulator entries; NaN if either is. */
+INLINE float lesser(float a, float b) { return a < b || a != a ? a : b; }
+
+INLINE float from_bfloat16(uint16_t h) { return ((union bits){.u = (uint32_t)h << 16}).f; }
+
+INLINE uint16_t to_bfloat16(float x) {
+    uint32_t u = ((union bits){.f = x}).u;
+    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return (uint16_t)(x != x ? 0x7fc0 : rounded);
+}
+
+INLINE float from_float16(uint16_t h) {
+    uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
+    union bits normal = {.u = magnitude + (112u << 23)};                        /* exponent bias 127 for 15 */
+    union bits small = {.u = magnitude + (113u << 23)};                         /* denormal: a sum that carries */
+    small.f -= ((union bits){.u = 113u << 23}).f;
+    uint32_t special = magnitude + (224u << 23);                                /* infinity and NaN */
+    uint32_t u = magnitude >= (31u << 23) ? special : magnitude < (1u << 23) ? small.u : normal.u;
+    return ((union bits){.u = u | sign}).f;
+}
+
+INLINE uint16_t to_float16(float x) {
+    union bits b = {.f = x};
+    uint32_t sign = (b.u >> 16) & 0x8000, magnitude = b.u & 0x7fffffff;
+    uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    union bits small = {.u = magnitude};
+    small.f += 0.5f; /* the last bit of 0.5 is worth the least denormal, so the addition rounds */
+    uint32_t tiny = small.u - (126u << 23);
+    uint32_t special = magnitude > (255u << 23) ? 0x7e00 : 0x7c00;
+    uint32_t u = magnitude >= (143u << 23) ? special : magnitude < (113u << 23) ? tiny : normal;
+    return (uint16_t)(u | sign);
+}
+
+INLINE float load(const void *p, int64_t j, int type) {
+    if (type == FLOAT32) return ((const float *)p)[j];
+    uint16_t h = ((const uint16_t *)p)[j];
+    return type == BFLOAT16 ? from_bfloat16(h) : from_float16(h);
+}
+
+INLINE void store(void *p, int64_t j, float x, int type) {
+    if (type == FLOAT32)
+        ((float *)p)[j] = x;
+    else
+        ((uint16_t *)p)[j] = type == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
+}
+
+INLINE int64_t size_of(int64_t type) { return type == FLOAT32 ? 4 : 2; }

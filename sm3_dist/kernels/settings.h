@@ -1,0 +1,24 @@
+/* What a step does to every element. Declared once more in cpu.py, as are the structs of tensors.h. */
+
+struct settings { /* of one param group in one step; the last ones of one tensor */
+    float lr;
+    float decay;          /* 1 - lr * weight_decay */
+    float momentum;
+    float fresh;          /* 1 - momentum, negative to maximize; without momentum 1 or -1 */
+    float beta;           /* 1 for sums */
+    float one_minus_beta; /* 1 for sums */
+    float eps;
+    float unscale;        /* factor on the gradients */
+    float limit;          /* of the length of an update, infinity for none */
+    int32_t simple;       /* decay, beta, one_minus_beta, unscale are all 1, and nothing is maximized */
+    int32_t shaped;       /* what follows is of interest: it takes shaped.h */
+    int32_t nesterov;
+    int32_t root;         /* update_power is 0.5 */
+    int32_t product;      /* cover_product */
+    double update_rms;    /* 0 for none */
+    double first_square;  /* of the root mean square of a first update */
+    /* Of one tensor, filled in by set_tensor(). */
+    float correction;     /* for the moving average's start at 0 */
+    float scale;          /* of updates */
+    float per_one, cap;   /* units of a square of 1, and the largest square in units */
+};
