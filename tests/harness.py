@@ -160,7 +160,8 @@ class Pool:
                 outcomes[rank] = self._receive(rank)
                 if outcomes[rank].error and time.monotonic() + grace < deadline:
                     deadline, limit = time.monotonic() + grace, f"{grace:g} s of the failure of rank {rank}"
-        self._dump_stacks(busy)
+        if busy:
+            self._dump_stacks(busy)
         for rank in range(world_size):
             self._print_output(rank)
         if busy or any(isinstance(outcome.error, ProcessLookupError) for outcome in outcomes.values()):
@@ -184,7 +185,7 @@ class Pool:
         for rank in ranks:
             os.kill(self.workers[rank].process.pid, signal.SIGUSR1)
         deadline = time.monotonic() + GRACE
-        before, now = [""], [self.workers[rank].new_output() for rank in ranks]
+        before, now = [], [self.workers[rank].new_output() for rank in ranks]
         while time.monotonic() < deadline and not (now == before and all("(most recent call" in text for text in now)):
             time.sleep(0.1)
             before, now = now, [self.workers[rank].new_output() for rank in ranks]
