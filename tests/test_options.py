@@ -208,7 +208,7 @@ def test_other_types(dtype: torch.dtype) -> None:
     assert torch.equal(weight, expected)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (0, 4), (700, 900), (3, 300_000), (300_000, 3), (60, 70, 80)], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (0, 4), (700, 900), (3, 90_000), (90_000, 3), (60, 70, 80)], ids=str)
 @pytest.mark.parametrize("block", [3, 64, 1000])
 def test_chunks_do_not_show_with_block_covers(shape: tuple[int, ...], block: int) -> None:
     """Strips end where blocks end, and chunks end anywhere."""

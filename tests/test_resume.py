@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,18 @@ def calm(workers: Pool, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
     out = tmp_path_factory.mktemp("calm")
     workers(2).run(job, "--checkpoint-every 3 --keep 9", text, out)
     return out
+
+
+@pytest.fixture(scope="module")
+def stopped(workers: Pool, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of a run on two ranks that was stopped after seven steps; to be copied."""
+    out = tmp_path_factory.mktemp("stopped")
+    workers(2).run(job, "--checkpoint-every 3", text, out, 7)
+    return out
+
+
+def copy(stopped: Path, out: Path) -> None:
+    shutil.copytree(stopped, out, dirs_exist_ok=True)
 
 
 def saved_steps(out: Path) -> list[str]:
@@ -130,10 +143,10 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_is_put_aside_for_the_one_before(
-    workers: Pool, text: Path, calm: Path, tmp_path: Path, damage: str
+    workers: Pool, text: Path, calm: Path, stopped: Path, tmp_path: Path, damage: str
 ) -> None:
     name, harm, message = DAMAGES[damage]
-    workers(2).run(job, "--checkpoint-every 3", text, tmp_path, 7)
+    copy(stopped, tmp_path)
     harm(tmp_path / "checkpoints" / "step-00000006" / name)
     said = workers(2).run(job, "--checkpoint-every 3 --resume auto", text, tmp_path)[0]
     assert message in said
@@ -142,18 +155,19 @@ def test_damaged_checkpoint_is_put_aside_for_the_one_before(
     assert same(calm, tmp_path)
 
 
-def test_unfinished_checkpoint_is_ignored(workers: Pool, text: Path, tmp_path: Path) -> None:
-    workers(2).run(job, "--checkpoint-every 3", text, tmp_path, 7)
+def test_unfinished_checkpoint_is_ignored(workers: Pool, text: Path, stopped: Path, tmp_path: Path) -> None:
+    copy(stopped, tmp_path)
     newest = tmp_path / "checkpoints" / "step-00000006"
     newest.rename(newest.with_suffix(".partial"))
     assert "at step 3" in workers(2).run(job, "--checkpoint-every 3 --resume auto", text, tmp_path)[0]
     assert saved_steps(tmp_path) == ["step-00000006", "step-00000008"]
 
 
-def test_nothing_in_order_is_an_error(workers: Pool, text: Path, tmp_path: Path) -> None:
-    workers(2).run(job, "--checkpoint-every 3", text, tmp_path, 4)
-    flip_a_bit(tmp_path / "checkpoints" / "step-00000003" / ".metadata")
-    workers(2).run_raises(UserError, job, "--resume auto", text, tmp_path, match="none of the 1 checkpoints")
+def test_nothing_in_order_is_an_error(workers: Pool, text: Path, stopped: Path, tmp_path: Path) -> None:
+    copy(stopped, tmp_path)
+    for step in (3, 6):
+        flip_a_bit(tmp_path / "checkpoints" / f"step-{step:08}" / ".metadata")
+    workers(2).run_raises(UserError, job, "--resume auto", text, tmp_path, match="none of the 2 checkpoints")
 
 
 @pytest.mark.parametrize("option", ["--lr 0.02", "--seed 3", "--model small", "--batch-size 8", "--recipe paper"])
@@ -165,9 +179,9 @@ def test_checkpoint_of_another_run_is_an_error(workers: Pool, text: Path, calm: 
     assert len(saved_steps(calm)) == 3
 
 
-def test_checkpoint_of_a_newer_program_is_an_error(workers: Pool, text: Path, tmp_path: Path) -> None:
-    workers(2).run(job, "--checkpoint-every 3", text, tmp_path, 4)
-    manifest = tmp_path / "checkpoints" / "step-00000003" / "manifest.json"
+def test_checkpoint_of_a_newer_program_is_an_error(workers: Pool, text: Path, stopped: Path, tmp_path: Path) -> None:
+    copy(stopped, tmp_path)
+    manifest = tmp_path / "checkpoints" / "step-00000006" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 2}))
     workers(2).run_raises(UserError, job, "--resume auto", text, tmp_path, match="version 2 .* knows version 1")
 

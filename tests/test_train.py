@@ -59,7 +59,9 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_two_processes_train_and_a_second_run_does_not_touch_the_first(tmp_path: Path, text: Path) -> None:
+def test_two_processes_train_and_a_second_run_does_not_touch_the_first(
+    workers: Pool, tmp_path: Path, text: Path
+) -> None:
     out = tmp_path / "run"
     first = torchrun("--data", text, "--out", out)
     assert first.returncode == 0, first.stderr
@@ -74,9 +76,8 @@ def test_two_processes_train_and_a_second_run_does_not_touch_the_first(tmp_path:
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     before = {file: file.read_bytes() for file in out.iterdir()}
-    second = torchrun("--data", text, "--out", out, "--seed", "1")
-    assert second.returncode != 0
-    assert second.stderr.count(f"error: --out {out} already holds a run") == 1
+    again = f"{FAST} --out {out} --seed 1"
+    workers(2).run_raises(UserError, figures, again, text, match="already holds a run")
     assert {file: file.read_bytes() for file in out.iterdir()} == before
 
 
