@@ -61,6 +61,9 @@ class Options:
         "largest norm of the whole gradient; inf: no clipping (default: 1; with --step-in-backward inf)",
         type=float,
     )
+    clip_value: float | None = option(
+        None, "with --step-in-backward: largest element of the gradient; default: no clipping", type=float
+    )
     data: Path | None = option(None, "file or directory to train on; default: Python's standard library", type=Path)  # noqa: RUF009
     held_out_bytes: int | None = option(None, "judge on so many of the bytes held out; default: all", type=int)
     out: Path | None = option(None, "directory for configuration, metrics and picture; default: none", type=Path)  # noqa: RUF009
@@ -97,8 +100,12 @@ class Options:
         require(
             not (self.step_in_backward and math.isfinite(self.clip_norm)),
             f"--clip {self.clip} needs the norm of the whole gradient, which --step-in-backward never has: each "
-            "gradient is used and freed before the next is there. Leave --clip out; the adamw-like recipe bounds the "
-            "update of each tensor (update_rms)",
+            "gradient is used and freed before the next is there. Pass --clip-value, which cuts off its elements, or "
+            "leave clipping out; the adamw-like recipe bounds the update of each tensor (update_rms)",
+        )
+        require(
+            self.clip_value is None or (self.step_in_backward and self.clip_value > 0),
+            f"--clip-value {self.clip_value} must be greater than 0, and is for --step-in-backward",
         )
 
     @property

@@ -197,7 +197,7 @@ def use_in_backward(model: nn.Module, optimizer: Optimizer, options: Options) ->
         given = f"--parallel {options.parallel}" if options.optimizer == "sm3" else f"--optimizer {options.optimizer}"
         raise UserError(f"--step-in-backward is for --optimizer sm3 on its own, and {given} uses another; leave it out")
     try:
-        step_in_backward(model, optimizer)
+        step_in_backward(model, optimizer, clip_value=options.clip_value)
     except ValueError as error:
         raise UserError(f"--step-in-backward: {error}") from error
 

@@ -110,6 +110,8 @@ class Run:
         told = ("model", "optimizer", "recipe", "steps", "batch_size", "seq_len", "schedule", "seed", "dtype")
         identity = {name: getattr(self.options, name) for name in told} | asdict(self.settings)
         identity |= {"clip": str(self.options.clip_norm), "corpus": self.text.digest}  # JSON knows no infinity
+        if self.options.clip_value is not None:
+            identity["clip_value"] = self.options.clip_value
         path = self.options.out / CHECKPOINTS if self.options.out is not None else None
         say = partial(self.console.print, markup=False, highlight=False, soft_wrap=True)
         return Checkpoints(path, self.state, self.world, identity, self.options.keep, say)

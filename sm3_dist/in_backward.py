@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sm3_dist import kernels
+from sm3_dist import adapters, kernels
 from sm3_dist.adapters.flat_metadata import is_flattened
 from sm3_dist.optimizer import SM3
 from sm3_dist.param_groups import settings_of
@@ -17,7 +18,7 @@ from sm3_dist.step_plan import StepPlan
 from sm3_dist.update import Settings
 
 
-def step_in_backward(model: nn.Module, optimizer: SM3) -> StepInBackward:
+def step_in_backward(model: nn.Module, optimizer: SM3, *, clip_value: float | None = None) -> StepInBackward:
     """Take each parameter's step as soon as its gradient is there, and free the gradient.
 
     The training loop stays as it is. ``backward()`` steps the parameters one after another, with the hyperparameters of
@@ -27,20 +28,22 @@ def step_in_backward(model: nn.Module, optimizer: SM3) -> StepInBackward:
     For one process, FSDP2, HSDP and tensor parallel: wherever the gradient that backward leaves is the final one. To
     accumulate gradients with FSDP2, turn ``set_requires_gradient_sync`` off in all backward passes but the last. A
     global norm of the gradients does not exist at any time, so they cannot be clipped by it (``clip_grad_norm_`` finds
-    no gradients); ``update_rms=`` bounds the update of each tensor instead.
+    no gradients). ``clip_value`` cuts off their elements instead, as ``clip_grad_value_`` does, and ``update_rms=`` of
+    the optimizer bounds the update of each tensor.
 
     Call it on every rank, after the model is wrapped.
 
     Args:
         model: the root module, as wrapped.
         optimizer: has (some of) its parameters. Those added later are stepped by ``optimizer.step()``.
+        clip_value: elements of gradients are cut off at this value either way; ``None``: they are used as they are.
 
     Returns:
         A handle: ``remove()`` undoes it, and so does leaving its ``with`` block.
 
     Raises:
         ValueError: for DistributedDataParallel, FSDP1, fairscale, ``shard_over=`` and ``shard_covers=True``, with the
-            reason.
+            reason; for a ``clip_value`` that is not greater than 0.
         RuntimeError: in backward, if a parameter gets a second gradient before ``optimizer.step()``; in
             ``optimizer.step()``, if a GradScaler takes it.
 
@@ -56,7 +59,9 @@ def step_in_backward(model: nn.Module, optimizer: SM3) -> StepInBackward:
         True
     """
     _refuse(model, optimizer)
-    return StepInBackward(optimizer)
+    if clip_value is not None and not clip_value > 0:
+        raise ValueError(f"clip_value must be greater than 0 (or None, for no clipping), but is {clip_value}")
+    return StepInBackward(optimizer, clip_value)
 
 
 class StepInBackward:
@@ -64,10 +69,12 @@ class StepInBackward:
 
     Args:
         optimizer: whose parameters are to be stepped.
+        clip_value: where elements of gradients are cut off; ``None``: nowhere.
     """
 
-    def __init__(self, optimizer: SM3) -> None:
+    def __init__(self, optimizer: SM3, clip_value: float | None = None) -> None:
         self.optimizer = optimizer
+        self.clip_value = clip_value
         self._plan: StepPlan | None = None
         self._works: dict[Tensor, list[kernels.Work]] = {}
         self._settings: dict[int, Settings] = {}
@@ -76,6 +83,7 @@ class StepInBackward:
         params = [param for param in _params(optimizer) if param.requires_grad]
         self._handles: list[Any] = [param.register_post_accumulate_grad_hook(self._step) for param in params]
         self._handles.append(optimizer.register_step_pre_hook(self._refuse_scaler))
+        self._handles.append(optimizer.register_step_pre_hook(self._clip_what_is_left))
         self._handles.append(optimizer.register_step_post_hook(self._end))
 
     def remove(self) -> None:
@@ -107,10 +115,31 @@ class StepInBackward:
             )
         if not self._stepped:
             self._begin()
+        self._clip(param)
         for work in self._works.get(param, ()):
             work.update(self._settings)
         self._stepped[param] = None
         param.grad = None
+
+    @torch.no_grad()
+    def _clip_what_is_left(self, *_: Any) -> None:
+        """Gradients of parameters without a hook, which were added since."""
+        for param in _params(self.optimizer):
+            if param.grad is not None:
+                self._clip(param)
+
+    def _clip(self, param: Tensor) -> None:
+        """Element by element: no rank needs to know of another's."""
+        if self.clip_value is None:
+            return
+        grad = param.grad
+        assert grad is not None
+        if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
+            param.grad = grad = grad.redistribute(param.device_mesh, param.placements)  # only a sum can be cut off
+        if grad.is_sparse:
+            param.grad = grad = grad.coalesce()
+        values = grad.values() if grad.is_sparse else adapters.local(grad)
+        values.clamp_(-self.clip_value, self.clip_value)
 
     def _begin(self) -> None:
         optimizer = self.optimizer

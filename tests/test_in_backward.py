@@ -13,6 +13,8 @@ from test_options import EVERYTHING
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -52,11 +54,21 @@ def shard_replicas(net: Net) -> None:
     fully_shard(net, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard")))
 
 
+def tensor_parallel(net: Net) -> None:
+    """Its own columns of one layer on every rank, and rows of FSDP2 on top if there are more than two."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(net.third, mesh["tensor"], ColwiseParallel(output_layouts=Replicate()))
+    if world > 2:
+        fully_shard(net, mesh=mesh["data"])
+
+
 def trained(
     during: bool,
     wrap: Callable[[Net], None] = as_it_is,
     dtype: torch.dtype = torch.float32,
     passes: int = 1,
+    clip_value: float | None = None,
     **options: Any,
 ) -> list[Tensor]:
     """Weights and state after some steps."""
@@ -64,7 +76,7 @@ def trained(
     wrap(net)
     optimizer = SM3(net.parameters(), lr=0.1, **options)
     scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    handle = step_in_backward(net, optimizer) if during else None
+    handle = step_in_backward(net, optimizer, clip_value=clip_value) if during else None
     for step in range(STEPS):
         for k in range(passes):
             if passes > 1:
@@ -72,6 +84,8 @@ def trained(
             data = torch.randn(8, 6, generator=torch.Generator().manual_seed(passes * step + k)).to(dtype)
             net(data, step).backward()
         assert all(param.grad is None for param in net.parameters()) or not during
+        if clip_value is not None and not during:
+            nn.utils.clip_grad_value_(net.parameters(), clip_value, foreach=False)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
@@ -83,7 +97,13 @@ def trained(
 
 def compare(wrap: Callable[[Net], None], passes: int = 1) -> None:
     narrow: dict[str, Any] = {"dtype": torch.bfloat16, "momentum_dtype": torch.int8, "stochastic_rounding": True}
-    for options in ({}, {"momentum": 0.9, "beta": 0.9}, EVERYTHING, {"backend": "eager"}, {"momentum": 0.9, **narrow}):
+    for options in (
+        {},
+        {"momentum": 0.9, "beta": 0.9, "clip_value": 0.01},
+        EVERYTHING,
+        {"backend": "eager"},
+        {"momentum": 0.9, **narrow},
+    ):
         after = trained(False, wrap, passes=passes, **options)
         during = trained(True, wrap, passes=passes, **options)
         assert len(after) == len(during) > 10
@@ -97,6 +117,8 @@ def test_the_bits_of_a_step_after_backward() -> None:
 def test_the_bits_of_a_step_after_backward_sharded(workers: Pool) -> None:
     workers(2).run(compare, shard)
     workers(4).run(compare, shard_replicas)
+    for world in (2, 4):
+        workers(world).run(compare, tensor_parallel)
 
 
 def test_fsdp2_may_accumulate_what_it_has_not_reduced(workers: Pool) -> None:
@@ -115,6 +137,41 @@ def test_one_gradient_is_alive_at_a_time() -> None:
     with step_in_backward(net, optimizer):
         net(torch.ones(2, 6), 0).backward()
     assert alive == [1] * 4
+
+
+def test_clipping_cuts_off_elements() -> None:
+    """Rarely used rows too, and what a parameter without a hook has."""
+    net, late = nn.Embedding(4, 3, sparse=True), nn.Parameter(torch.zeros(2))
+    optimizer = SM3(net.parameters(), lr=1.0)
+    with step_in_backward(net, optimizer, clip_value=0.5):
+        optimizer.add_param_group({"params": [late]})
+        (net(torch.tensor([2, 2])) * torch.tensor([0.125, -7.0, 0.5])).sum().backward()
+        late.grad = torch.tensor([-2.0, 0.25])
+        optimizer.step()
+    assert optimizer.state[net.weight]["accumulator_0"][2] == 0.25
+    assert torch.equal(optimizer.state[net.weight]["accumulator_1"], torch.tensor([0.0625, 0.25, 0.25]))
+    assert torch.equal(optimizer.state[late]["accumulator_0"], torch.tensor([0.25, 0.0625]))
+    with pytest.raises(ValueError, match="clip_value must be greater than 0"):
+        step_in_backward(net, optimizer, clip_value=0.0)
+
+
+def clip_a_sum() -> Tensor:
+    """Each rank has part of the gradient: 3 and -2, and what is cut off is their sum."""
+    mesh = init_device_mesh("cpu", (2,))
+    net = nn.ParameterList([nn.Parameter(distribute_tensor(torch.zeros(1), mesh, [Replicate()]))])
+    optimizer = SM3(net.parameters())
+    data = distribute_tensor(torch.tensor([3.0, -2.0]), mesh, [Shard(0)])
+    placements: list[Any] = []
+    net[0].register_post_accumulate_grad_hook(lambda param: placements.append(param.grad.placements))
+    with step_in_backward(net, optimizer, clip_value=2.0):
+        (net[0] * data).sum().backward()
+        optimizer.step()
+    assert placements == [(Partial(),)]
+    return full(optimizer.state[net[0]]["accumulator_0"])
+
+
+def test_clipping_comes_after_reduction(workers: Pool) -> None:
+    assert workers(2).run(clip_a_sum) == [torch.ones(1)] * 2
 
 
 def reductions() -> list[str]:
