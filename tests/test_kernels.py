@@ -43,6 +43,8 @@ SETTINGS = [
     {"beta": 0.9, "update_rms": 0.2, "maximize": True, "eps": 0.0},
     RECIPE,
     RECIPE | {"momentum_dtype": torch.bfloat16, "nesterov": True, "maximize": True, "weight_decay": 0.1},
+    RECIPE | {"cover_block": 32, "cover_product": True},
+    {"beta": 0.95, "cover_block": 3, "eps": 0.0},
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -143,11 +145,11 @@ def test_memory_may_be_misaligned_strided_or_permuted():
     grads.append([randn(*w.shape) for w in weights])  # not the strides of the weights: copied
     grads.append([randn(*w.shape[::-1]).permute(*range(w.dim() - 1, -1, -1)) for w in weights])
     grads.append([randn(*w.shape[:-1], 1).expand(w.shape) for w in weights])
-    for momentum in (0.0, 0.9):
-        compare_views(weights, grads, momentum)
+    for settings in ({}, {"momentum": 0.9}, {"cover_block": 3}, RECIPE | {"cover_block": 4, "cover_product": True}):
+        compare_views(weights, grads, **settings)
 
 
-def compare_views(weights: list[Tensor], grads: list[list[Tensor]], momentum: float, fused: str = "c") -> None:
+def compare_views(weights: list[Tensor], grads: list[list[Tensor]], fused: str = "c", **settings) -> None:
     """As ``compare``, but the actual weights are views with gaps, whose surroundings must stay as they are."""
     expected = [nn.Parameter(w.clone()) for w in weights]
     bases = [(w._base if w._base is not None else w).clone() for w in weights]
@@ -156,7 +158,7 @@ def compare_views(weights: list[Tensor], grads: list[list[Tensor]], momentum: fl
         for base, w in zip(bases, weights, strict=True)
     ]
     before = [base.clone() for base in bases]
-    optimizers = SM3(expected, backend="eager", momentum=momentum), SM3(actual, backend=fused, momentum=momentum)
+    optimizers = SM3(expected, backend="eager", **settings), SM3(actual, backend=fused, **settings)
     for of_step in grads:
         for p, q, grad in zip(expected, actual, of_step, strict=True):
             p.grad, q.grad = grad.clone(), grad
@@ -175,11 +177,19 @@ def compare_views(weights: list[Tensor], grads: list[list[Tensor]], momentum: fl
 )
 @pytest.mark.parametrize("replicated", [False, True])
 def test_boxes_of_flat_ranges(shape, replicated):
-    compare_boxes(shape, replicated, cpu.CpuWork, ranges=6)
+    for block, is_product in ((None, False), (3, False), (2, True), (32, True)):
+        compare_boxes(shape, replicated, cpu.CpuWork, 6, block, is_product)
 
 
 @torch.no_grad()
-def compare_boxes(shape: tuple[int, ...], replicated: bool, fused: type[kernels.Work], ranges: int) -> None:
+def compare_boxes(
+    shape: tuple[int, ...],
+    replicated: bool,
+    fused: type[kernels.Work],
+    ranges: int,
+    block: int | None = None,
+    is_product: bool = False,
+) -> None:
     generator = torch.Generator().manual_seed(len(shape))
     numel = torch.Size(shape).numel()
     for _ in range(ranges):
@@ -187,11 +197,11 @@ def compare_boxes(shape: tuple[int, ...], replicated: bool, fused: type[kernels.
         boxes = tuple(flat_boxes(shape, a, b))
         if not boxes:
             continue
-        shard = LocalShard(shape, boxes, 3, replicated=replicated)
+        shard = LocalShard(shape, boxes, 3, replicated=replicated, cover_block=block)
         size = shape if replicated else (b - a + 5,)
         weight, grad = torch.randn(size, generator=generator), torch.randn(size, generator=generator)
         group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9}
-        settings = Settings(0.1, 0.9, 0.0, 1e-30, 0.1, False)
+        settings = Settings(0.1, 0.9, 0.0, 1e-30, 0.1, False, cover_product=is_product)
         results = []
         for work in (EagerWork, fused):
             param = nn.Parameter(weight.clone())

@@ -74,7 +74,7 @@ def check_memory() -> None:
     ]
     grads = [[torch.empty_like(w).copy_(randn(*w.shape)) for w in weights], [randn(*w.shape) for w in weights]]
     for momentum in (0.0, 0.9):
-        compare_views(weights, grads, momentum, "triton")
+        compare_views(weights, grads, "triton", momentum=momentum)
 
 
 def check_boxes() -> None:

@@ -7,6 +7,8 @@
  * other dimensions are still read by later rows: their maxima are gathered aside and written at the end. Where a tensor is
  * cut between threads, each gathers its own, and the maximum of both is taken after all have finished.
  *
+ * (Slices. What is different with block covers says blocks.h.)
+ *
  * Maxima are taken of bit patterns as integers. Values of nu have no sign, so these are ordered like the floats, with NaN
  * on top, and a NaN gradient reaches the accumulators; its sign bit, which means nothing, is cleared.
  */
@@ -26,6 +28,7 @@
 #include "tensors.h"
 #include "pass.h"
 #include "slices.h"
+#include "blocks.h"
 
 enum { MAX_THREADS = 256, GAP = 16 };
 
@@ -35,6 +38,12 @@ struct worker {
     const struct tensor *cut[2]; /* tensors of which other threads have a part: the first and the last one here */
     int32_t *peaks[2];           /* their maxima so far */
 };
+
+/* Sizes of the structs that cpu.py declares as well: a library compiled from other sources is told by them. */
+EXPORT int64_t sm3_layout(void) {
+    return (int64_t)((sizeof(struct settings) << 48) + (sizeof(struct box) << 32) + (sizeof(struct tensor) << 16) +
+                     sizeof(struct param));
+}
 
 /* Name of vector width number i, or null if there are fewer or this processor lacks it. */
 EXPORT const char *sm3_width(int i) {
@@ -47,16 +56,23 @@ static int64_t largest_aside(const struct tensor *tensors, int64_t count, int64_
     int64_t most = 0;
     for (const struct tensor *t = tensors; t < tensors + count; t++) {
         int64_t n = t->dims == 1 ? 0 : aside(t, first_aside(t, threads), t->dims);
+        if (t->block) n = strip_entries(t);
         if (n > most) most = n;
     }
     return (most + GAP - 1) / GAP * GAP * (int64_t)sizeof(int32_t);
 }
 
-static const int64_t workspace_bytes = 2 * LONG_ROW * sizeof(float);
+static const int64_t workspace_bytes = (BLOCK_WORKSPACE > 2 * LONG_ROW ? BLOCK_WORKSPACE : 2 * LONG_ROW) * sizeof(float);
 
-/* A thread needs room for the maxima of two tensors, the first and the last that it works on, and for one row. */
+/* A thread needs room for the maxima of two tensors, the first and the last that it works on, and for some rows. */
 EXPORT int64_t sm3_scratch_bytes(const struct tensor *tensors, int64_t count, int64_t threads) {
     return threads * (2 * largest_aside(tensors, count, threads) + workspace_bytes);
+}
+
+/* The strip of a tensor with block covers at which it may be cut, for element e. */
+static int64_t strip_at(const struct tensor *t, int64_t e) {
+    int64_t strips = strips_of(t);
+    return e <= 0 ? 0 : e >= t->numel ? strips : (int64_t)((double)e / (double)t->numel * (double)strips);
 }
 
 static void *work(void *argument) {
@@ -68,7 +84,11 @@ static void *work(void *argument) {
     int64_t before = 0;
     for (const struct tensor *t = step->tensors; t < step->tensors + step->count && before < stop; t++) {
         if (!step->params[t->param].grad || !t->numel) continue;
-        if (before + t->numel > start) {
+        if (before + t->numel > start && t->block) {
+            int64_t from = strip_at(t, start - before), to = strip_at(t, stop - before);
+            int32_t *maxima = (int32_t *)(scratch + (before >= start) * room);
+            sweep_blocks(step, t, from, to, maxima, (float *)workspace);
+        } else if (before + t->numel > start) {
             struct piece from = cut_at(t, step->boxes, start - before, step->threads);
             struct piece to = cut_at(t, step->boxes, smaller(stop - before, t->numel), step->threads);
             if (before + t->numel <= stop) to = (struct piece){t->boxes, 0};

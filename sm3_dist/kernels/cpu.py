@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 WEIGHT, GRAD, MOMENT, OPERANDS, MAX_THREADS = 0, 1, 2, 3, 256
 PARAM_FIELDS = 4
-"""Of struct param, 64 bits each: weight, grad, step, correction."""
+"""Of struct param, 64 bits each."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_MOMENTUM = 3
 MOST_ASIDE = 1 << 20
@@ -67,13 +67,20 @@ class _Tensor(ctypes.Structure):
         ("boxes", ctypes.c_int64),
         ("numel", ctypes.c_int64),
         ("stored", _integers),
-        ("accumulator", ctypes.c_void_p * DIMS),
+        ("order", _integers),
+        ("extent_start", _integers),
+        ("extent", _integers),
+        ("accumulator", ctypes.c_void_p * (DIMS + 1)),
         ("moment", ctypes.c_void_p),
         ("whole_numel", ctypes.c_double),
         ("cap", ctypes.c_double),
         ("partial", ctypes.c_void_p),
         ("total", ctypes.c_void_p),
     )
+
+
+class _Param(ctypes.Structure):  # the table of these is an array of integers, which is faster to fill
+    _fields_ = (*((name, ctypes.c_void_p) for name in ("weight", "grad", "step")), ("correction", ctypes.c_double))
 
 
 def unavailable() -> str | None:
@@ -95,6 +102,9 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(built[0]))
     except OSError as error:
         return f"the compiled C kernel does not load: {error}. Install sm3_dist again on this machine."
+    layout = sum(ctypes.sizeof(struct) << 16 * i for i, struct in enumerate((_Param, _Tensor, _Box, _Settings)))
+    if not hasattr(library, "sm3_layout") or _layout_of(library) != layout:
+        return "the C kernel was compiled from other sources than are installed. Install sm3_dist again."
     library.sm3_width.restype = ctypes.c_char_p
     library.sm3_width.argtypes = (ctypes.c_int,)
     library.sm3_scratch_bytes.restype = ctypes.c_int64
@@ -106,6 +116,11 @@ def _library() -> ctypes.CDLL | str:
         *(integer, integer, pointer),
     )
     return library
+
+
+def _layout_of(library: ctypes.CDLL) -> int:
+    library.sm3_layout.restype = ctypes.c_int64
+    return int(library.sm3_layout())
 
 
 def widths() -> list[str]:
@@ -136,11 +151,24 @@ def _warn_once(reason: str) -> None:
 def refusal(entry: Entry) -> str | None:
     """Why the C backend cannot step this tensor; ``None`` if it can."""
     reason = fused.refusal(entry, "cpu")
-    if reason is None and sum(box.numel for box in entry.shard.stored[1:]) > MOST_ASIDE:
-        reason = f"its accumulators after the first have more than {MOST_ASIDE} entries."
+    if reason is None and _aside(entry) > MOST_ASIDE:
+        reason = f"more than {MOST_ASIDE} entries of its accumulators would have to be gathered at a time."
     if reason is None and (reason := unavailable()) is not None:
         _warn_once(reason)
     return reason
+
+
+def _aside(entry: Entry) -> int:
+    """About how many new accumulator entries are gathered until they can be written."""
+    shard = entry.shard
+    if shard.cover_block is None or len(shard.shape) == 1:
+        return sum(box.numel for box in shard.stored[1:])
+    first = fused.memory_order(entry, adapters.local(entry.param))[0]
+    rows = [shard.cover_block if i == first else 1 for i in range(shard.accumulator_count)]
+    return sum(
+        box.numel // max(1, box.shape[first]) * min(n, box.shape[first])
+        for n, box in zip(rows, shard.stored, strict=True)
+    )
 
 
 class CpuWork:
@@ -190,8 +218,10 @@ class CpuWork:
         tensor.type[MOMENT] = NO_MOMENTUM if momentum is None else TYPES[momentum.dtype]
         tensor.moment = 0 if momentum is None else momentum.data_ptr()
         tensor.dims, tensor.boxes, tensor.numel = len(order), len(shard.boxes), shard.numel
+        tensor.block = (shard.cover_block or 0) if len(order) > 1 else 0
         for i, dim in enumerate(order):
-            tensor.stored[i] = shard.stored[dim].numel
+            tensor.order[i], tensor.stored[i] = dim, shard.stored[dim].numel
+            tensor.extent_start[i], tensor.extent[i] = shard.extent.start[dim], shard.extent.shape[dim]
         if (squares := entry.squares) is not None:
             tensor.whole_numel, tensor.cap = squares.numel, squares.cap
             tensor.partial, tensor.total = squares.partial.data_ptr(), squares.total.data_ptr()
@@ -255,7 +285,7 @@ class CpuWork:
 
 
 def _point(tensor: Any, entry: Entry, order: Sequence[int]) -> None:
-    for i, dim in enumerate(order):
+    for i, dim in enumerate([*order, *range(len(order), len(entry.accumulators))]):
         tensor.accumulator[i] = entry.accumulators[dim].data_ptr()
 
 

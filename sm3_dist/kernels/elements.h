@@ -1,6 +1,7 @@
 /* Numbers as the arithmetic has them, in float32, and as memory has them: conversions round to nearest even, and NaN stays
  * NaN. Written so that compilers can vectorize them. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 

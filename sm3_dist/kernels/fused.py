@@ -36,8 +36,6 @@ def refusal(entry: Entry, device: str) -> str | None:
         return f"it has more than {DIMS} dimensions."
     if entry.rounds:
         return "it has no stochastic rounding yet."
-    if entry.group["cover_block"] is not None:
-        return "it has no block covers yet."
     last = memory_order(entry, weight)[-1]
     for view in [*entry.shard.views(weight), *([] if momentum is None else entry.shard.state_views(momentum))]:
         if view.shape[last] > 1 and view.stride(last) != 1:

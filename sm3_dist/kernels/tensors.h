@@ -20,7 +20,9 @@ struct tensor {
     int64_t first_box, boxes;
     int64_t numel;
     int64_t stored[DIMS]; /* entries of each accumulator */
-    float *accumulator[DIMS];
+    int64_t order[DIMS];  /* dimension of the original tensor that each one is; in memory the last changes fastest */
+    int64_t extent_start[DIMS], extent[DIMS]; /* the smallest box that contains all, in the original tensor */
+    float *accumulator[DIMS + 1];             /* by dimension, then of the tiles */
     char *moment;
     double whole_numel;       /* elements of the whole tensor */
     double cap;               /* the largest square of an update, in units */

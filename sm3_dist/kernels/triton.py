@@ -193,9 +193,9 @@ def refusal(entry: Entry) -> str | None:
     """Why the Triton backend cannot step this tensor; ``None`` if it can."""
     if (reason := unavailable() or fused.refusal(entry, "cpu" if interpreting() else "cuda")) is not None:
         return reason
-    options = ("bias_correction", "nesterov", "update_rms")
+    options = ("bias_correction", "nesterov", "update_rms", "cover_block")
     if any(entry.group[option] for option in options) or entry.group["update_power"] != 1:
-        return "of bias_correction, nesterov, update_power and update_rms the Triton kernel has none yet."
+        return "of bias_correction, nesterov, update_power, update_rms and cover_block the Triton kernel has none yet."
     return None
 
 
