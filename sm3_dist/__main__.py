@@ -58,6 +58,7 @@ class Row:
 MOMENTUM = {"momentum": 0.9}
 VARIANTS = {
     "sm3-bf16": Variant(torch.bfloat16, {}, in_backward=True),
+    "sm3-bf16-momentum8": Variant(torch.bfloat16, {**MOMENTUM, "momentum_dtype": torch.int8}, in_backward=True),
     "sm3-bf16-momentum16": Variant(torch.bfloat16, {**MOMENTUM, "momentum_dtype": torch.bfloat16}, in_backward=True),
     "sm3": Variant(torch.float32, {}),
     "sm3-momentum": Variant(torch.float32, MOMENTUM),

@@ -185,7 +185,8 @@ class Pool:
         for rank in ranks:
             os.kill(self.workers[rank].process.pid, signal.SIGUSR1)
         deadline = time.monotonic() + GRACE
-        before, now = [], [self.workers[rank].new_output() for rank in ranks]
+        before: list[str] = []
+        now = [self.workers[rank].new_output() for rank in ranks]
         while time.monotonic() < deadline and not (now == before and all("(most recent call" in text for text in now)):
             time.sleep(0.1)
             before, now = now, [self.workers[rank].new_output() for rank in ranks]
