@@ -68,6 +68,7 @@ class Options:
     held_out_bytes: int | None = option(None, "judge on so many of the bytes held out; default: all", type=int)
     out: Path | None = option(None, "directory for configuration, metrics and picture; default: none", type=Path)  # noqa: RUF009
     overwrite: bool = option(False, "replace a run that --out already holds")
+    log_every: int = option(10, "steps between two lines of the metrics")
     checkpoint_every: int | None = option(
         None, "save to OUT/checkpoints after so many steps, and at the end; default: never", type=int
     )
@@ -82,7 +83,7 @@ class Options:
     tp_size: int | None = option(None, "tp: ranks that share each layer; default: all", type=int)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "replicas", "keep"):
+        for name in ("steps", "batch_size", "seq_len", "replicas", "keep", "log_every"):
             require(getattr(self, name) >= 1, f"{flag(name)} {getattr(self, name)} must be at least 1")
         for name in ("tp_size", "held_out_bytes", "cover_block", "checkpoint_every"):
             value = getattr(self, name)

@@ -31,8 +31,6 @@ from launch.report import Bar, Stopwatch, size, table
 from launch.world import UserError, World, join
 from sm3_dist.checkpoint import TrainState
 
-LOG_EVERY = 10  # steps
-
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
@@ -130,7 +128,7 @@ class Run:
             for step in range(self.state.step, self.options.steps):
                 with self.whole_steps.running():
                     losses.append(self.take_step(*self.batches[step]))
-                if (step + 1) % LOG_EVERY == 0 or step + 1 == self.options.steps:
+                if (step + 1) % self.options.log_every == 0 or step + 1 == self.options.steps:
                     record = self.record(step + 1, losses)
                     self.folder.log(record)
                     bar.show(**record)

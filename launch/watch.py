@@ -1,0 +1,91 @@
+"""Train in one process, watch the memory that it occupies, and draw that over time beside the loss.
+
+    python launch/watch.py --out watched --model 6.7b --dtype bfloat16 --step-in-backward --steps 5 --log-every 1
+
+All options are those of `launch/train.py`, which is run as it is, in a process of its own. The allocator is told to
+give tensors of more than 4 MB back to the system when they are freed, and to keep the rest, which are the temporaries
+of a step. Samples stand in `memory.jsonl`, the picture in `memory.png`, both in `--out`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from launch.folder import CONFIG, METRICS
+from launch.options import parse
+from launch.resident import resident
+from launch.world import UserError
+
+SAMPLES, PICTURE = "memory.jsonl", "memory.png"
+INTERVAL = 0.2  # seconds
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_ARENA_MAX": "2"}
+
+Sample = tuple[float, int]
+"""Seconds since the start, bytes resident."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status, that of the training."""
+    try:
+        out = parse(arguments).out
+        if out is None:
+            raise UserError("watching needs --out DIRECTORY")
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments]
+    process = subprocess.Popen(command, env=os.environ | ALLOCATOR)
+    samples = watch(process)
+    if process.returncode == 0:
+        with (out / SAMPLES).open("w") as file:
+            file.writelines(json.dumps(sample) + "\n" for sample in samples)
+        draw(out, samples)
+        print(f"most resident: {max(size for _, size in samples):,} bytes")
+    return process.returncode
+
+
+def watch(process: subprocess.Popen[bytes]) -> list[Sample]:
+    """Sample the resident memory of a process until it ends."""
+    start, samples = time.monotonic(), []
+    while process.poll() is None:
+        samples.append((round(time.monotonic() - start, 2), resident(process.pid)))
+        time.sleep(INTERVAL)
+    return [sample for sample in samples if sample[1]]
+
+
+def draw(out: Path, samples: list[Sample]) -> None:
+    """Draw memory over time, with what the weights take, and the loss of each step."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    config: dict[str, Any] = json.loads((out / CONFIG).read_text())
+    weights = config["parameters"] * {"bfloat16": 2, "float32": 4}[config["dtype"]]
+    records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    losses = [(each["step"], each["train_bits_per_byte"]) for each in records if "train_bits_per_byte" in each]
+    figure, (memory, loss) = pyplot.subplots(1, 2, figsize=(11, 4.5), width_ratios=(2, 1), layout="constrained")
+    memory.plot([seconds for seconds, _ in samples], [size / 1e9 for _, size in samples], linewidth=0.8)
+    label = f"{config['dtype']} weights: {config['parameters'] / 1e9:.2f} B, {weights / 1e9:.2f} GB"
+    memory.axhline(weights / 1e9, color="grey", linestyle="--", label=label)
+    memory.set(xlabel="seconds", ylabel="resident memory, GB", ylim=(0, None))
+    memory.legend(loc="lower right")
+    loss.plot(*zip(*losses, strict=True), "o-")
+    loss.set(xlabel="step", ylabel="training, bits per byte")
+    loss.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(out / PICTURE, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
