@@ -86,6 +86,13 @@ WAYS = {
         4,
         in_backward=True,
     ),
+    "sm3-bf16-momentum8": Way(
+        "SM3, bfloat16, step in backward, 8-bit momentum",
+        torch.bfloat16,
+        partial(sm3_bfloat16, momentum=0.9, momentum_dtype=torch.int8),
+        3,
+        in_backward=True,
+    ),
     "sm3-bf16": Way("SM3, bfloat16, step in backward", torch.bfloat16, sm3_bfloat16, 2, in_backward=True),
 }
 

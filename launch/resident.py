@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from launch.world import UserError
@@ -40,15 +39,3 @@ def status(process: int | str) -> dict[str, int]:
         return {}
     pairs = (line.split(":", 1) for line in lines if line.endswith(" kB"))
     return {name: 1024 * int(value.removesuffix("kB")) for name, value in pairs}
-
-
-def family(process: int) -> Iterator[int]:
-    """Yield a process and all that it started, directly or not."""
-    yield process
-    for children in Path(f"/proc/{process}/task").glob("*/children"):
-        try:
-            each = children.read_text().split()
-        except OSError:  # it has ended
-            continue
-        for child in each:
-            yield from family(int(child))
