@@ -16,6 +16,8 @@ make them right on average: to the nearest, what a step adds to the momentum wou
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -60,11 +62,12 @@ def encode(values: Tensor, noise: Tensor | int = NEAREST) -> Tensor:
     """
     values = values.float()
     length = values.abs()
-    small = (length.clamp(max=_NORMAL) * 2.0**31).int().add_(noise) >> 16
-    code = (length.view(torch.int32) + noise * (1 << _DROPPED - 16) >> _DROPPED) - _BIAS
-    code = torch.where(length < _NORMAL, small, code).clamp_(max=_LONGEST)
-    code = torch.where(values.isnan(), _NAN, torch.where(values < 0, -code, code))
-    return code.to(torch.int8)
+    # Codes with 20 bits after the point: below 2^-12 by arithmetic, from there on the bits of a float32 are just that.
+    fixed = (length.clamp(max=_NORMAL) * 2.0**31).int() << 4
+    code = torch.where(length < _NORMAL, fixed, length.view(torch.int32) - (_BIAS << _DROPPED))
+    code = code.add_(noise, alpha=1 << _DROPPED - 16).bitwise_right_shift_(_DROPPED).clamp_(max=_LONGEST)
+    sign = values.view(torch.int32) >> 31
+    return code.bitwise_xor_(sign).sub_(sign).masked_fill_(values.isnan(), _NAN).to(torch.int8)
 
 
 def decode(codes: Tensor) -> Tensor:
@@ -80,10 +83,16 @@ def decode(codes: Tensor) -> Tensor:
         >>> decode(torch.tensor([0, 1, 104, -127], dtype=torch.int8)).tolist()
         [0.0, 3.0517578125e-05, 1.0, -7.5]
     """
-    codes = codes.int()
-    length = codes.abs()
-    values = torch.where(length < 8, length * 2.0**-15, (length + _BIAS << _DROPPED).view(torch.float32))
-    return torch.where(codes == _NAN, torch.nan, torch.where(codes < 0, -values, values))
+    places = codes.view(torch.uint8).flatten().int()  # -1 is the last
+    return _table(codes.device).index_select(0, places).view(codes.shape)
+
+
+@functools.cache
+def _table(device: torch.device) -> Tensor:
+    """The values of the codes from 0 to 127, and of those from -128 to -1."""
+    codes = torch.arange(128, dtype=torch.int32)
+    values = torch.where(codes < 8, codes * 2.0**-15, (codes + _BIAS << _DROPPED).view(torch.float32))
+    return torch.cat([values, torch.tensor([torch.nan]), -values[1:].flip(0)]).to(device)
 
 
 def converted(momentum: Tensor, dtype: torch.dtype) -> Tensor:
