@@ -12,8 +12,15 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from sm3_dist.meeting import meet
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=3)
+"""How long the others are waited for at the start, and in a collective."""
 
 
 class UserError(Exception):
@@ -108,7 +115,14 @@ def join() -> Iterator[World]:
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=3))
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        # Under torchrun --max-restarts the store still has the addresses of those that died.
+        meeting = meet(store, "launch", range(size), rank, "", PATIENCE)
+        if rank == 0 and len(meeting.messages) < size:
+            absent = ", ".join(str(other) for other in range(size) if other not in meeting.messages)
+            raise TimeoutError(f"ranks {absent} of {size} did not start within {PATIENCE}")
+        store = PrefixStore(meeting.token, store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     yield World.current()

@@ -13,7 +13,11 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from sm3_dist.meeting import meet
 from sm3_dist.shard import in_words
+
+SLACK = timedelta(seconds=5)
+"""How much longer other ranks wait than the one that decides."""
 
 
 class PlanMismatchError(RuntimeError):
@@ -33,31 +37,28 @@ def check_agreement(plans: Mapping[tuple[int, ...], Sequence[str]]) -> None:
     if world is None:
         raise RuntimeError("torch.distributed is not initialized, but parameters are sharded over ranks")
     store = world.get_group_store()
-    checks = [_Check(store, ranks, lines) for ranks, lines in sorted(plans.items())]
-    for check in checks:  # first everybody speaks, then everybody listens: no order can deadlock
-        check.publish()
-    for check in checks:
-        check.conclude()
+    for ranks, lines in sorted(plans.items()):  # in the same order everywhere, so that none waits for another in a ring
+        _Check(store, ranks, lines).conclude()
 
 
 class _Check:
     def __init__(self, store: Store, ranks: tuple[int, ...], lines: Sequence[str]) -> None:
         self.store, self.ranks, self.lines = store, ranks, lines
-        members = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
         self.rank = dist.get_rank()
-        # The store counts, not this module: a group that is left and made anew has a new store, and begins anew.
-        round_ = store.add(f"sm3_dist/plan/{members}/rounds/{self.rank}", 1)
-        self.prefix = f"sm3_dist/plan/{members}/{round_}"
         self.timeout: timedelta = store.timeout  # type: ignore[attr-defined]  # missing in the stubs
-
-    def publish(self) -> None:
-        digest = hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
-        self.store.set(f"{self.prefix}/hash/{self.rank}", digest)
 
     def conclude(self) -> None:
         leader = self.ranks[0]
+        members = hashlib.sha256(repr(self.ranks).encode()).hexdigest()[:16]
+        digest = hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
+        patience = self.timeout if self.rank == leader else self.timeout + SLACK
+        try:
+            meeting = meet(self.store, f"sm3_dist/plan/{members}", self.ranks, self.rank, digest, patience)
+        except TimeoutError as error:
+            raise self._left_alone(leader) from error
+        self.prefix = meeting.token
         if self.rank == leader:
-            self.store.set(f"{self.prefix}/verdict", self._verdict())
+            self.store.set(f"{self.prefix}/verdict", self._verdict(meeting.messages))
         verdict = self._read("verdict", leader)
         if verdict == "equal":
             return
@@ -69,18 +70,12 @@ class _Check:
             )
         self._explain(leader, int(others[0]))
 
-    def _verdict(self) -> str:
-        keys = {rank: f"{self.prefix}/hash/{rank}" for rank in self.ranks}
-        try:
-            self.store.wait(list(keys.values()), self.timeout)
-        except RuntimeError:  # DistStoreError with some stores; either way somebody is missing
-            absent = [rank for rank, key in keys.items() if not self.store.check([key])]
+    def _verdict(self, digests: Mapping[int, str]) -> str:
+        absent = [rank for rank in self.ranks if rank not in digests]
+        if absent:
             return "absent " + " ".join(map(str, absent))
-        mine = self.store.get(keys[self.rank])
-        for rank, key in keys.items():
-            if self.store.get(key) != mine:
-                return f"differs {rank}"
-        return "equal"
+        differing = [rank for rank in self.ranks if digests[rank] != digests[self.rank]]
+        return f"differs {differing[0]}" if differing else "equal"
 
     def _explain(self, leader: int, other: int) -> None:
         if self.rank in (leader, other):
@@ -102,10 +97,13 @@ class _Check:
     def _read(self, name: str, author: int) -> str:
         key = f"{self.prefix}/{name}"
         try:
-            self.store.wait([key], self.timeout + timedelta(seconds=5))
-        except RuntimeError as error:
-            raise PlanMismatchError(
-                f"rank {author} of {in_words(self.ranks)} did not take part in the check of SM3's plans within "
-                f"{self.timeout}: it holds no parameter of this mesh or process group, or it stopped."
-            ) from error
+            self.store.wait([key], self.timeout + SLACK)
+        except RuntimeError as error:  # DistStoreError with some stores
+            raise self._left_alone(author) from error
         return self.store.get(key).decode()
+
+    def _left_alone(self, missing: int) -> PlanMismatchError:
+        return PlanMismatchError(
+            f"rank {missing} of {in_words(self.ranks)} did not take part in the check of SM3's plans within "
+            f"{self.timeout}: it holds no parameter of this mesh or process group, or it stopped."
+        )

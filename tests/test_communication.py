@@ -1,6 +1,7 @@
 """What travels between ranks, and when: one all-reduce per process group and step, hidden behind the next gradients."""
 
 import datetime
+import hashlib
 import math
 import time
 from collections import Counter
@@ -299,3 +300,18 @@ def several_plans() -> None:
 
 def test_several_optimizers_and_new_param_groups(workers: Pool) -> None:
     workers(2).run(several_plans)
+
+
+def after_a_restart() -> None:
+    """Steps in a store where workers that died have called, and are answered first."""
+    store, rank, size = dist.group.WORLD.get_group_store(), dist.get_rank(), dist.get_world_size()
+    place = "sm3_dist/plan/" + hashlib.sha256(repr(tuple(range(size))).encode()).hexdigest()[:16]
+    store.set(f"{place}/call/{rank}", f"of the dead {rank}")
+    dist.barrier()
+    if rank > 0:
+        store.wait([f"{place}/answer/of the dead {rank}"], datetime.timedelta(seconds=20))
+    SM3([sharded((4, 3))]).step()
+
+
+def test_what_dead_workers_left_in_the_store_does_no_harm(workers: Pool) -> None:
+    workers(3).run(after_a_restart)
