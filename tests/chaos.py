@@ -36,7 +36,7 @@ SAVE = "--checkpoint-every 2 --resume auto"
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill a training run again and again.")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--parallel", default="fsdp2")
     parser.add_argument("--longest", type=float, help="seconds to the next kill, at most")
@@ -49,7 +49,7 @@ def main() -> int:
         torchrun(text, folder / "calm", given).check_returncode()
         calm_seconds = time.perf_counter() - start
         if given.longest is None:  # about as long as a start takes, lest the run be over before the last kill
-            given.longest = calm_seconds / 3
+            given.longest = calm_seconds / 6
         print(f"undisturbed: {given.steps} steps in {calm_seconds:.0f} s", flush=True)
         restless(text, folder / "chaos", given)
         wanted, found = (
