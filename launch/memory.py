@@ -106,7 +106,7 @@ class Measurements:
         matplotlib.use("agg")
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
         for way in self.ways:
             records = [self.records[way, model] for model in self.models if (way, model) in self.records]
             sizes, heights = [record["parameters"] for record in records], list(map(per_parameter, records))
@@ -120,7 +120,7 @@ class Measurements:
         sizes = [PRESETS[model].count(seq_len=1) for model in self.models]
         axes.set_xticks(sizes, self.models)
         axes.set_xticks([], minor=True)
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=2)
         figure.savefig(self.out / PICTURE, dpi=120)
         pyplot.close(figure)
 
