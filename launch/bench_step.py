@@ -2,7 +2,7 @@
 
 All contenders step the same weights with the same gradients in one process, and take turns, so that what else the
 machine does hits all of them alike. A step of SM3 without momentum must read the gradient and read and write the
-weight.
+weight. The recipe is ``SM3.adamw_like``.
 """
 
 from __future__ import annotations
@@ -69,6 +69,9 @@ def contenders(params: list[Tensor], weights: Tensor, grads: Tensor) -> dict[str
             steps[f"SM3, {backend}, momentum"] = SM3(params, LR, momentum=0.9, backend=backend).step
             narrow = SM3(params, LR, momentum=0.9, momentum_dtype=torch.bfloat16, backend=backend)
             steps[f"SM3, {backend}, bfloat16 momentum"] = narrow.step
+            steps[f"recipe, {backend}"] = SM3.adamw_like(params, LR, backend=backend).step
+            narrow = SM3.adamw_like(params, LR, momentum_dtype=torch.bfloat16, backend=backend)
+            steps[f"recipe, {backend}, bfloat16 momentum"] = narrow.step
     for name, module in (("torch-SM3", "SM3"), ("pytorch_optimizer SM3", "pytorch_optimizer")):
         if importlib.util.find_spec(module) is not None:
             steps[name] = importlib.import_module(module).SM3(params, LR).step

@@ -56,7 +56,8 @@ AVX512_INLINE void step_vectors(int moment, int root, int product, int count, in
                                 const struct stretch *x, int64_t j, struct stretch_state *v) {
     const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
     __m512 g[COUNT], nu[COUNT], u[COUNT], mean[COUNT], old[COUNT];
-    EACH g[i] = _mm512_mul_ps(load_there(x->g + AT, all, there), _mm512_set1_ps(v->s.unscale));
+    EACH g[i] = load_there(x->g + AT, all, there);
+    if (v->s.unscale != 1) EACH g[i] = _mm512_mul_ps(g[i], _mm512_set1_ps(v->s.unscale));
     EACH old[i] = load_there(x->floors + AT, all, there);
     /* Where a number is NaN, the lesser is taken to be the second operand. */
     if (product)
@@ -70,10 +71,12 @@ AVX512_INLINE void step_vectors(int moment, int root, int product, int count, in
     EACH u[i] = _mm512_mul_ps(_mm512_mul_ps(u[i], g[i]), _mm512_set1_ps(v->s.fresh));
     if (moment != NONE) {
         const __m512 momentum = _mm512_set1_ps(v->s.momentum);
-        const __mmask16 ahead = v->s.nesterov ? 0xffff : 0;
         EACH mean[i] = _mm512_add_ps(_mm512_mul_ps(load_moment(x->m, AT, moment, all, there), momentum), u[i]);
         EACH store_moment(x->m, AT, mean[i], moment, all, there);
-        EACH u[i] = _mm512_mask_add_ps(mean[i], ahead, u[i], _mm512_mul_ps(mean[i], momentum));
+        if (v->s.nesterov)
+            EACH u[i] = _mm512_add_ps(u[i], _mm512_mul_ps(mean[i], momentum));
+        else
+            EACH u[i] = mean[i];
     }
     if (root) {
         __m512 length[COUNT];
@@ -88,7 +91,8 @@ AVX512_INLINE void step_vectors(int moment, int root, int product, int count, in
     EACH u[i] = _mm512_max_ps(_mm512_set1_ps(-v->s.limit), _mm512_mul_ps(u[i], _mm512_set1_ps(v->s.scale)));
     EACH u[i] = _mm512_mul_ps(_mm512_min_ps(_mm512_set1_ps(v->s.limit), u[i]), _mm512_set1_ps(v->s.lr));
     EACH {
-        __m512 w = _mm512_mul_ps(load_there(x->w + AT, all, there), _mm512_set1_ps(v->s.decay));
+        __m512 w = load_there(x->w + AT, all, there);
+        if (v->s.decay != 1) w = _mm512_mul_ps(w, _mm512_set1_ps(v->s.decay));
         store_there(x->w + AT, _mm512_sub_ps(w, u[i]), all, there);
     }
     EACH nu[i] = _mm512_andnot_ps(sign, nu[i]);

@@ -91,32 +91,52 @@ static float entry(const struct block_sweep *s, int64_t a, int64_t i) {
     return s->t->accumulator[a][s->base[STORED][a] + i * s->grids.stride[STORED][a][s->d]];
 }
 
-/* Go through the part's entries of accumulator a >= d, in the order of memory, and ... */
+/* Raise n entries to others. */
+static void raise(int64_t n, int32_t *entries, int64_t stride, const int32_t *others) {
+    if (stride == 1) /* a loop that compilers vectorize */
+        for (int64_t i = 0; i < n; i++) entries[i] = larger(entries[i], others[i]);
+    else
+        for (int64_t i = 0; i < n; i++) entries[i * stride] = larger(entries[i * stride], others[i]);
+}
+
 enum way { LESSER, FACTOR, GATHER };
 
+/* Go through the part's entries of accumulator a >= d in the order of memory: lower `out` to them; or set it to them, over
+ * the tile's if they are `divided`; or raise those gathered aside to the peaks. */
 INLINE void trail(struct block_sweep *s, int64_t a, enum way way, float *out, int divided) {
     const struct box *b = s->b;
-    const int64_t which = way == GATHER ? ASIDE : STORED, d = s->d, block = s->t->block;
+    const int64_t which = way == GATHER ? ASIDE : STORED, d = s->d;
     const int64_t along = s->grids.stride[which][a][d], step = a == d ? 0 : s->grids.stride[which][a][a];
-    int64_t repeat = a == d ? s->inner : product(b->shape, a + 1, s->t->dims);
-    int64_t count = a == d ? 1 : b->shape[a], outer = s->inner / repeat / count;
-    int64_t left = block - (s->t->extent_start[d] + s->index[d]) % block, i = 0, at = 0;
+    const int64_t repeat = a == d ? s->inner : product(b->shape, a + 1, s->t->dims);
+    const int64_t count = a == d ? 1 : b->shape[a], outer = s->inner / repeat / count;
     const float *entries = s->t->accumulator[a] + s->base[STORED][a];
     int32_t *aside = s->aside + s->base[ASIDE][a];
-    for (int64_t c = 0; c < s->columns; c++) {
-        for (int64_t o = 0; o < outer; o++)
-            for (int64_t r = 0; r < count; r++) {
-                int64_t place = (a == d ? c : i) * along + r * step;
-                if (way == GATHER) {
-                    int32_t top = aside[place];
-                    for (int64_t y = 0; y < repeat; y++) top = larger(top, s->peaks[at++]);
-                    aside[place] = top;
-                } else {
-                    float value = divided ? entries[place] / s->tiles[i] : entries[place];
-                    for (int64_t y = 0; y < repeat; y++, at++) out[at] = way == LESSER ? lesser(out[at], value) : value;
-                }
+    if (way == GATHER && s->inner == 1 && a == d) {
+        raise(s->columns, aside, along, s->peaks);
+        return;
+    }
+    int64_t end = s->t->block - (s->t->extent_start[d] + s->index[d]) % s->t->block, at = 0;
+    for (int64_t i = 0, c = 0; i < s->blocks; i++, end += s->t->block) {
+        int64_t stop = smaller(end, s->columns);
+        if (way != GATHER && s->inner == 1 && a == d && along == 1) {
+            for (; c < stop; c++) {
+                float value = divided ? entries[c] / s->tiles[i] : entries[c];
+                out[c] = way == LESSER ? lesser(out[c], value) : value;
             }
-        if (--left == 0) left = block, i++;
+            continue;
+        }
+        for (; c < stop; c++)
+            for (int64_t r = 0; r < outer * count; r++) {
+                int64_t place = (a == d ? c : i) * along + r % count * step;
+                int32_t top = 0;
+                float value = way == GATHER ? 0 : divided ? entries[place] / s->tiles[i] : entries[place];
+                for (int64_t y = 0; y < repeat; y++, at++) {
+                    if (way == GATHER) top = larger(top, s->peaks[at]);
+                    if (way == LESSER) out[at] = lesser(out[at], value);
+                    if (way == FACTOR) out[at] = value;
+                }
+                if (way == GATHER) aside[place] = larger(aside[place], top);
+            }
     }
 }
 
@@ -153,14 +173,17 @@ static void end_rows(struct block_sweep *s) {
 /* The covers of a row's blocks. */
 static void cover_row(struct block_sweep *s) {
     const struct tensor *t = s->t;
-    for (int64_t i = 0; i < s->blocks; i++) {
-        if (!s->pass.settings.product) {
-            s->covers[i] = s->tiles[i];
-            for (int64_t a = 0; a < s->d; a++) s->covers[i] = lesser(s->covers[i], entry(s, a, i));
-            continue;
-        }
-        s->covers[i] = t->order[0] ? entry(s, 0, i) / s->tiles[i] : entry(s, 0, i);
-        for (int64_t a = 1; a < s->d; a++) s->covers[i] *= entry(s, a, i) / s->tiles[i];
+    const int64_t n = s->blocks;
+    if (!s->pass.settings.product) memcpy(s->covers, s->tiles, (size_t)n * sizeof(float));
+    for (int64_t a = 0; a < s->d; a++) {
+        const float *entries = t->accumulator[a] + s->base[STORED][a];
+        const int64_t stride = s->grids.stride[STORED][a][s->d];
+        if (!s->pass.settings.product)
+            for (int64_t i = 0; i < n; i++) s->covers[i] = lesser(s->covers[i], entries[i * stride]);
+        else if (t->order[a] == 0)
+            for (int64_t i = 0; i < n; i++) s->covers[i] = entries[i * stride];
+        else
+            for (int64_t i = 0; i < n; i++) s->covers[i] = (a ? s->covers[i] : 1) * (entries[i * stride] / s->tiles[i]);
     }
 }
 
@@ -201,9 +224,7 @@ static void step_part(struct block_sweep *s, const int64_t *at) {
     step_stretch(&s->pass, at, x);
     for (int64_t a = 0; a <= t->dims; a++) {
         if (a >= s->d && a < t->dims) continue;
-        int32_t *aside = s->aside + s->base[ASIDE][a];
-        int64_t stride = s->grids.stride[ASIDE][a][s->d];
-        for (int64_t i = 0; i < s->blocks; i++) aside[i * stride] = larger(aside[i * stride], s->tops[i]);
+        raise(s->blocks, s->aside + s->base[ASIDE][a], s->grids.stride[ASIDE][a][s->d], s->tops);
     }
 }
 

@@ -189,6 +189,7 @@ class CpuWork:
         first = [entries[0] for entries in self._operands.entries_of]
         self._table = array("q", bytes(8 * PARAM_FIELDS * len(first)))
         self._table[2::PARAM_FIELDS] = array("q", [entry.step.data_ptr() for entry in first])
+        self._table[3::PARAM_FIELDS] = array("q", array("d", [1.0] * len(first)).tobytes())
         # (A Python float costs less to read this way than from a tensor.)
         self._steps = [(entry.group, ctypes.c_float.from_address(entry.step.data_ptr())) for entry in first]
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -252,7 +253,8 @@ class CpuWork:
         self._table[0::PARAM_FIELDS] = array("q", addresses)
         addresses, kept, eager = operands.grads()
         self._table[1::PARAM_FIELDS] = array("q", addresses)
-        self._table[3::PARAM_FIELDS] = self._corrections()
+        if any(group["bias_correction"] for group in self._groups):
+            self._table[3::PARAM_FIELDS] = self._corrections()
         for tensor, entry in self._released:
             _point(tensor, entry, fused.memory_order(entry, adapters.local(entry.param)))
         for target, group in zip(self._group_settings, self._groups, strict=True):
