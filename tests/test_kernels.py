@@ -115,6 +115,18 @@ def test_the_c_backend_gives_the_bits_of_eager(dtype, settings):
 
 
 @needs_c
+@pytest.mark.parametrize("settings", [{"momentum": 0.9}, RECIPE | {"cover_block": 32, "cover_product": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stochastic_rounding(dtype, settings):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [s for s in SHAPES if len(s) < 2 or 1 not in s]  # dimensions of length 1 are moved to the end
+    weights = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    grads = [[gradient(s, dtype, generator, special) for s in shapes] for special in (False, False, True)]
+    narrow = {"momentum_dtype": torch.bfloat16, "stochastic_rounding": True, "rounding_seed": (1 << 63) + 12345}
+    compare(weights, grads, **settings, **narrow)
+
+
+@needs_c
 def test_gradients_may_be_missing_in_any_step():
     generator = torch.Generator().manual_seed(0)
     shapes = [(300, 40), (7,), (50, 6, 5), (64, 64)]

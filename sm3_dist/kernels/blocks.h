@@ -221,7 +221,7 @@ static void step_part(struct block_sweep *s, const int64_t *at) {
         for (int64_t i = 0; i < s->blocks; i++) s->covers[i] = 1;
         x.floors = s->staged;
     }
-    step_stretch(&s->pass, at, x);
+    step_stretch(&s->pass, s->b, at, x);
     for (int64_t a = 0; a <= t->dims; a++) {
         if (a >= s->d && a < t->dims) continue;
         raise(s->blocks, s->aside + s->base[ASIDE][a], s->grids.stride[ASIDE][a][s->d], s->tops);

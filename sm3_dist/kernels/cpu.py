@@ -43,6 +43,7 @@ class _Settings(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("unscale", "limit")),
         *((name, ctypes.c_int32) for name in ("simple", "shaped", "nesterov", "root", "product")),
         *((name, ctypes.c_double) for name in ("update_rms", "first_square")),
+        ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in ("correction", "scale", "per_one", "cap")),
     )
 
@@ -70,6 +71,9 @@ class _Tensor(ctypes.Structure):
         ("order", _integers),
         ("extent_start", _integers),
         ("extent", _integers),
+        ("shape", _integers),
+        ("rounds", ctypes.c_int64),
+        ("number", ctypes.c_int64),
         ("accumulator", ctypes.c_void_p * (DIMS + 1)),
         ("moment", ctypes.c_void_p),
         ("whole_numel", ctypes.c_double),
@@ -151,6 +155,10 @@ def _warn_once(reason: str) -> None:
 def refusal(entry: Entry) -> str | None:
     """Why the C backend cannot step this tensor; ``None`` if it can."""
     reason = fused.refusal(entry, "cpu")
+    if reason is None and entry.rounds:
+        order = fused.memory_order(entry, adapters.local(entry.param))
+        if order != sorted(order):
+            reason = "it is rounded stochastically, and its dimensions do not lie in memory in their order."
     if reason is None and _aside(entry) > MOST_ASIDE:
         reason = f"more than {MOST_ASIDE} entries of its accumulators would have to be gathered at a time."
     if reason is None and (reason := unavailable()) is not None:
@@ -219,8 +227,10 @@ class CpuWork:
         tensor.type[MOMENT] = NO_MOMENTUM if momentum is None else TYPES[momentum.dtype]
         tensor.moment = 0 if momentum is None else momentum.data_ptr()
         tensor.dims, tensor.boxes, tensor.numel = len(order), len(shard.boxes), shard.numel
+        tensor.rounds, tensor.number = entry.rounds, entry.number
         tensor.block = (shard.cover_block or 0) if len(order) > 1 else 0
         for i, dim in enumerate(order):
+            tensor.shape[i] = shard.shape[dim]
             tensor.order[i], tensor.stored[i] = dim, shard.stored[dim].numel
             tensor.extent_start[i], tensor.extent[i] = shard.extent.start[dim], shard.extent.shape[dim]
         if (squares := entry.squares) is not None:
@@ -302,6 +312,7 @@ def _write(target: Any, s: Settings, group: Mapping[str, Any]) -> None:
     target.simple = not (s.maximize and not s.momentum) and target.decay == 1 and s.beta == 0 and target.unscale == 1
     target.nesterov, target.root, target.product = s.nesterov, s.update_power == 0.5, s.cover_product
     target.limit = math.inf
+    target.seed = group["rounding_seed"] or 0
     rms = group["update_rms"]
     if rms is not None:
         target.limit, target.update_rms, target.first_square = 1.0, rms, first_rms_of(group) ** 2

@@ -34,8 +34,6 @@ def refusal(entry: Entry, device: str) -> str | None:
         return f"its momentum is {momentum.dtype}."
     if len(entry.shard.shape) > DIMS:
         return f"it has more than {DIMS} dimensions."
-    if entry.rounds:
-        return "it has no stochastic rounding yet."
     last = memory_order(entry, weight)[-1]
     for view in [*entry.shard.views(weight), *([] if momentum is None else entry.shard.state_views(momentum))]:
         if view.shape[last] > 1 and view.stride(last) != 1:

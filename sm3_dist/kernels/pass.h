@@ -28,6 +28,7 @@ static struct pass pass_over(const struct step *step, const struct tensor *t) {
     struct settings *s = &p.settings;
     s->correction = (float)p.param->correction;
     s->scale = 1;
+    s->shaped |= t->rounds != 0;
     if (t->partial) {
         double per_one = t->cap / (32 * 32);
         double mean = *t->total > 0 ? (double)*t->total / (per_one * t->whole_numel) : s->first_square;
@@ -62,27 +63,73 @@ static void advance(struct stretch *x) {
     x->peaks += x->n;
 }
 
-/* A stretch from element `at` on. What is not float32 is brought there and back, as much at a time as stays in cache. */
-static void step_stretch(struct pass *p, const int64_t *at, struct stretch x) {
+/* The noise of n <= TILE elements of a box, from number `skip` after element `at` on. Dimensions lie in memory in their
+ * order, so the distance from the first element of the box tells the indices. */
+static void make_noise(const struct pass *p, const struct box *b, int64_t at, int64_t skip, int64_t n, int stream,
+                       uint32_t *noise) {
     const struct tensor *t = p->t;
-    int64_t type = t->type[WEIGHT], grad_type = t->type[GRAD], moment_size = size_of(t->type[MOMENT]), rest = x.n;
-    char *w = p->param->weight + at[WEIGHT] * size_of(type);
+    int64_t last = t->dims - 1, index[DIMS], rest = at - b->offset[WEIGHT];
+    uint32_t words[TILE / 2 + 8];
+    struct philox philox = {0, (uint32_t)t->number | (uint32_t)stream << 31, (uint32_t)*p->param->step, p->settings.seed};
+    for (int64_t e = 0; e <= last; e++) {
+        index[e] = b->shape[e] == 1 ? 0 : rest / b->stride[WEIGHT][e];
+        rest -= index[e] * b->stride[WEIGHT][e];
+    }
+    for (index[last] += skip; n > 0;) {
+        for (int64_t e = last; e > 0; e--) {
+            index[e - 1] += index[e] / b->shape[e];
+            index[e] %= b->shape[e];
+        }
+        int64_t row = 0;
+        for (int64_t e = 0; e < last; e++) row = row * t->shape[e] + t->extent_start[e] + b->start[e] + index[e];
+        philox.row = (uint32_t)row;
+        int64_t column = t->extent_start[last] + b->start[last] + index[last];
+        int64_t length = smaller(n, b->shape[last] - index[last]), phase = column % 8;
+        p->width->words((phase + length + 7) / 8, (uint32_t)(column / 8), &philox, words);
+        for (int64_t j = 0; j < length; j++)
+            noise[j] = words[(phase + j) / 2] >> 16 * ((phase + j) % 2) & 0xffff;
+        noise += length;
+        n -= length;
+        index[last] += length;
+    }
+}
+
+/* A stretch from element `at` on. What is not float32 is brought there and back, as much at a time as stays in cache. */
+static void step_stretch(struct pass *p, const struct box *b, const int64_t *at, struct stretch x) {
+    const struct tensor *t = p->t;
+    const struct width *width = p->width;
+    int64_t type = t->type[WEIGHT], grad_type = t->type[GRAD], moment_type = t->type[MOMENT], rest = x.n, done = 0;
+    int rounds_weight = t->rounds && type == BFLOAT16, rounds_moment = t->rounds && moment_type == BFLOAT16;
+    char *w = p->param->weight + at[WEIGHT] * size_of(type), *m = t->moment + at[MOMENT] * size_of(moment_type);
     const char *g = p->param->grad + at[GRAD] * size_of(grad_type);
-    int kind = kind_of_stretch(t->type[MOMENT], &p->settings, p->settings.product && t->block);
-    float weights[TILE], grads[TILE];
-    x.m = t->moment + at[MOMENT] * moment_size;
+    int direct = type == FLOAT32 && grad_type == FLOAT32 && !rounds_moment;
+    int kind = kind_of_stretch(rounds_moment ? FLOAT32 : moment_type, &p->settings, p->settings.product && t->block);
+    float weights[TILE], grads[TILE], moments[TILE];
+    uint32_t noise[TILE];
     x.settings = &p->settings;
     for (; rest > 0; rest -= x.n) {
-        x.n = type == FLOAT32 && grad_type == FLOAT32 ? rest : smaller(rest, TILE);
+        x.n = direct ? rest : smaller(rest, TILE);
         x.w = type == FLOAT32 ? (float *)w : weights;
         x.g = grad_type == FLOAT32 ? (const float *)g : grads;
-        if (type != FLOAT32) p->width->widen(x.n, weights, w, type);
-        if (grad_type != FLOAT32) p->width->widen(x.n, grads, g, grad_type);
-        p->width->stretch(kind, &x);
-        if (type != FLOAT32) p->width->narrow(x.n, w, weights, type);
+        x.m = rounds_moment ? (char *)moments : m;
+        if (type != FLOAT32) width->widen(x.n, weights, w, type);
+        if (grad_type != FLOAT32) width->widen(x.n, grads, g, grad_type);
+        if (rounds_moment) width->widen(x.n, moments, m, BFLOAT16);
+        width->stretch(kind, &x);
+        if (rounds_moment) {
+            make_noise(p, b, at[WEIGHT], done, x.n, 1, noise);
+            width->scatter(x.n, (uint16_t *)m, moments, noise);
+        }
+        if (rounds_weight) {
+            make_noise(p, b, at[WEIGHT], done, x.n, 0, noise);
+            width->scatter(x.n, (uint16_t *)w, weights, noise);
+        } else if (type != FLOAT32) {
+            width->narrow(x.n, w, weights, type);
+        }
         w += x.n * size_of(type);
         g += x.n * size_of(grad_type);
-        x.m = (char *)x.m + x.n * moment_size;
+        m += x.n * size_of(moment_type);
+        done += x.n;
         advance(&x);
     }
     p->squares += x.squares;

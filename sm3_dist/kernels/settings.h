@@ -17,7 +17,8 @@ struct settings { /* of one param group in one step; the last ones of one tensor
     int32_t product;      /* cover_product */
     double update_rms;    /* 0 for none */
     double first_square;  /* of the root mean square of a first update */
-    /* Of one tensor, filled in by set_tensor(). */
+    uint64_t seed;        /* of stochastic rounding */
+    /* Of one tensor, filled in by pass_over(). */
     float correction;     /* for the moving average's start at 0 */
     float scale;          /* of updates */
     float per_one, cap;   /* units of a square of 1, and the largest square in units */

@@ -21,7 +21,7 @@ static int32_t run(struct sweep *s, int64_t n, const int64_t *at, float floor, c
     int32_t top = 0;
     if (s->pass.settings.shaped) {
         struct stretch x = {.n = n, .block = n, .covers = &floor, .floors = floors, .peaks = peaks, .tops = &top};
-        step_stretch(&s->pass, at, x);
+        step_stretch(&s->pass, s->b, at, x);
         return top;
     }
     for (int64_t j = 0; j < n; j += TILE) {

@@ -22,6 +22,8 @@ struct tensor {
     int64_t stored[DIMS]; /* entries of each accumulator */
     int64_t order[DIMS];  /* dimension of the original tensor that each one is; in memory the last changes fastest */
     int64_t extent_start[DIMS], extent[DIMS]; /* the smallest box that contains all, in the original tensor */
+    int64_t shape[DIMS];                      /* of the original tensor */
+    int64_t rounds, number;                   /* whether to round to bfloat16 stochastically; the tensor's number */
     float *accumulator[DIMS + 1];             /* by dimension, then of the tiles */
     char *moment;
     double whole_numel;       /* elements of the whole tensor */

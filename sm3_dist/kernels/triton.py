@@ -193,6 +193,8 @@ def refusal(entry: Entry) -> str | None:
     """Why the Triton backend cannot step this tensor; ``None`` if it can."""
     if (reason := unavailable() or fused.refusal(entry, "cpu" if interpreting() else "cuda")) is not None:
         return reason
+    if entry.rounds:
+        return "it has no stochastic rounding yet."
     options = ("bias_correction", "nesterov", "update_rms", "cover_block")
     if any(entry.group[option] for option in options) or entry.group["update_power"] != 1:
         return "of bias_correction, nesterov, update_power, update_rms and cover_block the Triton kernel has none yet."

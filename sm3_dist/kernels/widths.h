@@ -2,6 +2,7 @@
 
 #include "rows.h"
 #include "shaped.h"
+#include "noise.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define X86
@@ -32,6 +33,12 @@ INLINE void narrow_of(int64_t n, void *restrict to, const float *restrict from, 
         if (type == FLOAT32) narrow_of(n, to, from, FLOAT32);                                                        \
         if (type == BFLOAT16) narrow_of(n, to, from, BFLOAT16);                                                      \
         if (type == FLOAT16) narrow_of(n, to, from, FLOAT16);                                                        \
+    }                                                                                                                \
+    target static void words_##width(int64_t groups, uint32_t first, const struct philox *p, uint32_t *words) {      \
+        random_words(groups, first, p, words);                                                                       \
+    }                                                                                                                \
+    target static void scatter_##width(int64_t n, uint16_t *to, const float *from, const uint32_t *noise) {          \
+        round_randomly(n, to, from, noise);                                                                          \
     }
 #define WIDTH(width, target)                                                                                         \
     target ROW_FUNCTION(row_##width)                                                                                 \
@@ -44,6 +51,8 @@ struct width {
     stretch_function *stretch;
     void (*widen)(int64_t n, float *to, const void *from, int64_t type);
     void (*narrow)(int64_t n, void *to, const float *from, int64_t type);
+    void (*words)(int64_t groups, uint32_t first, const struct philox *p, uint32_t *words);
+    void (*scatter)(int64_t n, uint16_t *to, const float *from, const uint32_t *noise);
 };
 
 #define STRETCH(m_, root_, product_) stretch_of(m_, root_, product_, x)
@@ -55,7 +64,7 @@ WIDTH(avx2, __attribute__((target("avx2"))))
 WIDTH(avx512, __attribute__((target(AVX512))))
 #endif
 
-#define NAMED(width) {#width, row_##width, stretch_##width, widen_##width, narrow_##width}
+#define NAMED(width) {#width, row_##width, stretch_##width, widen_##width, narrow_##width, words_##width, scatter_##width}
 static const struct width widths[] = {
     NAMED(baseline),
 #ifdef X86

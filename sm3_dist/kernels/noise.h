@@ -1,0 +1,35 @@
+/* Stochastic rounding to bfloat16, by the random numbers of rounding.py. */
+
+struct philox { /* counter and key of one row */
+    uint32_t row, tensor, step;
+    uint64_t seed;
+};
+
+/* Four random words for each of some groups of elements, from number `first` on: Philox4x32-10. */
+INLINE void random_words(int64_t groups, uint32_t first, const struct philox *p, uint32_t *restrict words) {
+    const uint32_t row = p->row, tensor = p->tensor, step = p->step;
+    const uint32_t low = (uint32_t)p->seed, high = (uint32_t)(p->seed >> 32);
+    for (int64_t i = 0; i < groups; i++) {
+        uint32_t c0 = first + (uint32_t)i, c1 = row, c2 = tensor, c3 = step, k0 = low, k1 = high;
+        for (int round = 0; round < 10; round++, k0 += 0x9e3779b9u, k1 += 0xbb67ae85u) {
+            uint64_t p0 = (uint64_t)c0 * 0xd2511f53u, p1 = (uint64_t)c2 * 0xcd9e8d57u;
+            c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
+            c1 = (uint32_t)p1;
+            c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+            c3 = (uint32_t)p0;
+        }
+        words[4 * i] = c0;
+        words[4 * i + 1] = c1;
+        words[4 * i + 2] = c2;
+        words[4 * i + 3] = c3;
+    }
+}
+
+/* Away from zero if the noise, added to the bits that are dropped, carries over. */
+INLINE void round_randomly(int64_t n, uint16_t *restrict to, const float *restrict from,
+                           const uint32_t *restrict noise) {
+    for (int64_t j = 0; j < n; j++) {
+        uint32_t rounded = ((union bits){.f = from[j]}).u + noise[j];
+        to[j] = (uint16_t)(from[j] != from[j] ? 0x7fc0 : rounded >> 16);
+    }
+}
