@@ -69,7 +69,7 @@ def _lead(store: Store, place: str, ranks: Sequence[int], message: str, timeout:
     token = f"{place}/{uuid.uuid4().hex}"
     leader, *absent = ranks
     messages, answered = {leader: message}, set()
-    deadline, pause = time.monotonic() + timeout.total_seconds(), 0.001
+    deadline, pause = time.monotonic() + timeout.total_seconds(), 0.0002
     while absent:
         for rank in absent:
             if store.check([f"{token}/message/{rank}"]):

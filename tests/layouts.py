@@ -158,11 +158,24 @@ def give(param: Tensor, grad: Tensor | None) -> None:
     if grad is None:
         param.grad = None
     elif isinstance(param, DTensor):
-        replicas = [Replicate()] * param.device_mesh.ndim
-        whole = DTensor.from_local(grad, param.device_mesh, replicas, run_check=False)
-        param.grad = whole.redistribute(placements=param.placements)
+        param.grad = sharded_like(param, grad)
     else:
         param.grad = grad.clone()
+
+
+def sharded_like(like: DTensor, whole: Tensor) -> DTensor:
+    """A tensor that every rank has, cut as another is; nothing is sent."""
+    replicas = [Replicate()] * like.device_mesh.ndim
+    return DTensor.from_local(whole, like.device_mesh, replicas, run_check=False).redistribute(
+        placements=like.placements
+    )
+
+
+def same(tensor: Tensor, whole: Tensor) -> bool:
+    """Whether what this rank has of a parameter or of a state tensor is its part of the whole one, to the last bit."""
+    if isinstance(tensor, DTensor):
+        return tensor.shape == whole.shape and torch.equal(tensor.to_local(), sharded_like(tensor, whole).to_local())
+    return torch.equal(tensor.detach(), whole)
 
 
 def full(tensor: Tensor) -> Tensor:

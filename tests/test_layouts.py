@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Pool
-from layouts import LAYOUTS, Tensors, cases, full, give
+from layouts import LAYOUTS, Tensors, cases, full, give, same
 from torch import Tensor
 
 from sm3_dist import SM3
@@ -45,12 +45,12 @@ def compare_with_reference(name: str, dtype: torch.dtype, options: dict[str, Any
         optimizer.step()
     for number, (param, weight, state) in enumerate(zip(model.parameters(), whole, states, strict=True)):
         where = f"{name}, {options}, parameter {number} of shape {tuple(weight.shape)}"
-        assert torch.equal(full(param), weight), where
+        assert same(param, weight), where
         held = optimizer.state[param]
         for i, accumulator in enumerate(state.accumulators):
-            assert torch.equal(full(held[f"accumulator_{i}"]), accumulator), f"{where}, accumulator {i}"
+            assert same(held[f"accumulator_{i}"], accumulator), f"{where}, accumulator {i}"
         if options["momentum"]:
-            assert torch.equal(full(held["momentum_buffer"]), state.momentum_buffer), where
+            assert same(held["momentum_buffer"], state.momentum_buffer), where
         assert held["step"] == sum(gradient(step, number, weight.shape) is not None for step in range(STEPS)), where
 
 
@@ -101,9 +101,9 @@ def states_of_a_mixed_model(shard_covers: bool) -> None:
         optimizer.step()
     assert len(optimizer._current_plan().buckets) == 1
     for param, weight, state in zip(model.parameters(), whole, states, strict=True):
-        assert torch.equal(full(param), weight)
+        assert same(param, weight)
         for i, accumulator in enumerate(state.accumulators):
-            assert torch.equal(full(optimizer.state[param][f"accumulator_{i}"]), accumulator)
+            assert same(optimizer.state[param][f"accumulator_{i}"], accumulator)
 
 
 @pytest.mark.parametrize("shard_covers", [False, True])

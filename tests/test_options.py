@@ -10,7 +10,7 @@ import torch
 from harness import Pool
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import LAYOUTS, Tensors, cases, full, give
+from layouts import LAYOUTS, Tensors, cases, full, give, same
 from test_layouts import STEPS, gradient
 from test_maths import gradients, trained
 from torch import Tensor
@@ -75,7 +75,7 @@ def compare_with_reference(
     held, plan = optimizer.state, optimizer._current_plan()
     for entry, param, weight, state in zip(plan.entries, model.parameters(), whole, states, strict=True):
         where = f"{name}, {options}, shape {tuple(weight.shape)}"
-        assert torch.equal(full(param), weight), where
+        assert same(param, weight), where
         for i, (part, accumulator) in enumerate(zip(entry.accumulators, state.accumulators, strict=True)):
             rectangle = entry.shard.stored[i]
             grid = [n if d == i else 1 for d, n in enumerate(weight.shape)] if block is None else accumulator.shape
