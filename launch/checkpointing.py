@@ -90,7 +90,9 @@ class Checkpoints:
             return
         self.finish()
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")  # its own: training uses the others at the same time
+            group = dist.new_group(backend="gloo")  # its own: training uses the others at the same time
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
         stager = DefaultStager(StagingOptions(False, False, False, False))
         copy = stager.stage({"train": self.state.state_dict(cpu_offload=True)})
         assert not isinstance(copy, Future)

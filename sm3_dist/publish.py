@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from sm3_dist.adapters.zero import Partition
 from sm3_dist.box import Box, flat_boxes
+from sm3_dist.groups import wait
 
 BUCKET_BYTES = 25_000_000
 """Size of a bucket: the parts of all ranks together."""
@@ -106,7 +107,7 @@ class Gather:
 
     def finish(self) -> None:
         """Wait for it, and overwrite the weights of the other ranks' ranges."""
-        self._work.wait()
+        wait([self._work])
         for message in self._others:
             message.unpack()
 
@@ -140,8 +141,7 @@ class Broadcasts:
 
     def finish(self) -> None:
         """Wait for all of them, and overwrite the weights that came in buffers."""
-        for work in self._works:
-            work.wait()
+        wait(self._works)
         for message in self._received:
             message.unpack()
 

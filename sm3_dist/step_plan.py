@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from sm3_dist import adapters, kernels
 from sm3_dist.bucket import MaxBucket, Slot, SumBucket
+from sm3_dist.groups import new_group
 from sm3_dist.param_groups import correction_of, first_rms_of
 from sm3_dist.publish import Parts, Publisher
 from sm3_dist.rms import SquareSum
@@ -168,7 +169,7 @@ class StepPlan:
         holders = {tuple(sorted(entry.shard.ranks)): entry for entry in self.entries if entry.shard.ranks}
         for ranks in sorted(holders, key=lambda ranks: (len(ranks), ranks)):  # smaller sets lie within larger ones
             if ranks not in self._groups:
-                self._groups[ranks] = dist.new_group(ranks, use_local_synchronization=True)
+                self._groups[ranks] = new_group(ranks)
             flag = torch.tensor(float(found), device=adapters.local(holders[ranks].param).device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups[ranks])
             found = bool(flag)

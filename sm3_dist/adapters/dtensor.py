@@ -17,7 +17,6 @@ from functools import lru_cache, partial
 from itertools import product
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -25,6 +24,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from sm3_dist.box import Box, overlaps
 from sm3_dist.cover import accumulator_count, grid, touched
+from sm3_dist.groups import new_group
 from sm3_dist.shard import LocalShard, Peers, Shared, in_words
 
 Run = tuple[int, int]
@@ -247,4 +247,4 @@ def _peers(mesh: DeviceMesh, dims: tuple[int, ...]) -> Peers:
     members = _members(mesh, dims, tuple(here))
     if len(dims) == 1:
         return Peers(members, partial(mesh.get_group, dims[0]))
-    return Peers(members, partial(dist.new_group, members, use_local_synchronization=True))
+    return Peers(members, partial(new_group, members))
