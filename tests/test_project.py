@@ -53,3 +53,10 @@ def test_every_module_is_imported_where_only_torch_is_installed():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert "sm3_dist.optimizer" in result.stdout.splitlines()
+
+
+def test_every_header_of_the_kernel_compiles_it_anew():
+    headers = [path.name for path in (ROOT / "sm3_dist" / "kernels").glob("*.h")]
+    listed = (ROOT / "pyproject.toml").read_text()
+    assert headers
+    assert [name for name in headers if f'"sm3_dist/kernels/{name}"' not in listed] == []
