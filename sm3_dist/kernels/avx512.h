@@ -56,6 +56,7 @@ AVX512_INLINE void step_vectors(int moment, int root, int product, int count, in
                                 const struct stretch *x, int64_t j, struct stretch_state *v) {
     const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
     __m512 g[COUNT], nu[COUNT], u[COUNT], mean[COUNT], old[COUNT];
+    if (all) prefetch(x->w, FLOAT32, x->g, FLOAT32, x->m, moment, j, 16 * count);
     EACH g[i] = load_there(x->g + AT, all, there);
     if (v->s.unscale != 1) EACH g[i] = _mm512_mul_ps(g[i], _mm512_set1_ps(v->s.unscale));
     EACH old[i] = load_there(x->floors + AT, all, there);

@@ -5,7 +5,10 @@
  *
  * A tensor is swept row by row. The accumulator of dimension 0 is complete, and overwritten, as a row ends. Those of the
  * other dimensions are still read by later rows: their maxima are gathered aside and written at the end. Where a tensor is
- * cut between threads, each gathers its own, and the maximum of both is taken after all have finished.
+ * cut between shares, each gathers its own, and the maximum of both is taken after all have finished.
+ *
+ * Threads take one share of the elements after another, ever smaller ones, so that they end together though one of them
+ * began late or has the slower tensors.
  *
  * (Slices. What is different with block covers says blocks.h.)
  *
@@ -30,14 +33,33 @@
 #include "slices.h"
 #include "blocks.h"
 
-enum { MAX_THREADS = 256, GAP = 16 };
+enum { MAX_THREADS = 256, ROUNDS = 6, GAP = 16 };
 
-struct worker {
-    const struct step *step;
-    int64_t index;
-    const struct tensor *cut[2]; /* tensors of which other threads have a part: the first and the last one here */
+struct share { /* of all elements, of whichever thread takes it */
+    const struct tensor *cut[2]; /* tensors of which other shares have a part: the first and the last one here */
     int32_t *peaks[2];           /* their maxima so far */
 };
+
+struct team { /* of the threads of one step */
+    const struct step *step;
+    struct share *shares;
+    char *workspaces;
+    int64_t joined, taken; /* how many threads there are so far, and how many shares they took */
+};
+
+/* GOMP_parallel of the OpenMP runtime that PyTorch uses: calls a function on a number of its threads. */
+typedef void parallel_function(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
+
+static int64_t shares_for(int64_t threads) { return threads == 1 ? 1 : threads * ROUNDS; }
+
+/* The element with which a share begins: in each round threads share half of what is left, in the last one all. */
+static int64_t share_start(const struct step *step, int64_t index) {
+    int64_t threads = step->shares / ROUNDS;
+    if (index == 0 || index == step->shares) return index ? step->numel : 0;
+    int64_t round = index / threads, rest = step->numel >> round;
+    int64_t part = round == ROUNDS - 1 ? rest : rest / 2;
+    return step->numel - rest + part * (index % threads) / threads;
+}
 
 /* Sizes of the structs that cpu.py declares as well: a library compiled from other sources is told by them. */
 EXPORT int64_t sm3_layout(void) {
@@ -52,10 +74,10 @@ EXPORT const char *sm3_width(int i) {
 }
 
 /* Bytes of maxima gathered aside for the largest tensor, in whole cache lines. */
-static int64_t largest_aside(const struct tensor *tensors, int64_t count, int64_t threads) {
+static int64_t largest_aside(const struct tensor *tensors, int64_t count, int64_t shares) {
     int64_t most = 0;
     for (const struct tensor *t = tensors; t < tensors + count; t++) {
-        int64_t n = t->dims == 1 ? 0 : aside(t, first_aside(t, threads), t->dims);
+        int64_t n = t->dims == 1 ? 0 : aside(t, first_aside(t, shares), t->dims);
         if (t->block) n = strip_entries(t);
         if (n > most) most = n;
     }
@@ -64,9 +86,10 @@ static int64_t largest_aside(const struct tensor *tensors, int64_t count, int64_
 
 static const int64_t workspace_bytes = (BLOCK_WORKSPACE > 2 * LONG_ROW ? BLOCK_WORKSPACE : 2 * LONG_ROW) * sizeof(float);
 
-/* A thread needs room for the maxima of two tensors, the first and the last that it works on, and for some rows. */
+/* A share needs room for the maxima of two tensors, the first and the last in it; a thread, for some rows. */
 EXPORT int64_t sm3_scratch_bytes(const struct tensor *tensors, int64_t count, int64_t threads) {
-    return threads * (2 * largest_aside(tensors, count, threads) + workspace_bytes);
+    int64_t shares = shares_for(threads);
+    return shares * 2 * largest_aside(tensors, count, shares) + threads * workspace_bytes;
 }
 
 /* The strip of a tensor with block covers at which it may be cut, for element e. */
@@ -75,81 +98,98 @@ static int64_t strip_at(const struct tensor *t, int64_t e) {
     return e <= 0 ? 0 : e >= t->numel ? strips : (int64_t)((double)e / (double)t->numel * (double)strips);
 }
 
-static void *work(void *argument) {
-    struct worker *worker = argument;
-    const struct step *step = worker->step;
-    int64_t start = step->numel * worker->index / step->threads, stop = step->numel * (worker->index + 1) / step->threads;
-    int64_t room = (step->scratch_per_thread - workspace_bytes) / 2;
-    char *scratch = step->scratch + worker->index * step->scratch_per_thread, *workspace = scratch + 2 * room;
-    int64_t before = 0;
+static void work_on(const struct step *step, struct share *share, int64_t index, char *workspace) {
+    int64_t start = share_start(step, index), stop = share_start(step, index + 1), before = 0;
+    char *scratch = step->scratch + index * 2 * step->room;
     for (const struct tensor *t = step->tensors; t < step->tensors + step->count && before < stop; t++) {
         if (!step->params[t->param].grad || !t->numel) continue;
         if (before + t->numel > start && t->block) {
             int64_t from = strip_at(t, start - before), to = strip_at(t, stop - before);
-            int32_t *maxima = (int32_t *)(scratch + (before >= start) * room);
+            int32_t *maxima = (int32_t *)(scratch + (before >= start) * step->room);
             sweep_blocks(step, t, from, to, maxima, (float *)workspace);
         } else if (before + t->numel > start) {
-            struct piece from = cut_at(t, step->boxes, start - before, step->threads);
-            struct piece to = cut_at(t, step->boxes, smaller(stop - before, t->numel), step->threads);
+            struct piece from = cut_at(t, step->boxes, start - before, step->shares);
+            struct piece to = cut_at(t, step->boxes, smaller(stop - before, t->numel), step->shares);
             if (before + t->numel <= stop) to = (struct piece){t->boxes, 0};
             int is_cut = before < start || before + t->numel > stop, slot = before >= start;
-            int32_t *peaks = (int32_t *)(scratch + slot * room);
+            int32_t *peaks = (int32_t *)(scratch + slot * step->room);
             sweep_tensor(step, t, from, to, peaks, workspace);
             if (is_cut) {
-                worker->cut[slot] = t;
-                worker->peaks[slot] = peaks;
+                share->cut[slot] = t;
+                share->peaks[slot] = peaks;
             } else {
-                overwrite(t, peaks, step->threads);
+                overwrite(t, peaks, step->shares);
             }
         }
         before += t->numel;
     }
+}
+
+static void work(void *argument) {
+    struct team *team = argument;
+    char *workspace = team->workspaces + __atomic_fetch_add(&team->joined, 1, __ATOMIC_RELAXED) * workspace_bytes;
+    for (;;) {
+        int64_t index = __atomic_fetch_add(&team->taken, 1, __ATOMIC_RELAXED);
+        if (index >= team->step->shares) return;
+        work_on(team->step, team->shares + index, index, workspace);
+    }
+}
+
+static void *work_apart(void *team) {
+    work(team);
     return 0;
 }
 
-/* Put together the maxima of tensors that were cut between threads. */
-static void merge(struct worker *workers, int64_t threads) {
+/* Let `threads` threads work, of which one calls. Where another cannot be had, the others do its part. */
+static void work_together(struct team *team, int64_t threads, parallel_function *parallel) {
+    pthread_t handles[MAX_THREADS];
+    int started[MAX_THREADS];
+    if (parallel && threads > 1) {
+        parallel(work, team, (unsigned)threads, 0);
+        return;
+    }
+    for (int64_t i = 1; i < threads; i++) started[i] = pthread_create(&handles[i], 0, work_apart, team) == 0;
+    work(team);
+    for (int64_t i = 1; i < threads; i++)
+        if (started[i]) pthread_join(handles[i], 0);
+}
+
+/* Put together the maxima of tensors that were cut between shares. */
+static void merge(const struct share *shares, int64_t count) {
     const struct tensor *t = 0;
     int32_t *peaks = 0;
-    for (struct worker *w = workers; w < workers + threads; w++)
+    for (const struct share *share = shares; share < shares + count; share++)
         for (int slot = 0; slot < 2; slot++) {
-            if (!w->cut[slot] || w->cut[slot]->dims == 1) continue;
-            if (w->cut[slot] != t) {
-                if (t) overwrite(t, peaks, threads);
-                t = w->cut[slot];
-                peaks = w->peaks[slot];
+            if (!share->cut[slot] || share->cut[slot]->dims == 1) continue;
+            if (share->cut[slot] != t) {
+                if (t) overwrite(t, peaks, count);
+                t = share->cut[slot];
+                peaks = share->peaks[slot];
                 continue;
             }
-            int64_t n = aside(t, first_aside(t, threads), t->dims);
-            for (int64_t j = 0; j < n; j++) peaks[j] = larger(peaks[j], w->peaks[slot][j]);
+            int64_t n = aside(t, first_aside(t, count), t->dims);
+            for (int64_t j = 0; j < n; j++) peaks[j] = larger(peaks[j], share->peaks[slot][j]);
         }
-    if (t) overwrite(t, peaks, threads);
+    if (t) overwrite(t, peaks, count);
 }
 
 /* One step of every tensor whose param has a gradient; their step counters are raised by 1.
  *
- * scratch: sm3_scratch_bytes() bytes, aligned to 64, with the same number of threads. Threads live only as long as this
- * call: nothing is left to go wrong at a fork or at exit. Where one cannot be had, the calling thread does its part. */
+ * scratch: sm3_scratch_bytes() bytes, aligned to 64, with the same number of threads.
+ * parallel: how to have PyTorch's threads, which would otherwise be in the way: idle ones spin for milliseconds, in wait of
+ *     its next operation. Null: threads are made that live only as long as this call. */
 EXPORT void sm3_step(const struct tensor *tensors, int64_t count, const struct box *boxes, const struct param *params,
-                     int64_t param_count, const struct settings *settings, int64_t threads, int64_t width, char *scratch) {
-    struct step step = {tensors, boxes, params, settings, count, &widths[width], threads, 0, 0, scratch};
+                     int64_t param_count, const struct settings *settings, int64_t threads, int64_t width, char *scratch,
+                     parallel_function *parallel) {
+    struct step step = {tensors, boxes, params, settings, count, &widths[width], shares_for(threads), 0, 0, scratch};
+    struct share shares[MAX_THREADS * ROUNDS];
     for (const struct tensor *t = tensors; t < tensors + count; t++)
         if (params[t->param].grad) step.numel += t->numel;
-    step.scratch_per_thread = sm3_scratch_bytes(tensors, count, threads) / threads;
-    struct worker workers[MAX_THREADS];
-    pthread_t handles[MAX_THREADS];
-    int started[MAX_THREADS];
-    memset(workers, 0, sizeof workers);
-    for (int64_t i = threads - 1; i >= 0; i--) {
-        workers[i].step = &step;
-        workers[i].index = i;
-        started[i] = i && pthread_create(&handles[i], 0, work, &workers[i]) == 0;
-    }
-    for (int64_t i = 0; i < threads; i++)
-        if (!started[i]) work(&workers[i]);
-    for (int64_t i = 1; i < threads; i++)
-        if (started[i]) pthread_join(handles[i], 0);
-    merge(workers, threads);
+    step.room = largest_aside(tensors, count, step.shares);
+    memset(shares, 0, (size_t)step.shares * sizeof *shares);
+    struct team team = {&step, shares, scratch + step.shares * 2 * step.room, 0, 0};
+    work_together(&team, threads, parallel);
+    merge(shares, step.shares);
     for (const struct param *p = params; p < params + param_count; p++)
         if (p->grad && p->step) *p->step += 1.0f;
 }

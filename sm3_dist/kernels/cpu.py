@@ -1,7 +1,8 @@
 """The C backend: a whole step of all its tensors in one call of ``cpu.c``.
 
 The work list is made once. A step reads the addresses of weights and gradients, writes the hyperparameters of each
-param group, and calls the library, which works without the interpreter's lock on ``torch.get_num_threads()`` threads.
+param group, and calls the library, which works without the interpreter's lock on ``torch.get_num_threads()`` threads:
+those that PyTorch itself has, where its OpenMP runtime can be asked for them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import functools
 import importlib.machinery
 import math
+import os
 import warnings
 from array import array
 from collections.abc import Mapping, Sequence
@@ -35,6 +37,7 @@ NO_MOMENTUM = 3
 MOST_ASIDE = 1 << 20
 """Most accumulator entries whose maxima a thread gathers aside."""
 _integers = ctypes.c_int64 * DIMS
+_IMPORTED_BY = os.getpid()
 
 
 class _Settings(ctypes.Structure):
@@ -117,9 +120,24 @@ def _library() -> ctypes.CDLL | str:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.sm3_step.argtypes = (
         *(pointer, integer, pointer, pointer, integer, pointer),
-        *(integer, integer, pointer),
+        *(integer, integer, pointer, pointer),
     )
     return library
+
+
+@functools.cache
+def _parallel(process: int) -> int | None:
+    """Address of the function that calls another on PyTorch's threads; ``None`` where it cannot be had.
+
+    In a process that was forked the threads are missing, and waiting for them would never end.
+    """
+    if process != _IMPORTED_BY:
+        return None
+    try:
+        library = ctypes.CDLL(torch._C.__file__)  # what it depends on is looked through too
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
 
 
 def _layout_of(library: ctypes.CDLL) -> int:
@@ -292,7 +310,7 @@ class CpuWork:
         table, params = self._table.buffer_info()[0], len(self._operands.params)
         library.sm3_step(
             *(self._tensors, count, self._boxes, table, params, self._group_settings),
-            *(threads, self._width, self._scratch.data_ptr()),
+            *(threads, self._width, self._scratch.data_ptr(), _parallel(os.getpid())),
         )
 
 

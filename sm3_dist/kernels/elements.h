@@ -66,3 +66,18 @@ INLINE void store(void *p, int64_t j, float x, int type) {
 }
 
 INLINE int64_t size_of(int64_t type) { return type == FLOAT32 ? 4 : 2; }
+
+enum { LINE = 64, AHEAD = 4096 }; /* bytes */
+
+INLINE void prefetch_ahead(const void *p, int type, int64_t j, int64_t n) {
+    const char *from = (const char *)p + j * size_of(type) + AHEAD;
+    for (int64_t at = 0; at < n * size_of(type); at += LINE) __builtin_prefetch(from + at);
+}
+
+/* Ask for the memory of n elements from number j on, a page ahead. The processor itself looks ahead no further than the
+ * instructions that it has under way, and arithmetic fills that room. */
+INLINE void prefetch(const void *w, int weight, const void *g, int grad, const void *m, int moment, int64_t j, int64_t n) {
+    prefetch_ahead(w, weight, j, n);
+    prefetch_ahead(g, grad, j, n);
+    if (moment != NONE) prefetch_ahead(m, moment, j, n);
+}

@@ -7,9 +7,9 @@ struct step { /* what all threads share */
     const struct settings *settings;
     int64_t count;
     const struct width *width;
-    int64_t threads;
-    int64_t numel; /* of tensors with a gradient */
-    int64_t scratch_per_thread;
+    int64_t shares; /* that threads take, one after another */
+    int64_t numel;  /* of tensors with a gradient */
+    int64_t room;   /* bytes for the maxima of one tensor that are gathered aside */
     char *scratch;
 };
 

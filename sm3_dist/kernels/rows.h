@@ -2,30 +2,36 @@
  *
  * Raises peaks[j] to the bits of nu, and returns their maximum. The types are constants wherever this is inlined. */
 
+enum { STRIDE = 64 }; /* elements between prefetches */
+
 INLINE int32_t row_of(int weight, int grad, int moment, int simple, int64_t n, void *restrict w, const void *restrict g,
                       void *restrict m, float floor, const float *restrict floors, int32_t *restrict peaks,
                       const struct settings *settings) {
     const struct settings s = *settings;
     int32_t top = 0;
-    for (int64_t j = 0; j < n; j++) {
-        float x = load(g, j, grad);
-        if (!simple) x *= s.unscale;
-        float least = floor < floors[j] ? floor : floors[j]; /* floors[j] if that is NaN; floor never is */
-        float nu = x * x;
-        if (!simple) nu *= s.one_minus_beta, least *= s.beta;
-        nu += least;
-        float u = 1.0f / sqrtf(nu + s.eps) * x;
-        if (!simple || moment != NONE) u *= s.fresh;
-        if (moment != NONE) {
-            u = load(m, j, moment) * s.momentum + u;
-            store(m, j, u, moment);
+    for (int64_t from = 0, to; from < n; from = to) {
+        to = smaller(n, from + STRIDE);
+        prefetch(w, weight, g, grad, m, moment, from, STRIDE);
+        for (int64_t j = from; j < to; j++) {
+            float x = load(g, j, grad);
+            if (!simple) x *= s.unscale;
+            float least = floor < floors[j] ? floor : floors[j]; /* floors[j] if that is NaN; floor never is */
+            float nu = x * x;
+            if (!simple) nu *= s.one_minus_beta, least *= s.beta;
+            nu += least;
+            float u = 1.0f / sqrtf(nu + s.eps) * x;
+            if (!simple || moment != NONE) u *= s.fresh;
+            if (moment != NONE) {
+                u = load(m, j, moment) * s.momentum + u;
+                store(m, j, u, moment);
+            }
+            float v = load(w, j, weight);
+            if (!simple) v *= s.decay;
+            store(w, j, v - u * s.lr, weight);
+            int32_t b = bits_of(nu) & 0x7fffffff;
+            peaks[j] = larger(peaks[j], b);
+            top = larger(top, b);
         }
-        float v = load(w, j, weight);
-        if (!simple) v *= s.decay;
-        store(w, j, v - u * s.lr, weight);
-        int32_t b = bits_of(nu) & 0x7fffffff;
-        peaks[j] = larger(peaks[j], b);
-        top = larger(top, b);
     }
     return top;
 }

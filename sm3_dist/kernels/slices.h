@@ -170,7 +170,7 @@ static void sweep_tensor(const struct step *step, const struct tensor *t, struct
         .row_peaks = (int32_t *)workspace + LONG_ROW,
         .current = -1,
     };
-    int64_t first = first_aside(t, step->threads);
+    int64_t first = first_aside(t, step->shares);
     memset(peaks, 0, (size_t)aside(t, first, t->dims) * sizeof(int32_t));
     for (int64_t i = first; i < t->dims; i++) s.peaks[i] = peaks + aside(t, first, i);
     for (int64_t i = from.box; i < t->boxes && i <= to.box; i++) {
@@ -182,9 +182,9 @@ static void sweep_tensor(const struct step *step, const struct tensor *t, struct
     finish(&s.pass);
 }
 
-static void overwrite(const struct tensor *t, const int32_t *peaks, int64_t threads) {
+static void overwrite(const struct tensor *t, const int32_t *peaks, int64_t shares) {
     if (t->dims == 1) return;
-    for (int64_t i = first_aside(t, threads); i < t->dims; i++) {
+    for (int64_t i = first_aside(t, shares); i < t->dims; i++) {
         memcpy(t->accumulator[i], peaks, (size_t)t->stored[i] * sizeof(float));
         peaks += t->stored[i];
     }

@@ -38,7 +38,7 @@ struct param { /* what may differ in every step */
     double correction; /* for the start of the moving average of squared gradients */
 };
 
-struct piece { /* rows of a tensor that one thread works through, from one position to another */
+struct piece { /* rows of a tensor to be worked through, from one position to another */
     int64_t box, row;
 };
 
@@ -49,8 +49,8 @@ static int64_t aside(const struct tensor *t, int64_t first, int64_t i) {
     return n;
 }
 
-/* First dimension whose maxima are gathered aside. Dimension 0 is not, unless it is so short that threads share rows. */
-static int64_t first_aside(const struct tensor *t, int64_t threads) { return t->stored[0] < 16 * threads ? 0 : 1; }
+/* First dimension whose maxima are gathered aside. Dimension 0 is not, unless it is so short that shares end within rows. */
+static int64_t first_aside(const struct tensor *t, int64_t shares) { return t->stored[0] < 16 * shares ? 0 : 1; }
 
 static int contiguous_from(const struct box *b, int64_t dims, int64_t d) {
     for (int operand = 0; operand < OPERANDS; operand++) {
@@ -84,12 +84,12 @@ static int64_t rows_of(const struct tensor *t, const struct box *b) {
 
 /* The first place at or after element e of a tensor where it may be cut: within a box, between rows of dimension 0. The
  * start of a later box will not do, for it may go on with the row in which the box before ended. */
-static struct piece cut_at(const struct tensor *t, const struct box *boxes, int64_t e, int64_t threads) {
+static struct piece cut_at(const struct tensor *t, const struct box *boxes, int64_t e, int64_t shares) {
     if (e <= 0) return (struct piece){0, 0};
     for (int64_t i = 0; i < t->boxes; i++) {
         const struct box *b = boxes + t->first_box + i;
         int64_t rows = rows_of(t, b), numel = product(b->shape, 0, t->dims);
-        int64_t grain = t->dims > 1 && first_aside(t, threads) == 1 ? rows / b->shape[0] : 1;
+        int64_t grain = t->dims > 1 && first_aside(t, shares) == 1 ? rows / b->shape[0] : 1;
         int64_t each = t->dims == 1 ? TILE : numel / rows * grain;
         int64_t row = e > 0 ? (e + each - 1) / each * grain : grain;
         if (row < rows) return (struct piece){i, row};
