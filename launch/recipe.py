@@ -106,7 +106,7 @@ class Recipe:
 
 # One entry for each choice of --recipe, which is for SM3.
 RECIPES = {
-    "adamw-like": Recipe(sm3_adamw_like, Settings(lr=2e-3, momentum=0.9, beta=0.95, cover_block=32), unknown=()),
+    "adamw-like": Recipe(sm3_adamw_like, Settings(lr=2e-3, momentum=0.9, beta=0.95, cover_block=64), unknown=()),
     "paper": Recipe(sm3_paper, Settings(lr=5e-3, momentum=0.9, beta=0.0), unknown=()),
 }
 

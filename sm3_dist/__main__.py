@@ -62,7 +62,7 @@ VARIANTS = {
     "sm3-bf16-momentum16": Variant(torch.bfloat16, {**MOMENTUM, "momentum_dtype": torch.bfloat16}, in_backward=True),
     "sm3": Variant(torch.float32, {}),
     "sm3-momentum": Variant(torch.float32, MOMENTUM),
-    "sm3-adamw-like": Variant(torch.float32, {**MOMENTUM, "update_rms": 0.2, "cover_block": 32}),
+    "sm3-adamw-like": Variant(torch.float32, {**MOMENTUM, "update_rms": 1.0, "cover_block": 64}),
 }
 
 

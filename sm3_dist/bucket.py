@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
 from sm3_dist.box import Box
-from sm3_dist.rms import SquareSum
+from sm3_dist.rms import SquareSum, averaged
 
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 """The integer type as wide as a floating one."""
@@ -145,7 +145,7 @@ class SumBucket:
 
     def __init__(self, group: ProcessGroup | None, sums: Sequence[SquareSum]) -> None:
         self.group = group
-        self.totals = [each.total for each in sums]
+        self.averages = [each.average for each in sums]
         self._buffer = torch.stack([each.partial for each in sums])
         for each, view in zip(sums, self._buffer.unbind(), strict=True):
             each.partial.set_(view)  # type: ignore[call-overload]
@@ -159,12 +159,11 @@ class SumBucket:
             self._work = dist.all_reduce(self._buffer, op=ReduceOp.SUM, group=self.group, async_op=True)
 
     def finish(self) -> None:
-        """Overwrite the totals of the tensors that had an update; the others keep theirs."""
+        """Bring the moving averages up to date."""
         if self._work is not None:
             self._work.wait()
             self._work = None
         if self._sent:
             self._sent = False
-            totals = torch.where(self._buffer > 0, self._buffer, torch.stack(self.totals))
-            torch._foreach_copy_(self.totals, list(totals.unbind()))
+            torch._foreach_copy_(self.averages, list(averaged(torch.stack(self.averages), self._buffer).unbind()))
             self._buffer.zero_()

@@ -24,7 +24,7 @@ def label_of(group: dict[str, Any], g: int, index: int) -> str:
 def layout_options(group: dict[str, Any]) -> tuple[Any, ...]:
     """What the state, and who works on it, depends on."""
     on = (group["momentum"] > 0, group["update_rms"] is not None)
-    return *on, *(group[key] for key in ("cover_block", "bias_correction", "nesterov", "update_power"))
+    return *on, *(group[key] for key in ("cover_block", "bias_correction", "nesterov"))
 
 
 def can_move(param: Tensor) -> bool:
@@ -45,7 +45,7 @@ def settings_of(group: dict[str, Any], unscale: float | Tensor | None) -> Settin
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.item() if lr.device.type == "cpu" else lr.reshape(())
-    names = ("momentum", "beta", "eps", "weight_decay", "maximize", "nesterov", "update_power", "cover_product")
+    names = ("momentum", "beta", "eps", "weight_decay", "maximize", "nesterov", "cover_product")
     return Settings(lr, **{name: group[name] for name in names}, unscale=unscale)
 
 
@@ -56,8 +56,7 @@ def correction_of(group: Mapping[str, Any], step: float) -> float:
 
 def first_rms_of(group: Mapping[str, Any]) -> float:
     """The root mean square of a first update, see :func:`~sm3_dist.rms.first_rms`."""
-    names = ("momentum", "beta", "nesterov", "bias_correction", "update_power")
-    return first_rms(**{name: group[name] for name in names})
+    return first_rms(group["beta"], group["bias_correction"])
 
 
 def validate(group: dict[str, Any]) -> None:
@@ -77,8 +76,6 @@ def validate(group: dict[str, Any]) -> None:
         raise ValueError("bias_correction=True corrects the moving average of beta > 0, but beta is 0. Leave it out")
     if group["nesterov"] and not group["momentum"]:
         raise ValueError("nesterov=True looks ahead along the momentum, but momentum is 0. Set it, to 0.9 say")
-    if group["update_power"] not in (0.5, 1):
-        raise ValueError(f"update_power must be 1 or 0.5, but is {group['update_power']}")
     if group["cover_product"] and group["cover_block"] is None:
         raise ValueError("cover_product=True is for block covers. Set cover_block, to 32 say")
     rms, block = group["update_rms"], group["cover_block"]

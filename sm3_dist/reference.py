@@ -25,13 +25,14 @@ class ReferenceState:
             there is one for the tiles, number ``k``, of length ``ceil(n_d / B)`` in every dimension.
         momentum_buffer: the tensor's shape; zero at first. int8: codes, see :func:`code_values`.
         step: number of steps taken.
-        update_square_sum: of the last update that was not all zero, in the unit of :func:`square_unit`.
+        update_square_average: a moving average of the sum of squares of the updates before momentum that were not all
+            zero, in the unit of :func:`square_unit`; 0 before the first, which is left out, and -1 before the second.
     """
 
     accumulators: list[Tensor]
     momentum_buffer: Tensor
     step: int = 0
-    update_square_sum: int = 0
+    update_square_average: int = 0
 
     @classmethod
     def zeros(
@@ -62,7 +63,6 @@ def reference_step(
     maximize: bool = False,
     bias_correction: bool = False,
     nesterov: bool = False,
-    update_power: float = 1.0,
     update_rms: float | None = None,
     cover_block: int | None = None,
     cover_product: bool = False,
@@ -82,8 +82,7 @@ def reference_step(
         maximize: follow the gradient up.
         bias_correction: correct the moving average of squared gradients for having started at zero.
         nesterov: look ahead along the momentum.
-        update_power: 0.5 for the roots of the lengths of the elements of the update.
-        update_rms: scale the update by what would have given that of the step before this root mean square.
+        update_rms: scale the update before momentum by what would have given those before it this root mean square.
         cover_block: elements per block of the covers; ``None`` for whole slices.
         cover_product: estimate from the product of the covers, over that of the tile, and not from their minimum.
         rounding: seed and number of the tensor, to round to bfloat16 and to codes stochastically; ``None``: to the
@@ -116,6 +115,18 @@ def reference_step(
     nu = g * g + smallest if beta == 0 else g * g * (1 - beta) + smallest * beta
     corrected = nu * (1 / (1 - beta**state.step)) if bias_correction else nu
     u = torch.rsqrt(corrected + eps) * g
+    if update_rms is not None:
+        unit, largest = square_unit(u.numel())
+        first = 1 if bias_correction else 1 / math.sqrt(1 - beta)
+        average = state.update_square_average
+        mean = average / (unit * u.numel()) if average > 0 else first**2
+        squares = (u * u * unit).clamp(max=largest).nan_to_num(nan=largest).round()
+        if total := sum(map(int, squares.flatten().tolist())):
+            state.update_square_average = (
+                average - average // 10 + total // 10 if average > 0 else total if average < 0 else -1
+            )
+        longest = 5 * update_rms
+        u = (u * torch.tensor(1 / math.sqrt(mean) * update_rms, dtype=dtype)).clamp(-longest, longest)
     if momentum > 0:
         m = state.momentum_buffer.to(dtype)
         if state.momentum_buffer.dtype == torch.int8:
@@ -123,16 +134,6 @@ def reference_step(
         m = m * momentum + u * (1 - momentum)
         u = u * (1 - momentum) + m * momentum if nesterov else m
         state.momentum_buffer = _rounded(m, state.momentum_buffer.dtype, rounding, state.step - 1, stream=1)
-    if update_power == 0.5:
-        u = u * torch.rsqrt(u.abs() + 1e-30)
-    if update_rms is not None:
-        first = (1 - momentum) * (1 + momentum if nesterov else 1) / (1 if bias_correction else math.sqrt(1 - beta))
-        unit, largest = square_unit(u.numel())
-        first = math.pow(first, update_power)
-        mean = state.update_square_sum / (unit * u.numel()) if state.update_square_sum else first**2
-        squares = (u * u * unit).clamp(max=largest).nan_to_num(nan=largest).round()
-        state.update_square_sum = sum(map(int, squares.flatten().tolist())) or state.update_square_sum
-        u = (u * torch.tensor(1 / math.sqrt(mean) * update_rms, dtype=dtype)).clamp(-1, 1)
     w = weight.to(dtype)
     if weight_decay > 0:
         w = w * (1 - lr * weight_decay)

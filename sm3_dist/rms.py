@@ -1,11 +1,13 @@
-"""The root mean square of a tensor's updates, to which ``update_rms`` scales the next one.
+"""The root mean square of a tensor's updates before momentum, which ``update_rms`` holds where it is wanted.
 
 A sum of floats depends on the order of its terms, and so on how the tensor is cut. Squares are therefore rounded to
 multiples of a fixed unit and added up as integers, which is exact in any order. The unit follows from the shape of the
 whole tensor alone, and is so small that a sum of the largest squares just fits into 64 bits.
 
-The scale comes from the sum of the step before, so that its reduction hides behind compute as that of the maxima does.
-The first step has none before it and needs none: accumulators are 0, so every update has the same known length.
+The scale comes from a moving average of the sums of the steps before, an integer too. So their reduction hides behind
+compute as that of the maxima does, and an update may still be longer or shorter than those before it. The first step
+has none before it and needs none: accumulators are 0, so every update has the same known length. The average leaves it
+out.
 """
 
 from __future__ import annotations
@@ -23,6 +25,15 @@ LARGEST = 1 << 62
 LONGEST = 32
 """Elements of longer updates count as this long. Up to ``beta = 0.999`` none is: ``nu >= (1 - beta) g^2``."""
 
+STEPS = 10
+"""The moving average takes a part of ``1 / STEPS`` from each sum."""
+
+AFTER_FIRST = -1
+"""The average when there was one sum, which is left out: the first updates are the longest that there can be."""
+
+CUT_OFF = 5.0
+"""No element of a scaled update is longer than so many times the wanted root mean square."""
+
 
 @dataclass(frozen=True)
 class SquareSum:
@@ -31,12 +42,13 @@ class SquareSum:
     Attributes:
         numel: number of elements of the whole tensor.
         partial: int64, 0-dimensional: the sum of this step over what this rank holds.
-        total: int64, 0-dimensional: the sum of the last step that had one, over the whole tensor; 0 before the first.
+        average: int64, 0-dimensional: the moving average of the sums over the whole tensor; 0 before the first sum,
+            and ``AFTER_FIRST`` before the second.
     """
 
     numel: int
     partial: Tensor
-    total: Tensor
+    average: Tensor
 
     @property
     def cap(self) -> int:
@@ -54,28 +66,39 @@ class SquareSum:
         self.partial.add_(squares.round_().to(torch.int64).sum())
 
     def scale(self, update_rms: float, first: float, dtype: torch.dtype) -> Tensor:
-        """What brings the update of the last step to a root mean square of ``update_rms``; 0-dimensional.
+        """What brings updates like those before to a root mean square of ``update_rms``; 0-dimensional.
 
         Args:
             update_rms: the root mean square that is wanted.
             first: that of an update before which there was none, see :func:`first_rms`.
             dtype: type of the result.
         """
-        mean = torch.where(self.total > 0, self.total.double() / (self.per_one * self.numel), first**2)
+        mean = torch.where(self.average > 0, self.average.double() / (self.per_one * self.numel), first**2)
         return (mean.rsqrt_() * update_rms).to(dtype)
 
 
-def first_rms(momentum: float, beta: float, nesterov: bool, bias_correction: bool, update_power: float) -> float:
+def first_rms(beta: float, bias_correction: bool) -> float:
     """The root mean square of the first update, if every element has a gradient: ``nu = (1 - beta) g^2``.
 
     Example:
-        >>> round(first_rms(momentum=0.9, beta=0.95, nesterov=False, bias_correction=True, update_power=1.0), 6)
-        0.1
+        >>> first_rms(beta=0.95, bias_correction=True), round(first_rms(beta=0.99, bias_correction=False), 6)
+        (1.0, 10.0)
     """
-    averaged = (1 - momentum) * (1 + momentum if nesterov else 1)
-    return math.pow(averaged if bias_correction else averaged / math.sqrt(1 - beta), update_power)
+    return 1.0 if bias_correction else 1 / math.sqrt(1 - beta)
 
 
-def square_sum(shape: Sequence[int], total: Tensor) -> SquareSum:
-    """The sum for a tensor of this (global) shape, with ``total`` from its state."""
-    return SquareSum(math.prod(shape), torch.zeros_like(total), total)
+def averaged(average: Tensor, total: Tensor) -> Tensor:
+    """The moving averages after sums of one more step: the second sum is the average. Sums of 0 leave it as it is.
+
+    Example:
+        >>> averaged(torch.tensor([0, -1, 400, 400]), torch.tensor([9, 7, 800, 0]))
+        tensor([ -1,   7, 440, 400])
+    """
+    moved = average - average // STEPS + total // STEPS
+    moved = torch.where(average > 0, moved, torch.where(average < 0, total, AFTER_FIRST))
+    return torch.where(total > 0, moved, average)
+
+
+def square_sum(shape: Sequence[int], average: Tensor) -> SquareSum:
+    """The sum for a tensor of this (global) shape, with ``average`` from its state."""
+    return SquareSum(math.prod(shape), torch.zeros_like(average), average)

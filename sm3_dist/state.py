@@ -22,9 +22,9 @@ def accumulator_key(shard: LocalShard, i: int) -> str:
     return f"{shard.name}.accumulator_{i}" if shard.name else f"accumulator_{i}"
 
 
-def square_sum_key(shard: LocalShard) -> str:
-    """Name of the sum of squares (:mod:`~sm3_dist.rms`) in the state of its parameter."""
-    return f"{shard.name}.update_square_sum" if shard.name else "update_square_sum"
+def square_average_key(shard: LocalShard) -> str:
+    """Name of the moving average of sums of squares (:mod:`~sm3_dist.rms`) in the state of its parameter."""
+    return f"{shard.name}.update_square_average" if shard.name else "update_square_average"
 
 
 def fill_state(
@@ -36,7 +36,7 @@ def fill_state(
 ) -> None:
     """Add what is missing: ``step`` and zero accumulators, and what the options of the param group need besides.
 
-    That is a momentum buffer for ``momentum``, and for ``update_rms`` the sum of squares of the last updates.
+    That is a momentum buffer for ``momentum``, and for ``update_rms`` an average of the sums of squares of updates.
     """
     dtype = accumulator_dtype(param.dtype)
     device = adapters.local(param).device
@@ -48,7 +48,7 @@ def fill_state(
                 part = torch.zeros(_local_shape(param, shard, i), dtype=dtype, device=device)
                 state[key] = adapters.like(param, part, shard, i)
         if group["update_rms"] is not None:
-            state.setdefault(square_sum_key(shard), torch.zeros((), dtype=torch.int64, device=device))
+            state.setdefault(square_average_key(shard), torch.zeros((), dtype=torch.int64, device=device))
     if group["momentum"] > 0 and momentum_key(momentum_dtype or dtype) not in state:
         state[momentum_key(momentum_dtype or dtype)] = _zeros(param, shards, momentum_dtype or dtype)
 
@@ -72,7 +72,7 @@ def local_square_sum(state: State, shard: LocalShard, group: Mapping[str, Any]) 
     """What ``update_rms`` goes by; ``None`` without."""
     if group["update_rms"] is None:
         return None
-    return square_sum(shard.shape, state[square_sum_key(shard)])
+    return square_sum(shard.shape, state[square_average_key(shard)])
 
 
 def adopt_state(
@@ -113,10 +113,10 @@ def adopt_state(
             else:
                 continue
             state[key] = adapters.like(param, part, shard, i)
-        total = loaded.get(square_sum_key(shard))
-        if total is not None:
-            total = torch.as_tensor(total, dtype=torch.int64, device=adapters.local(param).device)
-            state[square_sum_key(shard)] = total.detach().clone()
+        average = loaded.get(square_average_key(shard))
+        if average is not None:
+            average = torch.as_tensor(average, dtype=torch.int64, device=adapters.local(param).device)
+            state[square_average_key(shard)] = average.detach().clone()
     for key in (MOMENTUM_BUFFER, MOMENTUM_CODE):
         buffer = loaded.get(key)
         if isinstance(buffer, Tensor):
@@ -134,9 +134,9 @@ def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard], 
     They also want one type for all of them: narrower momentum comes in that of the accumulators, which is exact.
 
     Raises:
-        NotImplementedError: if there is a sum of squares, which they would take for one of the flat parameter.
+        NotImplementedError: if there is an average of squares, which they would take for one of the flat parameter.
     """
-    if any(square_sum_key(shard) in state for shard in shards):
+    if any(square_average_key(shard) in state for shard in shards):
         raise NotImplementedError(
             f"{label} is flattened, and update_rms keeps a number for each tensor that is in it, which state_dict() "
             "cannot say in a way that FullyShardedDataParallel understands. Save with "

@@ -17,14 +17,14 @@ from sm3_dist.bucket import MaxBucket, Slot, SumBucket
 from sm3_dist.groups import new_group
 from sm3_dist.param_groups import correction_of, first_rms_of
 from sm3_dist.publish import Parts, Publisher
-from sm3_dist.rms import SquareSum
+from sm3_dist.rms import CUT_OFF, SquareSum
 from sm3_dist.rounding import Rounding
 from sm3_dist.shard import WHOLE, LocalShard, Peers
 from sm3_dist.update import Settings, update_rows, update_shard
 
 HYPERPARAMETERS = (
     *("lr", "momentum", "beta", "eps", "weight_decay", "maximize"),
-    *("bias_correction", "nesterov", "update_power", "update_rms", "cover_block", "cover_product"),
+    *("bias_correction", "nesterov", "update_rms", "cover_block", "cover_product"),
     *("stochastic_rounding", "rounding_seed"),
 )
 
@@ -105,7 +105,7 @@ class Entry:
             settings = replace(settings, correction=correction_of(self.group, self.step.item()))
         if self.squares is not None:
             scale = self.squares.scale(self.group["update_rms"], first_rms_of(self.group), self.accumulators[0].dtype)
-            settings = replace(settings, scale=scale)
+            settings = replace(settings, scale=scale, limit=CUT_OFF * self.group["update_rms"])
         if self.rounds:
             seed, bfloat16 = self.group["rounding_seed"], bool(self.group["stochastic_rounding"])
             rounding = Rounding(seed, int(self.step.item()), self.number, self.shard.shape, bfloat16)
@@ -225,7 +225,7 @@ def _buckets(
         if entry.squares is not None:
             holders = entry.shard.holders
             ranks = holders.ranks if holders else ()
-            sums.setdefault((ranks, entry.squares.total.device), []).append(entry.squares)
+            sums.setdefault((ranks, entry.squares.average.device), []).append(entry.squares)
             if holders:
                 peers.setdefault(ranks, holders)
     for ranks, these in peers.items():

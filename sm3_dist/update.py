@@ -7,6 +7,7 @@ can be seen in the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,9 +21,6 @@ from sm3_dist.rms import SquareSum
 from sm3_dist.rounding import MOMENTUM, WEIGHT, Rounding
 from sm3_dist.shard import LocalShard
 
-TINY = 1e-30
-"""Keeps the root of an update of 0 from being 0 / 0."""
-
 CHUNK_BYTES = 1 << 19
 """Size of one temporary. A handful of them is alive at a time: they stay in cache, and below 4 MB together."""
 
@@ -33,11 +31,11 @@ class Settings:
 
     Attributes:
         nesterov: look ahead: the update is ``momentum * m + (1 - momentum) * u`` with the new ``m``.
-        update_power: 0.5: the square root of the length of each element of the update after momentum is its length.
         cover_product: estimate from the product of the accumulators and not from their minimum.
         correction: what corrects ``nu`` for having started at zero, ``1 / (1 - beta^t)``; 1 for no correction.
-        scale: what the update after momentum is multiplied with before it is cut off at 1 either way; ``None``:
-            neither. A float or a 0-dimensional tensor of the type and device of the accumulators.
+        scale: what the update before momentum is multiplied with; ``None``: nothing. A float or a 0-dimensional tensor
+            of the type and device of the accumulators.
+        limit: where it is then cut off either way.
         unscale: what gradients are multiplied with first, the inverse of the loss scale; ``None``: nothing.
         rounding: how values are rounded to bfloat16 and to 8 bits; ``None``: to the nearest, as all other types are.
     """
@@ -49,10 +47,10 @@ class Settings:
     weight_decay: float
     maximize: bool
     nesterov: bool = False
-    update_power: float = 1.0
     cover_product: bool = False
     correction: float = 1.0
     scale: float | Tensor | None = None
+    limit: float = math.inf
     unscale: float | Tensor | None = None
     rounding: Rounding | None = None
 
@@ -76,7 +74,7 @@ def update_box(
         momentum_buffer: same shape as ``weight``; updated in place. int8: codes, which need ``settings.rounding``.
             ``None`` where momentum is 0.
         settings: the hyperparameters.
-        squares: adds up the squares of the update after momentum, before it is scaled; ``None``: nobody asks.
+        squares: adds up the squares of the update before it is scaled; ``None``: nobody asks.
         box: which elements of the original tensor these are; ``None`` without ``settings.rounding``.
 
     Returns:
@@ -96,6 +94,10 @@ def update_box(
     update = _inverse_root(corrected + s.eps).mul_(grad)
     if s.maximize:
         update.neg_()
+    if squares is not None:
+        squares.add(update)
+    if s.scale is not None:
+        update.mul_(s.scale).clamp_(-s.limit, s.limit)
     if momentum_buffer is not None:
         stored = decode(momentum_buffer) if momentum_buffer.dtype == torch.int8 else momentum_buffer
         moment = stored.to(nu.dtype)
@@ -106,12 +108,6 @@ def update_box(
             update.add_(moment * s.momentum)
         else:
             update.copy_(moment)
-    if s.update_power == 0.5:
-        update.mul_(_inverse_root(update.abs().add_(TINY)))
-    if squares is not None:
-        squares.add(update)
-    if s.scale is not None:
-        update.mul_(s.scale).clamp_(-1, 1)
     wide = weight.to(nu.dtype)
     if s.weight_decay:
         wide.mul_(1 - s.lr * s.weight_decay)
@@ -174,7 +170,7 @@ def update_shard(
         accumulators: this rank's part of accumulator ``i``, of shape ``shard.stored[i].shape``; updated in place.
         momentum_buffer: laid out as ``shard.state_views`` says, updated in place; ``None`` where momentum is 0.
         settings: the hyperparameters.
-        squares: adds up the squares of the update after momentum; ``None``: nobody asks.
+        squares: adds up the squares of the update before it is scaled; ``None``: nobody asks.
     """
     limit = CHUNK_BYTES // accumulators[0].element_size()
     block = shard.cover_block

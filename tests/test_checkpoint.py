@@ -271,7 +271,7 @@ def other_settings(folder: Path, world: int) -> None:
 
 
 def test_checkpoint_of_other_settings(workers: Pool, saved: Path) -> None:
-    workers(2).run_raises(CheckpointError, other_settings, saved, 2, match="update_square_sum.*other settings")
+    workers(2).run_raises(CheckpointError, other_settings, saved, 2, match="update_square_average.*other settings")
 
 
 def test_newer_format(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

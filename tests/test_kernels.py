@@ -30,7 +30,7 @@ SHAPES = [
     *[(64, 64), (33, 17), (3, 1000), (1, 3000), (3000, 1), (200, 7), (60, 8500), (6, 9000), (0, 5), (5, 0), (1, 1)],
     *[(2, 3, 5), (40, 8, 700), (9, 1, 130), (64, 32, 3, 3), (64, 1, 3, 3), (4, 5, 6, 7, 8), (2, 2, 2, 2, 2, 2)],
 ]
-RECIPE = {"momentum": 0.9, "beta": 0.95, "bias_correction": True, "update_power": 0.5, "update_rms": 0.2}
+RECIPE = {"momentum": 0.9, "beta": 0.95, "bias_correction": True, "update_rms": 0.2}
 SETTINGS = [
     {},
     {"momentum": 0.9},
@@ -239,7 +239,7 @@ def compare_boxes(
 def test_every_vector_width(dtype, options):
     generator = torch.Generator().manual_seed(1)
     shape, group = (37, 131), dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.95} | options
-    settings = Settings(0.1, 0.9, 0.95, 1e-30, 0.1, False, bool(options), 0.5 if options else 1)
+    settings = Settings(0.1, 0.9, 0.95, 1e-30, 0.1, False, bool(options))
     weight, grad = torch.randn(shape, generator=generator).to(dtype), gradient(shape, dtype, generator, special=True)
     results = []
     for width in [None, *cpu.widths()]:
@@ -254,7 +254,7 @@ def test_every_vector_width(dtype, options):
         for _ in range(3):
             work.update({id(group): settings})
             if squares is not None:
-                squares.total.copy_(squares.partial)
+                squares.average.copy_(squares.partial)
         results.append([param.detach(), *accumulators, moment, *([squares.partial] if squares else [])])
     for width, result in zip(cpu.widths(), results[1:], strict=True):
         for expected, actual in zip(results[0], result, strict=True):

@@ -2,9 +2,9 @@
 
 For each original tensor of shape ``(n_1, …, n_k)``: ``step``; ``accumulator_i`` of shape ``(n_i,)`` (with block covers:
 of the shape of its grid, see :mod:`~sm3_dist.cover`); with momentum ``momentum_buffer`` of the tensor's shape, or in 8
-bits ``momentum_code`` (:mod:`~sm3_dist.momentum_code`); with ``update_rms`` the scalar ``update_square_sum``. What a
-rank holds of a value is a list of boxes (one for a whole tensor or a DTensor, several for a flat range), so reading and
-writing state are the same for all of them.
+bits ``momentum_code`` (:mod:`~sm3_dist.momentum_code`); with ``update_rms`` the scalar ``update_square_average``. What
+a rank holds of a value is a list of boxes (one for a whole tensor or a DTensor, several for a flat range), so reading
+and writing state are the same for all of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCALAR = Box((), ())
 _OPTIONAL = {
     MOMENTUM_BUFFER: "momentum > 0",
     MOMENTUM_CODE: "momentum_dtype=torch.int8",
-    "update_square_sum": "update_rms",
+    "update_square_average": "update_rms",
 }
 """What only some hyperparameters need."""
 _MOMENTA = {MOMENTUM_BUFFER: MOMENTUM_CODE, MOMENTUM_CODE: MOMENTUM_BUFFER}
@@ -167,8 +167,8 @@ class Canonical:
             parts, key = shard.state_views(entry.momentum_buffer), momentum_key(entry.momentum_buffer.dtype)
             slots[key] = _slot(shard.shape, shard.boxes, parts, state[key], shard, scalar)
         if entry.squares is not None:
-            total = entry.squares.total
-            slots["update_square_sum"] = Slot((), [SCALAR], [total], total, not flat, speaks)
+            average = entry.squares.average
+            slots["update_square_average"] = Slot((), [SCALAR], [average], average, not flat, speaks)
         return slots
 
     def _matching_options(self, groups: Sequence[Mapping[str, Any]], strict: bool) -> list[dict[str, Any]]:
@@ -212,7 +212,7 @@ class Canonical:
                 key = key if key in shapes[name] or _MOMENTA[key] not in shapes[name] else _MOMENTA[key]
                 wanted[key] = () if entry.param.dim() == 0 else entry.shard.shape
             if options["update_rms"] is not None:
-                wanted["update_square_sum"] = ()
+                wanted["update_square_average"] = ()
             for key, shape in wanted.items():
                 if key not in shapes[name]:
                     raise ValueError(_missing_key(name, key, list(shapes[name])))
@@ -245,7 +245,7 @@ def _absent(
         dtype = momentum_dtype or like.dtype
         forms[momentum_key(dtype)] = (tuple(param.shape), like.to(dtype))
     if group["update_rms"] is not None:
-        forms["update_square_sum"] = ((), like.to(torch.int64))
+        forms["update_square_average"] = ((), like.to(torch.int64))
     return {key: Slot(shape, [], [], tensor, whole=False) for key, (shape, tensor) in forms.items()}
 
 

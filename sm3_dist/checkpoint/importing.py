@@ -118,7 +118,7 @@ def from_adamw(
         squares = squares.double() if squares.dtype == torch.float64 else squares.float()
         if sums:
             squares = squares * step.to(squares.device)
-        state = {"step": step, "update_square_sum": torch.zeros((), dtype=torch.int64)}
+        state = {"step": step, "update_square_average": torch.zeros((), dtype=torch.int64)}
         tensor = squares.reshape(squares.shape or (1,))
         for i in range(accumulator_count(tensor.shape, cover_block)):
             cover = maxima(tensor, Box.whole(tensor.shape), i, cover_block)

@@ -52,7 +52,7 @@ struct stretch_state { /* while a stretch is walked through */
 
 /* Step `count` vectors of 16 elements from element j on, of which only the first is there if not all are. One operation
  * after another on all vectors, so that each has not to wait for the one before. */
-AVX512_INLINE void step_vectors(int moment, int root, int product, int count, int all, __mmask16 there,
+AVX512_INLINE void step_vectors(int moment, int product, int count, int all, __mmask16 there,
                                 const struct stretch *x, int64_t j, struct stretch_state *v) {
     const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
     __m512 g[COUNT], nu[COUNT], u[COUNT], mean[COUNT], old[COUNT];
@@ -69,7 +69,14 @@ AVX512_INLINE void step_vectors(int moment, int root, int product, int count, in
     EACH nu[i] = _mm512_add_ps(nu[i], _mm512_mul_ps(old[i], _mm512_set1_ps(v->s.beta)));
     EACH u[i] = _mm512_add_ps(_mm512_mul_ps(nu[i], _mm512_set1_ps(v->s.correction)), _mm512_set1_ps(v->s.eps));
     EACH u[i] = _mm512_div_ps(one, _mm512_sqrt_ps(u[i]));
-    EACH u[i] = _mm512_mul_ps(_mm512_mul_ps(u[i], g[i]), _mm512_set1_ps(v->s.fresh));
+    EACH u[i] = _mm512_mul_ps(u[i], g[i]);
+    EACH old[i] = _mm512_mul_ps(_mm512_mul_ps(u[i], u[i]), _mm512_set1_ps(v->s.per_one));
+    EACH old[i] = _mm512_min_ps(old[i], _mm512_set1_ps(v->s.cap));
+    if (!all) old[0] = _mm512_maskz_mov_ps(there, old[0]);
+    EACH v->sum[0] = _mm512_add_epi64(v->sum[0], _mm512_cvtps_epi64(_mm512_castps512_ps256(old[i])));
+    EACH v->sum[1] = _mm512_add_epi64(v->sum[1], _mm512_cvtps_epi64(_mm512_extractf32x8_ps(old[i], 1)));
+    EACH u[i] = _mm512_max_ps(_mm512_set1_ps(-v->s.limit), _mm512_mul_ps(u[i], _mm512_set1_ps(v->s.scale)));
+    EACH u[i] = _mm512_mul_ps(_mm512_min_ps(_mm512_set1_ps(v->s.limit), u[i]), _mm512_set1_ps(v->s.fresh));
     if (moment != NONE) {
         const __m512 momentum = _mm512_set1_ps(v->s.momentum);
         EACH mean[i] = _mm512_add_ps(_mm512_mul_ps(load_moment(x->m, AT, moment, all, there), momentum), u[i]);
@@ -79,18 +86,7 @@ AVX512_INLINE void step_vectors(int moment, int root, int product, int count, in
         else
             EACH u[i] = mean[i];
     }
-    if (root) {
-        __m512 length[COUNT];
-        EACH length[i] = _mm512_add_ps(_mm512_andnot_ps(sign, u[i]), _mm512_set1_ps(1e-30f));
-        EACH u[i] = _mm512_mul_ps(u[i], _mm512_div_ps(one, _mm512_sqrt_ps(length[i])));
-    }
-    EACH old[i] = _mm512_mul_ps(_mm512_mul_ps(u[i], u[i]), _mm512_set1_ps(v->s.per_one));
-    EACH old[i] = _mm512_min_ps(old[i], _mm512_set1_ps(v->s.cap));
-    if (!all) old[0] = _mm512_maskz_mov_ps(there, old[0]);
-    EACH v->sum[0] = _mm512_add_epi64(v->sum[0], _mm512_cvtps_epi64(_mm512_castps512_ps256(old[i])));
-    EACH v->sum[1] = _mm512_add_epi64(v->sum[1], _mm512_cvtps_epi64(_mm512_extractf32x8_ps(old[i], 1)));
-    EACH u[i] = _mm512_max_ps(_mm512_set1_ps(-v->s.limit), _mm512_mul_ps(u[i], _mm512_set1_ps(v->s.scale)));
-    EACH u[i] = _mm512_mul_ps(_mm512_min_ps(_mm512_set1_ps(v->s.limit), u[i]), _mm512_set1_ps(v->s.lr));
+    EACH u[i] = _mm512_mul_ps(u[i], _mm512_set1_ps(v->s.lr));
     EACH {
         __m512 w = load_there(x->w + AT, all, there);
         if (v->s.decay != 1) w = _mm512_mul_ps(w, _mm512_set1_ps(v->s.decay));
@@ -106,7 +102,7 @@ AVX512_INLINE void step_vectors(int moment, int root, int product, int count, in
     }
 }
 
-AVX512_INLINE void stretch_of_avx512(int moment, int root, int product, struct stretch *x) {
+AVX512_INLINE void stretch_of_avx512(int moment, int product, struct stretch *x) {
     const __m512i zero = _mm512_setzero_si512();
     struct stretch_state v = {.s = *x->settings, .sum = {zero, zero}};
     int64_t end = smaller(x->n, x->block - x->phase);
@@ -114,9 +110,9 @@ AVX512_INLINE void stretch_of_avx512(int moment, int root, int product, struct s
         v.cover = _mm512_set1_ps(x->covers[b]);
         v.no_cover = _mm512_cmpunord_ps_mask(v.cover, v.cover);
         v.top = zero;
-        for (; end - j >= 16 * COUNT; j += 16 * COUNT) step_vectors(moment, root, product, COUNT, 1, 0xffff, x, j, &v);
-        for (; end - j >= 16; j += 16) step_vectors(moment, root, product, 1, 1, 0xffff, x, j, &v);
-        if (j < end) step_vectors(moment, root, product, 1, 0, (__mmask16)((1u << (end - j)) - 1), x, j, &v);
+        for (; end - j >= 16 * COUNT; j += 16 * COUNT) step_vectors(moment, product, COUNT, 1, 0xffff, x, j, &v);
+        for (; end - j >= 16; j += 16) step_vectors(moment, product, 1, 1, 0xffff, x, j, &v);
+        if (j < end) step_vectors(moment, product, 1, 0, (__mmask16)((1u << (end - j)) - 1), x, j, &v);
         x->tops[b] = larger(x->tops[b], _mm512_reduce_max_epi32(v.top));
         j = end;
         end = smaller(x->n, end + x->block);

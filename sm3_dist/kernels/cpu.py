@@ -24,6 +24,7 @@ from sm3_dist import adapters
 from sm3_dist.kernels import fused
 from sm3_dist.kernels.fused import DIMS, Operands
 from sm3_dist.param_groups import correction_of, first_rms_of
+from sm3_dist.rms import CUT_OFF
 
 if TYPE_CHECKING:
     from sm3_dist.step_plan import Entry
@@ -44,7 +45,7 @@ class _Settings(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_float) for name in ("lr", "decay", "momentum", "fresh", "beta", "one_minus_beta", "eps")),
         *((name, ctypes.c_float) for name in ("unscale", "limit")),
-        *((name, ctypes.c_int32) for name in ("simple", "shaped", "nesterov", "root", "product")),
+        *((name, ctypes.c_int32) for name in ("simple", "shaped", "nesterov", "product")),
         *((name, ctypes.c_double) for name in ("update_rms", "first_square")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in ("correction", "scale", "per_one", "cap")),
@@ -82,7 +83,7 @@ class _Tensor(ctypes.Structure):
         ("whole_numel", ctypes.c_double),
         ("cap", ctypes.c_double),
         ("partial", ctypes.c_void_p),
-        ("total", ctypes.c_void_p),
+        ("average", ctypes.c_void_p),
     )
 
 
@@ -253,7 +254,7 @@ class CpuWork:
             tensor.extent_start[i], tensor.extent[i] = shard.extent.start[dim], shard.extent.shape[dim]
         if (squares := entry.squares) is not None:
             tensor.whole_numel, tensor.cap = squares.numel, squares.cap
-            tensor.partial, tensor.total = squares.partial.data_ptr(), squares.total.data_ptr()
+            tensor.partial, tensor.average = squares.partial.data_ptr(), squares.average.data_ptr()
         _point(tensor, entry, order)
         operands = fused.views(entry, weight, self._operands.strides[tensor.param])
         for b, box in enumerate(shard.boxes):
@@ -328,10 +329,10 @@ def _write(target: Any, s: Settings, group: Mapping[str, Any]) -> None:
     target.beta, target.one_minus_beta = (s.beta, 1 - s.beta) if s.beta > 0 else (1.0, 1.0)
     target.unscale = 1.0 if s.unscale is None else float(s.unscale)
     target.simple = not (s.maximize and not s.momentum) and target.decay == 1 and s.beta == 0 and target.unscale == 1
-    target.nesterov, target.root, target.product = s.nesterov, s.update_power == 0.5, s.cover_product
+    target.nesterov, target.product = s.nesterov, s.cover_product
     target.limit = math.inf
     target.seed = group["rounding_seed"] or 0
     rms = group["update_rms"]
     if rms is not None:
-        target.limit, target.update_rms, target.first_square = 1.0, rms, first_rms_of(group) ** 2
-    target.shaped = rms is not None or bool(group["bias_correction"]) or s.nesterov or s.update_power != 1
+        target.limit, target.update_rms, target.first_square = CUT_OFF * rms, rms, first_rms_of(group) ** 2
+    target.shaped = rms is not None or bool(group["bias_correction"]) or s.nesterov

@@ -31,7 +31,7 @@ static struct pass pass_over(const struct step *step, const struct tensor *t) {
     s->shaped |= t->rounds != 0;
     if (t->partial) {
         double per_one = t->cap / (32 * 32);
-        double mean = *t->total > 0 ? (double)*t->total / (per_one * t->whole_numel) : s->first_square;
+        double mean = *t->average > 0 ? (double)*t->average / (per_one * t->whole_numel) : s->first_square;
         s->scale = (float)(1 / sqrt(mean) * s->update_rms);
         s->per_one = (float)per_one;
         s->cap = (float)t->cap;
@@ -103,7 +103,7 @@ static void step_stretch(struct pass *p, const struct box *b, const int64_t *at,
     char *w = p->param->weight + at[WEIGHT] * size_of(type), *m = t->moment + at[MOMENT] * size_of(moment_type);
     const char *g = p->param->grad + at[GRAD] * size_of(grad_type);
     int direct = type == FLOAT32 && grad_type == FLOAT32 && !rounds_moment;
-    int kind = kind_of_stretch(rounds_moment ? FLOAT32 : moment_type, &p->settings, p->settings.product && t->block);
+    int kind = kind_of_stretch(rounds_moment ? FLOAT32 : moment_type, p->settings.product && t->block);
     float weights[TILE], grads[TILE], moments[TILE];
     uint32_t noise[TILE];
     x.settings = &p->settings;

@@ -9,11 +9,10 @@ struct settings { /* of one param group in one step; the last ones of one tensor
     float one_minus_beta; /* 1 for sums */
     float eps;
     float unscale;        /* factor on the gradients */
-    float limit;          /* of the length of an update, infinity for none */
+    float limit;          /* of the length of an update before momentum, infinity for none */
     int32_t simple;       /* decay, beta, one_minus_beta, unscale are all 1, and nothing is maximized */
     int32_t shaped;       /* what follows is of interest: it takes shaped.h */
     int32_t nesterov;
-    int32_t root;         /* update_power is 0.5 */
     int32_t product;      /* cover_product */
     double update_rms;    /* 0 for none */
     double first_square;  /* of the root mean square of a first update */

@@ -1,10 +1,10 @@
-/* SM3 with what shapes the update after momentum, and with covers that change along a row.
+/* SM3 with what shapes the update, and with covers that change along a row.
  *
  * Weights and gradients are float32 here; those of other types are converted before and after. Two versions: plain C,
  * which compilers vectorize, and one for AVX-512 by hand, with 64-bit integers, ends of rows under a mask, and vectors side
  * by side, so that each operation has not to wait for the one before. */
 
-enum { WITH_MOMENT = 4, WITH_ROOT = 2, WITH_PRODUCT = 1 };
+enum { WITH_MOMENT = 2, WITH_PRODUCT = 1 };
 
 struct stretch { /* contiguous elements */
     int64_t n;
@@ -23,8 +23,8 @@ struct stretch { /* contiguous elements */
 
 typedef void stretch_function(int kind, struct stretch *x);
 
-INLINE int kind_of_stretch(int64_t moment, const struct settings *s, int product) {
-    return (int)moment * WITH_MOMENT + (s->root ? WITH_ROOT : 0) + (product ? WITH_PRODUCT : 0);
+INLINE int kind_of_stretch(int64_t moment, int product) {
+    return (int)moment * WITH_MOMENT + (product ? WITH_PRODUCT : 0);
 }
 
 /* ---- Plain C. Squares are added up as two integers that doubles hold by their last bits: multiples of 2^31, and the
@@ -41,7 +41,7 @@ struct sums {
     uint64_t high, low;
 };
 
-INLINE int32_t block_of(int moment, int root, int product, int64_t n, float *restrict w, const float *restrict g,
+INLINE int32_t block_of(int moment, int product, int64_t n, float *restrict w, const float *restrict g,
                         void *restrict m, float cover, const float *restrict floors, int32_t *restrict peaks,
                         const struct settings *settings, struct sums *sums) {
     const struct settings s = *settings;
@@ -51,14 +51,7 @@ INLINE int32_t block_of(int moment, int root, int product, int64_t n, float *res
         float x = g[j] * s.unscale;
         float least = product ? cover * floors[j] : lesser(cover, floors[j]);
         float nu = x * x * s.one_minus_beta + least * s.beta;
-        float u = 1.0f / sqrtf(nu * s.correction + s.eps) * x * s.fresh;
-        if (moment != NONE) {
-            float mean = load(m, j, moment) * s.momentum + u;
-            store(m, j, mean, moment);
-            float ahead = u + mean * s.momentum;
-            u = s.nesterov ? ahead : mean;
-        }
-        if (root) u *= 1.0f / sqrtf(fabsf(u) + 1e-30f);
+        float u = 1.0f / sqrtf(nu * s.correction + s.eps) * x;
         float square = u * u * s.per_one;
         double rest = square < s.cap ? square : s.cap;
         union wide part = {.f = rest + coarse.f};
@@ -69,6 +62,13 @@ INLINE int32_t block_of(int moment, int root, int product, int64_t n, float *res
         u *= s.scale;
         u = u < -s.limit ? -s.limit : u;
         u = u > s.limit ? s.limit : u;
+        u *= s.fresh;
+        if (moment != NONE) {
+            float mean = load(m, j, moment) * s.momentum + u;
+            store(m, j, mean, moment);
+            float ahead = u + mean * s.momentum;
+            u = s.nesterov ? ahead : mean;
+        }
         w[j] = w[j] * s.decay - u * s.lr;
         int32_t b = bits_of(nu) & 0x7fffffff;
         peaks[j] = larger(peaks[j], b);
@@ -79,12 +79,12 @@ INLINE int32_t block_of(int moment, int root, int product, int64_t n, float *res
     return top;
 }
 
-INLINE void stretch_of(int moment, int root, int product, struct stretch *x) {
+INLINE void stretch_of(int moment, int product, struct stretch *x) {
     struct sums sums = {0, 0};
     int64_t end = smaller(x->n, x->block - x->phase);
     for (int64_t j = 0, b = 0; j < x->n; b++) {
         void *m = moment == FLOAT32 ? (float *)x->m + j : moment == BFLOAT16 ? (void *)((uint16_t *)x->m + j) : 0;
-        int32_t top = block_of(moment, root, product, end - j, x->w + j, x->g + j, m, x->covers[b], x->floors + j,
+        int32_t top = block_of(moment, product, end - j, x->w + j, x->g + j, m, x->covers[b], x->floors + j,
                                x->peaks + j, x->settings, &sums);
         x->tops[b] = larger(x->tops[b], top);
         j = end;
@@ -94,10 +94,8 @@ INLINE void stretch_of(int moment, int root, int product, struct stretch *x) {
 }
 
 #define STRETCHES(m_)                                                                                                \
-    case (m_) * WITH_MOMENT: STRETCH(m_, 0, 0); break;                                                               \
-    case (m_) * WITH_MOMENT + WITH_PRODUCT: STRETCH(m_, 0, 1); break;                                                \
-    case (m_) * WITH_MOMENT + WITH_ROOT: STRETCH(m_, 1, 0); break;                                                   \
-    case (m_) * WITH_MOMENT + WITH_ROOT + WITH_PRODUCT: STRETCH(m_, 1, 1); break
+    case (m_) * WITH_MOMENT: STRETCH(m_, 0); break;                                                                  \
+    case (m_) * WITH_MOMENT + WITH_PRODUCT: STRETCH(m_, 1); break
 
 #define STRETCH_FUNCTION(name)                                                                                       \
     static void name(int kind, struct stretch *x) {                                                                  \

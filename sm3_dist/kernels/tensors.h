@@ -28,7 +28,7 @@ struct tensor {
     char *moment;
     double whole_numel;       /* elements of the whole tensor */
     double cap;               /* the largest square of an update, in units */
-    int64_t *partial, *total; /* the sum of squares: of this step, added to; of the one before. null: nobody asks */
+    int64_t *partial, *average; /* sums of squares: of this step, added to; of those before. null: nobody asks */
 };
 
 struct param { /* what may differ in every step */

@@ -196,8 +196,8 @@ def refusal(entry: Entry) -> str | None:
     if entry.rounds:
         return "it has no stochastic rounding yet."
     options = ("bias_correction", "nesterov", "update_rms", "cover_block")
-    if any(entry.group[option] for option in options) or entry.group["update_power"] != 1:
-        return "of bias_correction, nesterov, update_power, update_rms and cover_block the Triton kernel has none yet."
+    if any(entry.group[option] for option in options):
+        return "of bias_correction, nesterov, update_rms and cover_block the Triton kernel has none yet."
     return None
 
 

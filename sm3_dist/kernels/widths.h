@@ -55,12 +55,12 @@ struct width {
     void (*scatter)(int64_t n, uint16_t *to, const float *from, const uint32_t *noise);
 };
 
-#define STRETCH(m_, root_, product_) stretch_of(m_, root_, product_, x)
+#define STRETCH(m_, product_) stretch_of(m_, product_, x)
 WIDTH(baseline, )
 #ifdef X86
 WIDTH(avx2, __attribute__((target("avx2"))))
 #undef STRETCH
-#define STRETCH(m_, root_, product_) stretch_of_avx512(m_, root_, product_, x)
+#define STRETCH(m_, product_) stretch_of_avx512(m_, product_, x)
 WIDTH(avx512, __attribute__((target(AVX512))))
 #endif
 
