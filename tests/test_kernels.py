@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import warnings
 from contextlib import contextmanager
 
@@ -373,8 +374,24 @@ def test_without_the_compiled_library_eager_serves_and_one_warning_says_why(monk
 
 
 @needs_c
+@pytest.mark.parametrize("settings", [{"momentum": 0.9}, RECIPE | {"cover_block": 32}], ids=str)
+def test_threads_of_its_own_do_as_those_of_pytorch(settings, monkeypatch):
+    monkeypatch.setattr(cpu, "_parallel", lambda process: None)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    compare(weights, [[torch.randn(shape, generator=generator) for shape in SHAPES] for _ in range(4)], **settings)
+
+
+@needs_c
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has another OpenMP runtime")
+def test_pytorchs_threads_are_found_but_not_after_a_fork():
+    assert cpu._parallel(os.getpid()) is not None
+    assert cpu._parallel(os.getpid() + 1) is None
+
+
+@needs_c
 def test_a_fork_after_a_step_can_step_too():
-    """A step leaves no threads behind that a fork would lose."""
+    """PyTorch's threads are lost in a fork, and waiting for them would not end."""
     weight = nn.Parameter(torch.ones(300, 300))
     weight.grad = torch.ones(300, 300)
     optimizer = SM3([weight], lr=0.1, backend="c")
