@@ -186,9 +186,9 @@ class SM3(Optimizer):
     ) -> SM3:
         """SM3 with the options that measurements favour, to be used at AdamW's learning rates. Start here.
 
-        Momentum 0.9, a bias-corrected moving average of squared gradients with ``beta=0.95``, updates at AdamW's root
-        mean square, and products of covers of 64 elements, which make 0.13 bytes of accumulators per parameter of a
-        matrix. What each of these brings is in ``docs/quality.md``.
+        Nesterov momentum of 0.9, a bias-corrected moving average of squared gradients with ``beta=0.95``, updates at
+        AdamW's root mean square, and products of covers of 64 elements, which make 0.13 bytes of accumulators per
+        parameter of a matrix. What each of these brings is in ``docs/quality.md``.
 
         Args:
             params: as for :class:`SM3`.
@@ -205,7 +205,7 @@ class SM3(Optimizer):
             >>> {key: tuple(value.shape) for key, value in optimizer.state[layer.weight].items() if "acc" in key}
             {'accumulator_0': (48, 1), 'accumulator_1': (1, 64), 'accumulator_2': (1, 1)}
         """
-        recipe: dict[str, Any] = {"momentum": 0.9, "beta": 0.95, "bias_correction": True}
+        recipe: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "beta": 0.95, "bias_correction": True}
         recipe |= {"update_rms": 1.0, "cover_block": 64, "cover_product": True}
         return cls(params, lr, **recipe | options)
 
