@@ -205,7 +205,8 @@ class SM3(Optimizer):
             >>> {key: tuple(value.shape) for key, value in optimizer.state[layer.weight].items() if "acc" in key}
             {'accumulator_0': (48, 1), 'accumulator_1': (1, 64), 'accumulator_2': (1, 1)}
         """
-        recipe: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "beta": 0.95, "bias_correction": True}
+        recipe: dict[str, Any] = {"momentum": 0.9, "nesterov": options.get("momentum", 0.9) > 0}
+        recipe |= {"beta": 0.95, "bias_correction": options.get("beta", 0.95) > 0}
         recipe |= {"update_rms": 1.0, "cover_block": 64, "cover_product": True}
         return cls(params, lr, **recipe | options)
 

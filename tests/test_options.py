@@ -366,6 +366,16 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         SM3([torch.nn.Parameter(torch.ones(2))], **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "off"), [({"momentum": 0.0}, "nesterov"), ({"beta": 0.0}, "bias_correction")], ids=str
+)
+def test_the_recipe_may_lack_momentum_or_the_moving_average(options: dict[str, Any], off: str) -> None:
+    (usual,) = SM3.adamw_like([torch.nn.Parameter(torch.ones(2))]).param_groups
+    (group,) = SM3.adamw_like([torch.nn.Parameter(torch.ones(2))], **options).param_groups
+    assert usual[off]
+    assert not group[off]
+
+
 @pytest.mark.parametrize("options", [{"update_rms": 0.2}, {"cover_block": 2}], ids=str)
 def test_sparse_gradients_refuse_what_has_no_meaning_for_them(options: dict[str, Any]) -> None:
     embedding = torch.nn.Embedding(5, 4, sparse=True)
