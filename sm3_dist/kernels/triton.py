@@ -557,13 +557,15 @@ def _tiling(
         even = block & -block
         groups = min(even, tall), min(even, wide)
         if lead > 1:  # filling up the last of several dimensions that count rows must not make many more of them
-            groups = next(g for g in _halved(groups[0]) if 4 * _filled(start, shape, lead - 1, g) <= 5 * shape[lead - 1]), groups[1]
+            few = (g for g in _halved(groups[0]) if 4 * _filled(start, shape, lead - 1, g) <= 5 * shape[lead - 1])
+            groups = next(few, 1), groups[1]
         side_by_side = groups
         first = [start[lead - 1] % groups[0], start[lead] % groups[1]]
         bounds = [first[1], first[0], first[0] + shape[lead - 1]]
         for dim, before in zip((lead - 1, lead), first, strict=True):
             at[dim], in_blocks[dim] = at[dim] - before, in_blocks[dim] - before
-            offsets = [offset - before * each[dim] for offset, each in zip(offsets, strides, strict=True)]
+        # (The stride along columns is 1, whatever PyTorch says of a single one.)
+        offsets = [a - first[0] * each[lead - 1] - first[1] for a, each in zip(offsets, strides, strict=True)]
         rows, columns = math.prod(shape[: lead - 1]) * _filled(start, shape, lead - 1, groups[0]), first[1] + shape[lead]
         shape = [*shape[: lead - 1], _filled(start, shape, lead - 1, groups[0]), columns]
     fields = [rows, columns, *offsets, *bounds, *_padded(shape), *_padded(at), *_padded(in_blocks)]
