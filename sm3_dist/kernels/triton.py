@@ -58,7 +58,7 @@ LR, DECAY, MOMENTUM, FRESH, BETA, ONE_MINUS_BETA, EPS, UNSCALE, LIMIT, GROUP_FIE
 CORRECTION, SCALE, PER_ONE, CAP, FACTOR_FIELDS = map(constexpr, range(5))
 
 TILE = 2048
-"""Elements of a tile."""
+"""Elements of a tile. Of tensors of three dimensions and more it has fewer under block covers, or registers run out."""
 LONG_ROW = 8192
 """Trailing dimensions are joined to rows of at most this length."""
 TINY = constexpr(torch.finfo(torch.float32).tiny)
@@ -552,8 +552,9 @@ def _tiling(
         # group, which divides the block: so a group lies in one block. The box then begins within its first group.
         lead = len(shape) - 1
         in_blocks = [a - b // block * block for a, b in zip(start, extent_start, strict=True)]
-        wide = _width(shape[lead])
-        tall = TILE // wide
+        tile = TILE if lead == 1 else TILE // 4 if lead < 4 else TILE // 16
+        wide = min(tile, _width(shape[lead]))
+        tall = tile // wide
         even = block & -block
         groups = min(even, tall), min(even, wide)
         if lead > 1:  # filling up the last of several dimensions that count rows must not make many more of them
