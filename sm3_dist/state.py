@@ -154,7 +154,7 @@ def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard], 
 
 
 def step_device(param: Tensor) -> torch.device:
-    """Where steps are counted: on a GPU beside the parameter, so that the host need not read there; else on the host."""
+    """Where steps are counted: on a GPU beside the parameter, so that the host need not ask it; else on the host."""
     device = adapters.local(param).device
     return device if device.type == "cuda" else torch.device("cpu")
 

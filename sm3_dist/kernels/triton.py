@@ -5,8 +5,12 @@ which are contiguous. The maxima of nu over the tile go to a buffer aside by ato
 are ordered like the values and exact in any order; in the end they overwrite the accumulators. Division and square root
 round to nearest, and multiplications are not fused with additions, so that the results are those of ``update_box``.
 
+With block covers an entry speaks for indices side by side. Tiles are therefore laid so that groups of rows and columns
+lie within a block, and only the maximum of each group goes to the buffer: one atomic operation for many elements.
+
 What a program needs to know lies in tables on the device: addresses, strides, hyperparameters. They are written anew
-only when they change, so that a step whose gradients stay where they are launches kernels and nothing else.
+only when they change. What changes in every step, corrections and scales, is computed on the device. So a step whose
+gradients stay where they are launches kernels and nothing else.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -40,7 +44,7 @@ if TYPE_CHECKING:
     from sm3_dist.update import Settings
 
 _DIMS = fused.DIMS
-constexpr: Callable[[int], Any] = int if triton is None else tl.constexpr
+constexpr: Callable[[Any], Any] = int if triton is None else tl.constexpr
 jit: Callable[[Any], Any] = (lambda function: function) if triton is None else triton.jit
 
 # Fields of the tables. Those of dimensions, accumulators (one per dimension, and that of the tiles) and operands (weight,
@@ -231,7 +235,7 @@ def step_tiles(
         m_at = m_at + m_rows[:, None] + columns[None, :]
         mean = widened(tl.load(m_at, mask=there, other=0.0), MOMENT) * tl.load(group + MOMENTUM) + update
         tl.store(m_at, rounded(mean, MOMENT), mask=there)
-        if NESTEROV:
+        if NESTEROV:  # noqa: SIM108
             update = update + mean * tl.load(group + MOMENTUM)
         else:
             update = mean
@@ -350,11 +354,13 @@ class TritonWork:
             aside += sum(sizes)
             strides = [[each.stride(dim) for dim in order] for each in in_turn]
             tensors.append(
-                [param, group, 0 if momentum is None else momentum.data_ptr()]
-                + [0 if squares is None else squares.partial.data_ptr()]
-                + _padded([each.data_ptr() for each in in_turn], fused.DIMS + 1)
-                + _padded(starts, fused.DIMS + 1)
-                + _padded([stride for each in strides for stride in _padded(each)], fused.DIMS * (fused.DIMS + 1))
+                [
+                    *(param, group, 0 if momentum is None else momentum.data_ptr()),
+                    0 if squares is None else squares.partial.data_ptr(),
+                    *_padded([each.data_ptr() for each in in_turn], fused.DIMS + 1),
+                    *_padded(starts, fused.DIMS + 1),
+                    *_padded([stride for each in strides for stride in _padded(each)], fused.DIMS * (fused.DIMS + 1)),
+                ]
             )
             operands = fused.views(entry, weight, self._operands.strides[param])
             dtypes = weight.dtype, self._operands.dtypes[param], None if momentum is None else momentum.dtype
@@ -383,8 +389,7 @@ class TritonWork:
                 first += tiles
             numbers, counts = torch.tensor(members).unbind(1)
             self._launches.append((kind, torch.repeat_interleave(numbers.int(), counts).to(self._device)))
-        fields = int(BOX_FIELDS)
-        self._boxes = torch.tensor(boxes, dtype=torch.int64, device=self._device).view(-1, fields)
+        self._boxes = torch.tensor(boxes, dtype=torch.int64, device=self._device).view(-1, int(BOX_FIELDS))
         self._tensors = torch.tensor(tensors, dtype=torch.int64, device=self._device)
         self._aside = torch.zeros(aside, dtype=torch.int32, device=self._device)
         self._accumulators, self._new = self._pairs(aside)
@@ -567,7 +572,10 @@ def _tiling(
             at[dim], in_blocks[dim] = at[dim] - before, in_blocks[dim] - before
         # (The stride along columns is 1, whatever PyTorch says of a single one.)
         offsets = [a - first[0] * each[lead - 1] - first[1] for a, each in zip(offsets, strides, strict=True)]
-        rows, columns = math.prod(shape[: lead - 1]) * _filled(start, shape, lead - 1, groups[0]), first[1] + shape[lead]
+        rows, columns = (
+            math.prod(shape[: lead - 1]) * _filled(start, shape, lead - 1, groups[0]),
+            first[1] + shape[lead],
+        )
         shape = [*shape[: lead - 1], _filled(start, shape, lead - 1, groups[0]), columns]
     fields = [rows, columns, *offsets, *bounds, *_padded(shape), *_padded(at), *_padded(in_blocks)]
     fields += [stride for each in strides for stride in _padded(each)]
