@@ -47,7 +47,7 @@ _DIMS = fused.DIMS
 constexpr: Callable[[Any], Any] = int if triton is None else tl.constexpr
 jit: Callable[[Any], Any] = (lambda function: function) if triton is None else triton.jit
 
-# Fields of the tables. Those of dimensions, accumulators (one per dimension, and that of the tiles) and operands (weight,
+# Fields of the tables. Those of dimensions, accumulators (one per dimension, and that of tiles) and operands (weight,
 # gradient, momentum) stand for the first of several.
 BOX_TENSOR, BOX_FIRST_TILE, BOX_ROWS, BOX_COLUMNS, BOX_OFFSET = map(constexpr, (0, 1, 2, 3, 4))
 BOX_FIRST_COLUMN, BOX_FIRST_INDEX, BOX_STOP_INDEX = map(constexpr, (7, 8, 9))
