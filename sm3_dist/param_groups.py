@@ -54,6 +54,11 @@ def correction_of(group: Mapping[str, Any], step: float) -> float:
     return 1 / (1 - float(group["beta"]) ** (step + 1)) if group["bias_correction"] else 1.0
 
 
+def correction(beta: Tensor, step: Tensor) -> Tensor:
+    """As :func:`correction_of`, on the device where the counts of steps are; 1 where ``beta`` is 0. In float64."""
+    return 1 / (1 - beta ** (step.double() + 1))
+
+
 def first_rms_of(group: Mapping[str, Any]) -> float:
     """The root mean square of a first update, see :func:`~sm3_dist.rms.first_rms`."""
     return first_rms(group["beta"], group["bias_correction"])

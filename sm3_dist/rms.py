@@ -73,8 +73,21 @@ class SquareSum:
             first: that of an update before which there was none, see :func:`first_rms`.
             dtype: type of the result.
         """
-        mean = torch.where(self.average > 0, self.average.double() / (self.per_one * self.numel), first**2)
-        return (mean.rsqrt_() * update_rms).to(dtype)
+        unit = torch.full_like(self.average, self.per_one * self.numel, dtype=torch.float64)
+        return scale(self.average, unit, update_rms, first**2).to(dtype)
+
+
+def scale(average: Tensor, unit: Tensor, update_rms: float | Tensor, first_square: float | Tensor) -> Tensor:
+    """What brings updates to a root mean square of ``update_rms``, of one tensor or of several; in float64.
+
+    Args:
+        average: the moving averages of sums of squares.
+        unit: what a mean square of 1 would be in them, float64. (CUDA divides by tensors; by numbers it does not, but
+            multiplies with their inverse.)
+        update_rms: the root mean square that is wanted.
+        first_square: the mean square of an update before which there was none.
+    """
+    return torch.where(average > 0, average.double() / unit, first_square).rsqrt_() * update_rms
 
 
 def first_rms(beta: float, bias_correction: bool) -> float:

@@ -40,7 +40,7 @@ def fill_state(
     """
     dtype = accumulator_dtype(param.dtype)
     device = adapters.local(param).device
-    state.setdefault("step", torch.zeros((), dtype=torch.float32))
+    state.setdefault("step", torch.zeros((), dtype=torch.float32, device=step_device(param)))
     for shard in shards:
         for i in range(shard.accumulator_count):
             key = accumulator_key(shard, i)
@@ -92,7 +92,8 @@ def adopt_state(
         ValueError: if a tensor does not have the shape that this rank stores.
     """
     dtype = accumulator_dtype(param.dtype)
-    state: State = {"step": torch.as_tensor(loaded.get("step", 0), dtype=torch.float32).detach().cpu().clone()}
+    step = torch.as_tensor(loaded.get("step", 0), dtype=torch.float32).detach()
+    state: State = {"step": step.to(step_device(param), copy=True)}
     minimum = loaded.get("cover_minimum")
     if minimum is not None:
         plain = adapters.local(_zeros(param, shards, dtype))
@@ -150,6 +151,12 @@ def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard], 
         if key in state:
             shaped[MOMENTUM_BUFFER] = converted(state[key], minimum.dtype)
     return shaped
+
+
+def step_device(param: Tensor) -> torch.device:
+    """Where steps are counted: on a GPU beside the parameter, so that the host need not ask it; else on the host."""
+    device = adapters.local(param).device
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _zeros(param: Tensor, shards: Sequence[LocalShard], dtype: torch.dtype) -> Tensor:

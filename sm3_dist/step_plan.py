@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from sm3_dist import adapters, kernels
 from sm3_dist.bucket import MaxBucket, Slot, SumBucket
 from sm3_dist.groups import new_group
-from sm3_dist.param_groups import correction_of, first_rms_of
+from sm3_dist.param_groups import correction, correction_of, first_rms_of
 from sm3_dist.publish import Parts, Publisher
 from sm3_dist.rms import CUT_OFF, SquareSum
 from sm3_dist.rounding import Rounding
@@ -39,7 +39,7 @@ class Entry:
         shard: what this rank holds.
         accumulators: this rank's part of accumulator ``i``, of shape ``shard.stored[i].shape``.
         momentum_buffer: the local tensor, laid out like the parameter's, int8 for codes; ``None`` without momentum.
-        step: how many steps the parameter has taken; 0-dimensional.
+        step: how many steps the parameter has taken; 0-dimensional, on the parameter's GPU if it lies on one.
         squares: the sum that ``update_rms`` goes by; ``None`` without.
         label: what error messages call it.
         number: its place among the tensors of the optimizer, the same under every layout; keys its random numbers.
@@ -102,7 +102,7 @@ class Entry:
     def _of_this_tensor(self, settings: Settings) -> Settings:
         """The settings of the group, with what depends on the steps that this tensor has taken."""
         if self.group["bias_correction"]:
-            settings = replace(settings, correction=correction_of(self.group, self.step.item()))
+            settings = replace(settings, correction=self._correction())
         if self.squares is not None:
             scale = self.squares.scale(self.group["update_rms"], first_rms_of(self.group), self.accumulators[0].dtype)
             settings = replace(settings, scale=scale, limit=CUT_OFF * self.group["update_rms"])
@@ -111,6 +111,13 @@ class Entry:
             rounding = Rounding(seed, int(self.step.item()), self.number, self.shard.shape, bfloat16)
             settings = replace(settings, rounding=rounding)
         return settings
+
+    def _correction(self) -> float | Tensor:
+        """What corrects ``nu`` for its start at 0. The host does not wait for a GPU to tell the number of steps."""
+        if self.step.device.type == "cpu":
+            return correction_of(self.group, self.step.item())
+        beta = torch.full_like(self.step, self.group["beta"], dtype=torch.float64)
+        return correction(beta, self.step).to(self.accumulators[0].dtype)
 
     def local_grad(self, grad: Tensor) -> Tensor:
         """The gradient of exactly the elements that this rank holds."""

@@ -32,7 +32,8 @@ class Settings:
     Attributes:
         nesterov: look ahead: the update is ``momentum * m + (1 - momentum) * u`` with the new ``m``.
         cover_product: estimate from the product of the accumulators and not from their minimum.
-        correction: what corrects ``nu`` for having started at zero, ``1 / (1 - beta^t)``; 1 for no correction.
+        correction: what corrects ``nu`` for having started at zero, ``1 / (1 - beta^t)``; 1 for no correction. A float
+            or a 0-dimensional tensor of the type and device of the accumulators.
         scale: what the update before momentum is multiplied with; ``None``: nothing. A float or a 0-dimensional tensor
             of the type and device of the accumulators.
         limit: where it is then cut off either way.
@@ -48,7 +49,7 @@ class Settings:
     maximize: bool
     nesterov: bool = False
     cover_product: bool = False
-    correction: float = 1.0
+    correction: float | Tensor = 1.0
     scale: float | Tensor | None = None
     limit: float = math.inf
     unscale: float | Tensor | None = None
@@ -90,7 +91,7 @@ def update_box(
         nu.mul_(1 - s.beta)
         floor = floor * s.beta
     nu.add_(floor)
-    corrected = nu * s.correction if s.correction != 1 else nu
+    corrected = nu * s.correction if isinstance(s.correction, Tensor) or s.correction != 1 else nu
     update = _inverse_root(corrected + s.eps).mul_(grad)
     if s.maximize:
         update.neg_()

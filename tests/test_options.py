@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from layouts import LAYOUTS, Tensors, cases, full, give, same
 from test_layouts import STEPS, gradient
 from test_maths import gradients, trained
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from sm3_dist import SM3
 from sm3_dist.box import Box, overlaps
 from sm3_dist.checkpoint import get_state_dict, set_state_dict
+from sm3_dist.param_groups import correction, correction_of
 from sm3_dist.reference import ReferenceState, reference_step
 from sm3_dist.rms import LARGEST, square_sum
 
@@ -383,3 +384,23 @@ def test_sparse_gradients_refuse_what_has_no_meaning_for_them(options: dict[str,
     embedding(torch.tensor([1, 3])).sum().backward()
     with pytest.raises(NotImplementedError, match="sparse gradient"):
         optimizer.step()
+
+
+def test_eager_steps_on_a_device_wait_for_nothing(monkeypatch):
+    """Not for the count of steps either, which lies there too. Nobody can read a tensor on the meta device."""
+    monkeypatch.setattr("sm3_dist.state.step_device", lambda param: param.device)
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in [(40, 30), (7,), (4, 3, 2, 2)]]
+    optimizer = SM3.adamw_like(params, lr=0.1, backend="eager", nesterov=True, weight_decay=0.1)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.empty_like(param)
+        optimizer.step()
+    assert {value.device.type for param in params for value in optimizer.state[param].values()} == {"meta"}
+
+
+def test_the_correction_on_a_device_is_that_of_the_host():
+    steps = torch.cat([torch.arange(2000.0), 2 ** torch.arange(11.0, 24.0)])
+    for beta in (0.0, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999):
+        group = {"beta": beta, "bias_correction": True}
+        expected = torch.tensor([correction_of(group, step) for step in steps.tolist()], dtype=torch.float32)
+        assert torch.equal(correction(torch.tensor(beta, dtype=torch.float64), steps).float(), expected)

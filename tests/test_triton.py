@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def run(what: str, interpret: str) -> str:
 
 
 def test_the_interpreted_kernel_gives_the_bits_of_eager() -> None:
-    assert run("interpret", "1") == "compared dtypes, memory, boxes\n"
+    assert run("interpret", "1") == "compared dtypes, options, memory, boxes; the host read nothing\n"
 
 
 def test_the_kernel_compiles_for_each_architecture_without_spills() -> None:
@@ -59,9 +60,27 @@ def check_dtypes() -> None:
         compare(weights, grads, "triton", **settings)
 
 
+def check_options() -> None:
+    """Steps after the second have an average of squares to go by."""
+    import torch
+    from test_kernels import DTYPES, RECIPE, SETTINGS, compare, gradient
+
+    shapes = [(), (7,), (0,), (33, 17), (3, 150), (30, 1), (5, 3, 6), (6, 4, 3, 3)]
+    product = RECIPE | {"cover_block": 4, "cover_product": True, "nesterov": True}
+    generator = torch.Generator().manual_seed(0)
+    float32, bfloat16, float16 = DTYPES
+    cases = [(float32, SETTINGS[8]), (bfloat16, SETTINGS[10]), (float32, product), (bfloat16, product)]
+    cases += [(float16, product), (float16, SETTINGS[12])]
+    for number, (dtype, settings) in enumerate(cases):
+        weights = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        grads = [[gradient(s, dtype, generator, special) for s in shapes] for special in (False, True, False)]
+        grads[1][number % len(shapes)] = None
+        compare(weights, grads, "triton", **settings)
+
+
 def check_memory() -> None:
     import torch
-    from test_kernels import compare_views
+    from test_kernels import RECIPE, compare_views
 
     generator = torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
@@ -73,8 +92,9 @@ def check_memory() -> None:
         randn(4, 6, 5, 4).to(memory_format=torch.channels_last),
     ]
     grads = [[torch.empty_like(w).copy_(randn(*w.shape)) for w in weights], [randn(*w.shape) for w in weights]]
-    for momentum in (0.0, 0.9):
-        compare_views(weights, grads, "triton", momentum=momentum)
+    product = RECIPE | {"cover_block": 4, "cover_product": True}
+    for settings in ({}, {"momentum": 0.9}, {"cover_block": 3}, product):
+        compare_views(weights, grads, "triton", **settings)
 
 
 def check_boxes() -> None:
@@ -85,6 +105,64 @@ def check_boxes() -> None:
     for shape in [(10, 7), (30, 300), (6, 5, 4), (5, 4, 3, 2)]:
         for replicated in (False, True):
             compare_boxes(shape, replicated, TritonWork, ranges=3)
+    for shape, block, ranges in [((10, 7), 2, 3), ((30, 70), 8, 2), ((30, 70), 3, 1), ((5, 4, 3, 3), 2, 2)]:
+        for replicated in (False, True):
+            compare_boxes(shape, replicated, TritonWork, ranges, block, is_product=block % 2 == 0)
+
+
+def check_that_the_host_reads_nothing() -> None:
+    """In a step like the one before: it waits for no value and sends none, so that a CUDA graph can have it."""
+    from contextlib import ExitStack
+    from unittest.mock import MagicMock, patch
+
+    import torch
+    from test_kernels import assert_same
+
+    from sm3_dist.box import Box
+    from sm3_dist.kernels import triton as kernel
+    from sm3_dist.kernels.eager import EagerWork
+    from sm3_dist.rms import square_sum
+    from sm3_dist.shard import LocalShard
+    from sm3_dist.step_plan import HYPERPARAMETERS, Entry
+    from sm3_dist.update import Settings
+
+    def refuse(*_, **__):
+        raise AssertionError("the host reads a tensor, or makes one of its own numbers")
+
+    options = {"momentum": 0.9, "beta": 0.95, "bias_correction": True, "update_rms": 0.2}
+    group = dict.fromkeys(HYPERPARAMETERS) | options
+    numbers = {"momentum": 0.9, "beta": 0.95, "eps": 1e-30, "weight_decay": 0.1, "maximize": False, "nesterov": True}
+    settings = Settings(torch.tensor(0.3), **numbers, cover_product=True, unscale=torch.tensor(0.5))
+    results, works = [], []
+    for work in (EagerWork, kernel.TritonWork):
+        entries = []
+        for shape in [(7,), (20, 30)]:
+            generator = torch.Generator().manual_seed(0)
+            param = torch.nn.Parameter(torch.randn(shape, generator=generator))
+            param.grad = torch.randn(shape, generator=generator)
+            shard = LocalShard(shape, (Box.whole(shape),), cover_block=8)
+            accumulators = [torch.zeros(s.shape) for s in shard.stored]
+            squares = square_sum(shape, torch.zeros((), dtype=torch.int64))
+            moment, step = torch.zeros(shape), torch.zeros(())
+            entries.append(Entry(param, group, shard, accumulators, moment, step, squares, "x"))
+        works.append(work(entries))
+        with torch.no_grad():
+            for _ in range(2):
+                works[-1].update({id(group): settings})
+        results.append([x for e in entries for x in (e.param.detach(), e.momentum_buffer, e.step, *e.accumulators)])
+    for expected, actual in zip(*results, strict=True):
+        assert_same(actual, expected, "tensor lr")
+
+    launched = MagicMock()  # in the place of the kernel, which the interpreter runs on the host
+    with torch.no_grad(), ExitStack() as stack:
+        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+            stack.enter_context(patch.object(torch.Tensor, name, refuse))
+        for name in ("tensor", "as_tensor", "from_numpy"):
+            stack.enter_context(patch.object(torch, name, refuse))
+        stack.enter_context(patch.object(kernel, "step_tiles", launched))
+        works[1].update({id(group): settings})
+    assert launched.__getitem__.call_count == 2
+    assert [float(entry.step) for entry in works[1].entries] == [3.0, 3.0]
 
 
 def check_compile() -> None:
@@ -97,15 +175,20 @@ def check_compile() -> None:
 
     pointers = {"tiles": "*i32", "boxes": "*i64", "tensors": "*i64", "addresses": "*i64", "settings": "*fp32"}
     names = ("WEIGHT", "GRAD", "MOMENT", "NDIM", "LEAD", "TALL", "WIDE")
-    signature = {**pointers, "aside": "*i32", **dict.fromkeys(names, "constexpr")}
+    names += ("CORRECT", "SQUARES", "NESTEROV", "BLOCK", "PRODUCT", "ROWS", "COLUMNS")
+    signature = {**pointers, "factors": "*fp32", "aside": "*i32", **dict.fromkeys(names, "constexpr")}
+    plain, recipe = (False, False, False, 0, -1, 1, 1), (True, True, False)
     kinds = [
-        (tl.float32, tl.float32, None, 2, 1, 8, 256),
-        (tl.float32, tl.float32, tl.float32, 1, 0, 1, 2048),
-        (tl.bfloat16, tl.bfloat16, tl.bfloat16, 2, 1, 8, 256),
-        (tl.float16, tl.float32, tl.float32, 4, 1, 64, 32),
+        (tl.float32, tl.float32, None, 2, 1, 8, 256, *plain),
+        (tl.float32, tl.float32, tl.float32, 1, 0, 1, 2048, *plain),
+        (tl.bfloat16, tl.bfloat16, tl.bfloat16, 2, 1, 8, 256, *plain),
+        (tl.float16, tl.float32, tl.float32, 4, 1, 64, 32, *plain),
+        (tl.float32, tl.float32, tl.float32, 2, 1, 8, 256, *recipe, 64, 0x10, 8, 64),
+        (tl.bfloat16, tl.bfloat16, tl.bfloat16, 2, 1, 8, 256, True, True, True, 32, 0x10, 8, 32),
+        (tl.float16, tl.float32, tl.float32, 4, 3, 64, 8, *recipe, 64, 0x3210, 1, 8),
     ]
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    print("sm weight grad momentum dimensions tile registers shared spills operations")
+    print("sm weight grad momentum dimensions tile block registers shared spills operations")
     for architecture in ARCHITECTURES:
         for kind in kinds:
             source = ASTSource(kernel.step_tiles, signature, constexprs=dict(zip(names, kind, strict=True)))
@@ -122,8 +205,20 @@ def check_compile() -> None:
             shared = compiled.metadata.shared
             names_of = r"\b(?:fma|mad|div|sqrt|rsqrt|rcp|mul|add|sub)\.[\w.]*f32"
             operations = {each.removesuffix(".f32") for each in re.findall(names_of, compiled.asm["ptx"])}
-            weight, grad, moment, ndim, _, tall, wide = kind
-            print(architecture, weight, grad, moment, ndim, f"{tall}x{wide}", registers, shared, stack + local, end=" ")
+            weight, grad, moment, ndim, _, tall, wide, _, _, _, block, *_ = kind
+            print(
+                architecture,
+                weight,
+                grad,
+                moment,
+                ndim,
+                f"{tall}x{wide}",
+                block,
+                registers,
+                shared,
+                stack + local,
+                end=" ",
+            )
             print(",".join(sorted(operations)))
 
 
@@ -131,7 +226,12 @@ if __name__ == "__main__":
     if sys.argv[1] == "compile":
         check_compile()
     else:
+        import test_kernels
+
+        test_kernels.threads = nullcontext  # the kernel uses none
         check_dtypes()
+        check_options()
         check_memory()
         check_boxes()
-        print("compared dtypes, memory, boxes")
+        check_that_the_host_reads_nothing()
+        print("compared dtypes, options, memory, boxes; the host read nothing")

@@ -27,7 +27,7 @@ from sm3_dist.momentum_code import MOMENTUM_BUFFER, MOMENTUM_CODE, converted, mo
 from sm3_dist.optimizer import SM3
 from sm3_dist.param_groups import validate
 from sm3_dist.shard import WHOLE, LocalShard, accumulator_dtype
-from sm3_dist.state import accumulator_key
+from sm3_dist.state import accumulator_key, step_device
 from sm3_dist.step_plan import Entry
 
 SCALAR = Box((), ())
@@ -238,7 +238,8 @@ def _absent(
 ) -> dict[str, Slot]:
     """The slots of a tensor of which this rank holds no state at all."""
     like = param.new_empty(0, dtype=accumulator_dtype(param.dtype), requires_grad=False)
-    forms: dict[str, tuple[tuple[int, ...], Tensor]] = {"step": ((), torch.empty(0, dtype=torch.float32))}
+    step = torch.empty(0, dtype=torch.float32, device=step_device(param))
+    forms: dict[str, tuple[tuple[int, ...], Tensor]] = {"step": ((), step)}
     for i in range(shard.accumulator_count):
         forms[f"accumulator_{i}"] = (_canonical(shard, i)[0] if param.dim() else (), like)
     if group["momentum"] > 0:
