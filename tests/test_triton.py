@@ -119,8 +119,9 @@ def check_that_the_host_reads_nothing() -> None:
     from test_kernels import assert_same
 
     from sm3_dist.box import Box
-    from sm3_dist.kernels import triton as kernel
+    from sm3_dist.kernels import triton_kernel
     from sm3_dist.kernels.eager import EagerWork
+    from sm3_dist.kernels.triton import TritonWork
     from sm3_dist.rms import square_sum
     from sm3_dist.shard import LocalShard
     from sm3_dist.step_plan import HYPERPARAMETERS, Entry
@@ -134,7 +135,7 @@ def check_that_the_host_reads_nothing() -> None:
     numbers = {"momentum": 0.9, "beta": 0.95, "eps": 1e-30, "weight_decay": 0.1, "maximize": False, "nesterov": True}
     settings = Settings(torch.tensor(0.3), **numbers, cover_product=True, unscale=torch.tensor(0.5))
     results, works = [], []
-    for work in (EagerWork, kernel.TritonWork):
+    for work in (EagerWork, TritonWork):
         entries = []
         for shape in [(7,), (20, 30)]:
             generator = torch.Generator().manual_seed(0)
@@ -159,7 +160,7 @@ def check_that_the_host_reads_nothing() -> None:
             stack.enter_context(patch.object(torch.Tensor, name, refuse))
         for name in ("tensor", "as_tensor", "from_numpy"):
             stack.enter_context(patch.object(torch, name, refuse))
-        stack.enter_context(patch.object(kernel, "step_tiles", launched))
+        stack.enter_context(patch.object(triton_kernel, "step_tiles", launched))
         works[1].update({id(group): settings})
     assert launched.__getitem__.call_count == 2
     assert [float(entry.step) for entry in works[1].entries] == [3.0, 3.0]
@@ -171,7 +172,7 @@ def check_compile() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sm3_dist.kernels import triton as kernel
+    from sm3_dist.kernels import triton_kernel as kernel
 
     pointers = {"tiles": "*i32", "boxes": "*i64", "tensors": "*i64", "addresses": "*i64", "settings": "*fp32"}
     names = ("WEIGHT", "GRAD", "MOMENT", "NDIM", "LEAD", "TALL", "WIDE")
