@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
-from torch.optim import SGD, Adafactor, AdamW, Optimizer
+from torch.optim import SGD, Adafactor, AdamW, NAdam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from launch import peers
@@ -58,6 +58,18 @@ def sm3_options(s: Settings) -> dict[str, Any]:
 
 def adamw(model: nn.Module, s: Settings) -> Optimizer:
     return AdamW(model.named_parameters(), s.lr, (s.momentum, s.beta), weight_decay=s.weight_decay, fused=True)
+
+
+def nadamw(model: nn.Module, s: Settings) -> Optimizer:
+    """AdamW that looks ahead. Momentum starts at half and nears the whole in 100 steps, by default in 10,000."""
+    return NAdam(
+        model.named_parameters(),
+        s.lr,
+        (s.momentum, s.beta),
+        weight_decay=s.weight_decay,
+        decoupled_weight_decay=True,
+        momentum_decay=1.0,
+    )
 
 
 def adafactor(model: nn.Module, s: Settings) -> Optimizer:
@@ -114,6 +126,7 @@ RECIPES = {
 OPTIMIZERS = {
     "sm3": RECIPES["adamw-like"],
     "adamw": Recipe(adamw, Settings(lr=2e-3, momentum=0.9, beta=0.95)),
+    "nadamw": Recipe(nadamw, Settings(lr=2e-3, momentum=0.9, beta=0.95)),
     "adamw-8bit": Recipe(peers.adamw_8bit, Settings(lr=2e-3, momentum=0.9, beta=0.95), whole=True),
     "adafactor": Recipe(adafactor, Settings(lr=3e-2), unknown=("momentum", "beta", *SM3_ALONE), whole=True),
     "adafactor-transformers": Recipe(

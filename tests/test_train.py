@@ -363,6 +363,7 @@ def test_recipes_differ_and_are_for_sm3_alone() -> None:
         ("came", "came_pytorch"),
         ("lion", "lion_pytorch"),
         ("muon", "torch"),
+        ("nadamw", "torch"),
     ],
 )
 def test_peers_take_steps(name: str, package: str) -> None:
