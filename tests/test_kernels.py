@@ -213,8 +213,10 @@ def compare_boxes(
         shard = LocalShard(shape, boxes, 3, replicated=replicated, cover_block=block)
         size = shape if replicated else (b - a + 5,)
         weight, grad = torch.randn(size, generator=generator), torch.randn(size, generator=generator)
-        group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9}
-        settings = Settings(0.1, 0.9, 0.0, 1e-30, 0.1, False, cover_product=is_product)
+        group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.0}
+        if is_product:  # then as the recipe has it: updates are scaled, and their squares added up
+            group |= {"beta": 0.95, "bias_correction": True, "update_rms": 1.0}
+        settings = Settings(0.1, 0.9, group["beta"], 1e-30, 0.1, False, cover_product=is_product)
         results = []
         for work in (EagerWork, fused):
             param = nn.Parameter(weight.clone())
@@ -223,12 +225,16 @@ def compare_boxes(
                 torch.rand(s.shape, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shard.stored)
             ]
             moment = torch.zeros(b - a if replicated else size)
-            entry = Entry(param, group, shard, accumulators, moment, torch.zeros(()), None, "x")
+            squares = square_sum(shape, torch.zeros((), dtype=torch.int64)) if is_product else None
+            entry = Entry(param, group, shard, accumulators, moment, torch.ones(()), squares, "x")
             running = work([entry])
             for number in (2, 5):
                 with threads(number):
                     running.update({id(group): settings})
-            results.append([param.detach(), *accumulators, moment, entry.step])
+                if squares is not None:
+                    squares.average.copy_(squares.partial)
+            sums = [] if squares is None else [squares.partial]
+            results.append([param.detach(), *accumulators, moment, entry.step, *sums])
         for i, (expected, actual) in enumerate(zip(*results, strict=True)):
             assert_same(actual, expected, (i, boxes))
 
