@@ -5,12 +5,14 @@
 Every optimizer starts from the learning rate that `launch/train.py` uses by default. Rates are doubled and halved until
 the best lies between two others; the best and its two neighbours are then run with every seed. Each run is a
 `launch/train.py` in a process of its own. Finished ones are kept in `--out`, and a second call goes on where the first
-was stopped. At the end stand a table and two pictures: loss curves, and final loss against bytes of optimizer state.
+was stopped; after a change of the code take another directory. At the end stand a table and two pictures: loss curves,
+and final loss against bytes of optimizer state.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -36,6 +38,8 @@ from launch.recipe import OPTIMIZERS, RECIPES
 from launch.world import UserError
 
 RESULTS, CURVES, BYTES, TABLE = "results.jsonl", "curves.png", "bytes.png", "table.txt"
+MOST_HALVINGS = 6
+"""So far the sweep goes down where training comes to nothing."""
 Place = tuple[int, int]
 """``(k, seed)``: learning rate ``start * 2^k``."""
 
@@ -80,7 +84,7 @@ class Contestant:
             how: tuple[str, ...] = (self.name,)
         elif kind == "sm3" and variant in RECIPES:
             how = ("sm3", "--recipe", variant)
-        elif kind == "sm3" and variant.isdecimal():
+        elif kind == "sm3" and variant.isdecimal() and int(variant) > 0:
             how = ("sm3", "--cover-block", variant)
         elif self.name in FEWER_BYTES:
             how = ("sm3", *FEWER_BYTES[self.name])
@@ -117,14 +121,16 @@ def wanted(results: Mapping[Place, float], seeds: int, sweep: bool = True) -> li
     if first:
         return first
     best = best_rate(results)
+    if math.isinf(at_rate(results, best)):  # lower rates may be better, if any is good
+        return [(best - 1, 0)] if best > -MOST_HALVINGS else []
     around = (best - 1, best, best + 1)
     further = [(k, 0) for k in around if (k, 0) not in results]
     return further or [(k, seed) for k in around for seed in range(seeds) if (k, seed) not in results]
 
 
 def best_rate(results: Mapping[Place, float]) -> int:
-    """The learning rate with the lowest loss, mean over the seeds."""
-    return min({k for k, _ in results}, key=lambda k: at_rate(results, k))
+    """The learning rate with the lowest loss, mean over the seeds; of equal ones the lowest."""
+    return min(sorted({k for k, _ in results}), key=lambda k: at_rate(results, k))
 
 
 def at_rate(results: Mapping[Place, float], k: int) -> float:
@@ -172,9 +178,10 @@ class Comparison:
         return wanted(self.results(contestant), self.seeds, self.sweep)
 
     def folder(self, contestant: Contestant, place: Place) -> Path:
-        """Where one run writes."""
+        """Where one run writes: a folder for each set of arguments."""
         rate = f"{contestant.start * 2.0 ** place[0]:g}"
-        return self.out / "runs" / f"{contestant.model}-{contestant.name}-lr{rate}-seed{place[1]}"
+        common = hashlib.sha256(" ".join(self.common).encode()).hexdigest()[:8]
+        return self.out / "runs" / f"{contestant.model}-{contestant.name}-lr{rate}-seed{place[1]}-{common}"
 
     def run(self, contestant: Contestant, place: Place) -> dict[str, Any]:
         """Make one run.
@@ -240,9 +247,8 @@ class Comparison:
 
     def bytes_per_parameter(self, contestant: Contestant) -> float:
         """Of optimizer state."""
-        record = self.record(contestant, (best_rate(self.results(contestant)), 0))
-        assert record is not None
-        return float(record["bytes_per_parameter"] or math.nan)
+        record = self.record(contestant, (self.best(contestant)[1], 0))
+        return float((record and record["bytes_per_parameter"]) or math.nan)
 
     def table(self) -> Table:
         """One line for each contestant, the best of a model first."""
@@ -254,7 +260,8 @@ class Comparison:
             for c in sorted(of_model(self.contestants, model), key=lambda c: at_rate(*self.best(c))):
                 results, best = self.best(c)
                 losses = [loss for (k, _), loss in results.items() if k == best]
-                spread = f"{stdev(losses):.4f} ({len(losses)})" if len(losses) > 1 else "(1)"
+                finite = len(losses) > 1 and all(map(math.isfinite, losses))
+                spread = f"{stdev(losses):.4f} ({len(losses)})" if finite else f"({len(losses)})"
                 tried = {k for k, _ in results}
                 near = [f"{at_rate(results, k):.4f}" if k in tried else "" for k in (best, best - 1, best + 1)]
                 rate, size = f"{c.start * 2.0**best:g}", f"{self.bytes_per_parameter(c):.2f}"
@@ -262,9 +269,9 @@ class Comparison:
         return table
 
     def best(self, contestant: Contestant) -> tuple[dict[Place, float], int]:
-        """Its results, and its best learning rate."""
+        """Its results, and its best learning rate; without a sweep the default one."""
         results = self.results(contestant)
-        return results, best_rate(results)
+        return results, best_rate(results) if self.sweep else 0
 
     def draw(self) -> None:
         """Draw the loss curves, and the final loss against the size of the state."""
@@ -286,6 +293,8 @@ class Comparison:
 
     def _curves(self, axes: Any, contestants: Iterable[Contestant]) -> None:
         for c in contestants:
+            if math.isinf(at_rate(*self.best(c))):
+                continue
             steps, losses = self.curve(c)
             axes.plot(steps, losses, label=c.name, linewidth=1)
             axes.set_ylim(top=1.5 * losses[-1])
@@ -303,6 +312,8 @@ class Comparison:
     def _bytes(self, axes: Any, contestants: Iterable[Contestant]) -> None:
         for c in contestants:
             size, loss = self.bytes_per_parameter(c), at_rate(*self.best(c))
+            if math.isinf(loss):
+                continue
             axes.plot(size, loss, "o")
             axes.annotate(c.name, (size, loss), xytext=(4, 4), textcoords="offset points")
         axes.set(xlabel="bytes of optimizer state per parameter", ylabel="validation, bits per byte")
@@ -320,7 +331,8 @@ def trained(folder: Path) -> list[dict[str, Any]]:
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read the command line; what is not known here is for `launch/train.py`."""
-    parser = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="compare.py", description=__doc__, formatter_class=how, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs; one that has some goes on")
     parser.add_argument(
         "--optimizers",
@@ -337,7 +349,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if known.seeds < 1 or known.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1")
     for name in ("--lr", "--seed", "--model", "--optimizer", "--recipe"):
-        if name in common:
+        if name in (argument.split("=")[0] for argument in common):
             raise UserError(f"{name} is for compare.py to choose; --models, --optimizers and --seeds say from what")
     return known, ["--steps", known.steps, "--parallel", "none", *common]
 

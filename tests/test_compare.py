@@ -92,6 +92,36 @@ def test_rates_at_which_training_comes_to_nothing_are_not_the_best() -> None:
     assert wanted(results, seeds=1) == []
 
 
+def test_the_sweep_goes_down_where_training_comes_to_nothing() -> None:
+    results = {(k, 0): math.inf for k in (-1, 0, 1)}
+    while places := wanted(results, seeds=1):
+        results |= dict.fromkeys(places, math.inf)
+    assert {k for k, _ in results} == set(range(-6, 2))
+    results[-4, 0] = 3.0
+    assert best_rate(results) == -4
+    assert wanted(results, seeds=2) == [(-5, 1), (-4, 1), (-3, 1)]
+
+
+def test_others_are_shown_where_one_comes_to_nothing(tmp_path: Path) -> None:
+    comparison = simulate(tmp_path)
+    for record in comparison.records.values():
+        if "--optimizer adamw" in record["run"]:
+            record |= {"bits": None, "bytes_per_parameter": None}
+    comparison.draw()
+    assert list(comparison.table().columns[3].cells) == ["2.0100", "inf"]
+
+
+def test_without_a_sweep_the_table_is_of_the_default_rate(tmp_path: Path) -> None:
+    simulate(tmp_path)
+    comparison = Simulated(tmp_path, [SM3], 1, ["--steps", "20"], sweep=False)
+    assert list(comparison.table().columns[2].cells) == [f"{SM3.start:g}"]
+
+
+def test_runs_of_other_lengths_lie_apart(tmp_path: Path) -> None:
+    folders = {Comparison(tmp_path, [SM3], 1, ["--steps", n]).folder(SM3, (0, 0)) for n in ("20", "99")}
+    assert len(folders) == 2
+
+
 def test_it_draws_and_tabulates(tmp_path: Path) -> None:
     comparison = simulate(tmp_path)
     comparison.draw()
@@ -131,6 +161,9 @@ def test_a_run_that_fails_is_an_error(tmp_path: Path) -> None:
         ("--optimizers sm3-papers", "sm3-papers: there is none of that name"),
         ("--seeds 0", "must be at least 1"),
         ("--lr 0.1", "--lr is for compare.py to choose"),
+        ("--lr=0.1", "--lr is for compare.py to choose"),
+        ("--seed 7", "--seed is for compare.py to choose"),
+        ("--optimizers sm3-0", "sm3-0: there is none of that name"),
         ("--models huge", "invalid choice: 'huge'"),
     ],
 )
