@@ -18,6 +18,7 @@ from launch.parallel import of_fairscale
 from launch.world import UserError
 from sm3_dist import SM3, step_in_backward
 from sm3_dist.adapters.flat_metadata import is_flattened
+from sm3_dist.param_groups import ADAMW_LIKE
 from sm3_dist.schedule import CosineSchedule, PaperSchedule
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {"paper": PaperSchedule, "cosine": CosineSchedule}
 
 
+SETTABLE = ("momentum", "beta", "cover_block")  # what a command line may change of the recipe
 SM3_ALONE = ("cover_block", "momentum_dtype", "rounding")  # settings that no other optimizer has
 
 
@@ -118,7 +120,7 @@ class Recipe:
 
 # One entry for each choice of --recipe, which is for SM3.
 RECIPES = {
-    "adamw-like": Recipe(sm3_adamw_like, Settings(lr=2e-3, momentum=0.9, beta=0.95, cover_block=64), unknown=()),
+    "adamw-like": Recipe(sm3_adamw_like, Settings(2e-3, **{k: ADAMW_LIKE[k] for k in SETTABLE}), unknown=()),
     "paper": Recipe(sm3_paper, Settings(lr=5e-3, momentum=0.9, beta=0.0), unknown=()),
 }
 

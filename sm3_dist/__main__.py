@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sm3_dist.decoder import MODELS, Decoder, of_size, read_config
+from sm3_dist.param_groups import ADAMW_LIKE
 from sm3_dist.pieces import WRAPPERS
 from sm3_dist.planning import IN_BACKWARD, RankBytes, plan
 from sm3_dist.rivals import RIVALS, rival
@@ -62,7 +63,7 @@ VARIANTS = {
     "sm3-bf16-momentum16": Variant(torch.bfloat16, {**MOMENTUM, "momentum_dtype": torch.bfloat16}, in_backward=True),
     "sm3": Variant(torch.float32, {}),
     "sm3-momentum": Variant(torch.float32, MOMENTUM),
-    "sm3-adamw-like": Variant(torch.float32, {**MOMENTUM, "update_rms": 1.0, "cover_block": 64}),
+    "sm3-adamw-like": Variant(torch.float32, {k: ADAMW_LIKE[k] for k in ("momentum", "update_rms", "cover_block")}),
 }
 
 

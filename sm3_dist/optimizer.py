@@ -12,7 +12,15 @@ from torch.optim import Optimizer
 
 from sm3_dist import adapters, kernels
 from sm3_dist.agreement import check_agreement
-from sm3_dist.param_groups import can_move, inverse_of, label_of, layout_options, settings_of, validate
+from sm3_dist.param_groups import (
+    adamw_like_options,
+    can_move,
+    inverse_of,
+    label_of,
+    layout_options,
+    settings_of,
+    validate,
+)
 from sm3_dist.publish import Publisher
 from sm3_dist.same_gradients import check_same_gradients, refuse_sparse_gradients
 from sm3_dist.shard import LocalShard
@@ -79,7 +87,7 @@ class SM3(Optimizer):
             of shape ``(ceil(n / cover_block), ceil(m / cover_block))``, covers the tiles. Ranks share only the blocks
             that an edge of a shard cuts.
         cover_product: estimate :math:`\nu` from the product of the accumulators over that of the tile,
-            :math:`\mu_0 \mu_1 / \mu_2` for a matrix, and not from their minimum. It is a closer bound where rows and
+            :math:`\mu_0 \mu_1 / \mu_2` for a matrix, and not from their minimum. It is a closer estimate where rows and
             columns differ in scale independently of one another. Needs ``cover_block``.
         model: the wrapped root module, where parameters were flattened (FullyShardedDataParallel of torch or
             fairscale): their original shapes are read there. Other models may be passed too.
@@ -101,7 +109,6 @@ class SM3(Optimizer):
     Raises:
         ValueError: for a hyperparameter out of its range, or a layout that cannot be trained.
         TypeError: for complex or integer parameters.
-        NotImplementedError: for keywords that this version does not have yet.
         sm3_dist.PlanMismatchError: in the first step, on every rank, if ranks that share accumulators differ in their
             parameters or settings.
         sm3_dist.GradientMismatchError: in one of the first steps, on every rank, if gradients of replicated parameters
@@ -193,7 +200,8 @@ class SM3(Optimizer):
         Args:
             params: as for :class:`SM3`.
             lr: learning rate, as for :class:`torch.optim.AdamW`.
-            options: further arguments of :class:`SM3`, and others in place of these.
+            options: further arguments of :class:`SM3`, and others in place of these. ``momentum=0`` takes ``nesterov``
+                with it, ``beta=0`` the bias correction, ``cover_block=None`` the product.
 
         Example:
             >>> import torch
@@ -205,10 +213,7 @@ class SM3(Optimizer):
             >>> {key: tuple(value.shape) for key, value in optimizer.state[layer.weight].items() if "acc" in key}
             {'accumulator_0': (48, 1), 'accumulator_1': (1, 64), 'accumulator_2': (1, 1)}
         """
-        recipe: dict[str, Any] = {"momentum": 0.9, "nesterov": options.get("momentum", 0.9) > 0}
-        recipe |= {"beta": 0.95, "bias_correction": options.get("beta", 0.95) > 0}
-        recipe |= {"update_rms": 1.0, "cover_block": 64, "cover_product": True}
-        return cls(params, lr, **recipe | options)
+        return cls(params, lr, **adamw_like_options(options))
 
     # torch.amp.GradScaler looks for this. It then does not unscale the gradients, but sets ``grad_scale`` and
     # ``found_inf`` for the time of a step.
@@ -248,7 +253,11 @@ class SM3(Optimizer):
         self._check_gradients()
         # 2. Update: every box from its slices of the accumulators.
         unscale = inverse_of(getattr(self, "grad_scale", None))
-        plan.update({id(group): settings_of(group, unscale) for group in self.param_groups})
+        try:
+            plan.update({id(group): settings_of(group, unscale) for group in self.param_groups})
+        except Exception:
+            plan.forget()
+            raise
         if blank:
             for entry in plan.entries:
                 entry.step.zero_()
@@ -297,12 +306,19 @@ class SM3(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            validate(group)
+            self._validate(group)
             for index, param in enumerate(group["params"]):
                 self._describe(param, label_of(group, len(self.param_groups) - 1, index), group["cover_block"])
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        try:
+            validate(group)
+        except ValueError as error:
+            where = f" (in param group {len(self.param_groups) - 1})" if len(self.param_groups) > 1 else ""
+            raise ValueError(f"{error}{where}") from None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` returned, under the same layout; also what torch-SM3's returned.
@@ -429,9 +445,12 @@ class SM3(Optimizer):
     def _current_plan(self) -> StepPlan:
         """The plan, made anew where parameters were added, exchanged, wrapped, frozen or thawed, or their state was."""
         if self._plan is None or self._signature != self._sign():
-            if self._plan is not None:
-                self._plan.receive()
+            older = self._plan
+            if older is not None:
+                older.receive()
             self._plan = self._make_plan()
+            if older is not None:
+                self._plan.take_over(older)
             self._signature = self._sign()
         if self._unshared:
             self._unshared = False

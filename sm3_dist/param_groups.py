@@ -12,6 +12,32 @@ from torch import Tensor
 from sm3_dist.rms import first_rms
 from sm3_dist.update import Settings
 
+ADAMW_LIKE: dict[str, Any] = {
+    "momentum": 0.9,
+    "nesterov": True,
+    "beta": 0.95,
+    "bias_correction": True,
+    "update_rms": 1.0,
+    "cover_block": 64,
+    "cover_product": True,
+}
+"""The options of :meth:`sm3_dist.SM3.adamw_like`."""
+
+NEEDS = {"nesterov": "momentum", "bias_correction": "beta", "cover_product": "cover_block"}
+"""Options that mean nothing without another."""
+
+
+def adamw_like_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with some options changed; what means nothing without them goes too.
+
+    Example:
+        >>> adamw_like_options({"momentum": 0.0})["nesterov"]
+        False
+    """
+    recipe = ADAMW_LIKE | options
+    without = {option: False for option, needed in NEEDS.items() if not recipe[needed]}
+    return recipe | without | options
+
 
 def label_of(group: dict[str, Any], g: int, index: int) -> str:
     """What messages call a parameter: its name if it has one, else its position."""
@@ -24,7 +50,7 @@ def label_of(group: dict[str, Any], g: int, index: int) -> str:
 def layout_options(group: dict[str, Any]) -> tuple[Any, ...]:
     """What the state, and who works on it, depends on."""
     on = (group["momentum"] > 0, group["update_rms"] is not None)
-    return *on, *(group[key] for key in ("cover_block", "bias_correction", "nesterov"))
+    return *on, *(group[key] for key in ("cover_block", "bias_correction", "nesterov", "stochastic_rounding"))
 
 
 def can_move(param: Tensor) -> bool:
@@ -80,12 +106,14 @@ def validate(group: dict[str, Any]) -> None:
     if group["bias_correction"] and not group["beta"]:
         raise ValueError("bias_correction=True corrects the moving average of beta > 0, but beta is 0. Leave it out")
     if group["nesterov"] and not group["momentum"]:
-        raise ValueError("nesterov=True looks ahead along the momentum, but momentum is 0. Set it, to 0.9 say")
+        raise ValueError(
+            "nesterov=True looks ahead along the momentum, but momentum is 0. Set it, to 0.9 say, or leave nesterov out"
+        )
     if group["cover_product"] and group["cover_block"] is None:
-        raise ValueError("cover_product=True is for block covers. Set cover_block, to 32 say")
+        raise ValueError("cover_product=True is for block covers. Set cover_block, to 64 say, or leave it out")
     rms, block = group["update_rms"], group["cover_block"]
     if rms is not None and not 0.0 < rms < math.inf:
-        raise ValueError(f"update_rms must be greater than 0 (or None), but is {rms}")
+        raise ValueError(f"update_rms must be greater than 0 and finite (or None), but is {rms}")
     seed = group["rounding_seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise ValueError(f"rounding_seed must be an integer in [0, 2^64), but is {seed!r}")

@@ -86,8 +86,8 @@ class Entry:
                 raise NotImplementedError(
                     f"{self.label} has a sparse gradient, which SM3 takes without update_rms, cover_block, "
                     "stochastic_rounding and 8-bit momentum alone. Put it into a param group of its own with "
-                    "update_rms=None, cover_block=None, stochastic_rounding=False, momentum=0 (which sparse gradients "
-                    "do not use)."
+                    "update_rms=None, cover_block=None, cover_product=False, stochastic_rounding=False, and with "
+                    "momentum=0 and nesterov=False, which sparse gradients do not use."
                 )
             if self.shard.layout != WHOLE:
                 raise NotImplementedError(
@@ -170,6 +170,20 @@ class StepPlan:
                 work.update(settings)
             if self.publisher is not None and weights is not None:
                 self.publisher.start(weights)
+
+    def take_over(self, older: StepPlan) -> None:
+        """Go on adding squares where another plan was, for steps that are taken before they are sent."""
+        before = {(entry.param, entry.number): entry.squares for entry in older.entries}
+        for entry in self.entries:
+            squares = before.get((entry.param, entry.number))
+            if squares is not None and entry.squares is not None:
+                entry.squares.partial.copy_(squares.partial)
+
+    def forget(self) -> None:
+        """Forget the squares of a step that failed on the way, so that the next one does not count them."""
+        for entry in self.entries:
+            if entry.squares is not None:
+                entry.squares.partial.zero_()
 
     def on_any_rank(self, found: bool) -> bool:
         """Whether ``found`` is true on any rank that holds part of these tensors. A collective, and the host waits."""

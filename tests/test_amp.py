@@ -1,5 +1,7 @@
 """torch.amp.GradScaler: gradients unscaled within the step, and no step on any rank where one rank overflowed."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sm3_dist import SM3, kernels
+from sm3_dist.param_groups import ADAMW_LIKE
 
 BACKENDS = [name for name, reason in kernels.available().items() if reason is None and name != "triton"]
 
@@ -25,11 +28,13 @@ def losses(model: nn.Module, steps: int):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_the_step_unscales_as_the_scaler_would_have(backend: str, momentum: float) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9}, ADAMW_LIKE | {"cover_block": 4}], ids=["plain", "momentum", "recipe"]
+)
+def test_the_step_unscales_as_the_scaler_would_have(backend: str, options: dict[str, Any]) -> None:
     expected, actual = two_layers(), two_layers()
-    plain = SM3(expected.parameters(), backend="eager", momentum=momentum)
-    fused = SM3(actual.parameters(), backend=backend, momentum=momentum)
+    plain = SM3(expected.parameters(), backend="eager", **options)
+    fused = SM3(actual.parameters(), backend=backend, **options)
     first, second = (GradScaler("cpu", init_scale=3e4 / 7) for _ in range(2))  # not a power of 2: rounding shows
     for one, other in zip(losses(expected, 4), losses(actual, 4), strict=True):
         first.scale(one).backward()

@@ -226,8 +226,9 @@ def spoiled_state(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         (lambda s: s["param_groups"][0].update(beta=1.5), "beta must be"),
         (lambda s: s["param_groups"][0]["params"].remove("conv.weight"), r"conv\.weight"),
         (lambda s: s["param_groups"][0].update(update_rms=0.2), "needed for update_rms"),
+        (lambda s: s["param_groups"][0].update(cover_block=9), "cover_block=9, but this optimizer has .*None"),
     ],
-    ids=["tensor", "accumulator", "momentum", "shape", "adamw", "hyperparameter", "group", "update_rms"],
+    ids=["tensor", "accumulator", "momentum", "shape", "adamw", "hyperparameter", "group", "update_rms", "covers"],
 )
 def test_state_that_does_not_fit_changes_nothing(change: Callable[[dict[str, Any]], None], message: str) -> None:
     model, optimizer = wrapped = trained()
@@ -235,6 +236,19 @@ def test_state_that_does_not_fit_changes_nothing(change: Callable[[dict[str, Any
         set_optimizer_state_dict(model, optimizer, spoiled_state(change))
     assert differences(wrapped, expected(STEPS)) == []
     assert optimizer.param_groups[0]["beta"] == SETTINGS["beta"]
+
+
+def test_covers_of_another_size_change_nothing_though_their_shapes_are_equal() -> None:
+    weight = nn.Parameter(torch.ones(8, 8))
+    model = nn.ParameterDict({"weight": weight})
+    optimizers = [SM3(model.named_parameters(), cover_block=block) for block in (64, 128)]
+    weight.grad = torch.ones(8, 8)
+    for optimizer in optimizers:
+        optimizer.step()
+    with pytest.raises(ValueError, match="cover_block=64, but this optimizer has cover_block=128"):
+        set_optimizer_state_dict(model, optimizers[1], get_optimizer_state_dict(model, optimizers[0]))
+    optimizers[1].step()
+    assert optimizers[1].state[weight]["step"] == 2
 
 
 def test_what_is_missing_may_stay_as_it_is() -> None:

@@ -208,6 +208,27 @@ def test_a_second_gradient_before_the_step_is_an_error() -> None:
         net(torch.ones(2, 6), 0).backward()
 
 
+def test_a_layer_frozen_after_backward_changes_no_bit() -> None:
+    """The plan is made anew then, in the midst of a step."""
+    results = []
+    for during in (False, True):
+        net = Net()
+        optimizer = SM3(net.parameters(), lr=0.1, **EVERYTHING)
+        handle = step_in_backward(net, optimizer) if during else None
+        for step in range(STEPS):
+            net(torch.randn(8, 6, generator=torch.Generator().manual_seed(step)), step).backward()
+            if step == 2:
+                net.unused.requires_grad_(False)
+            optimizer.step()
+            optimizer.zero_grad()
+        if handle is not None:
+            handle.remove()
+        state = [optimizer.state[param] for param in net.parameters() if param in optimizer.state]
+        results.append([*net.parameters(), *(value for each in state for value in each.values())])
+    assert len(results[0]) == len(results[1])
+    assert all(map(torch.equal, *results))
+
+
 def test_it_can_be_undone() -> None:
     net = Net()
     optimizer = SM3(net.parameters())

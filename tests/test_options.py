@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +22,9 @@ from torch.distributed.tensor import DTensor
 from sm3_dist import SM3
 from sm3_dist.box import Box, overlaps
 from sm3_dist.checkpoint import get_state_dict, set_state_dict
-from sm3_dist.param_groups import correction, correction_of
+from sm3_dist.param_groups import ADAMW_LIKE, correction, correction_of
 from sm3_dist.reference import ReferenceState, reference_step
-from sm3_dist.rms import LARGEST, square_sum
+from sm3_dist.rms import AFTER_FIRST, LARGEST, square_sum
 
 EVERYTHING: dict[str, Any] = {
     "momentum": 0.9,
@@ -48,6 +49,14 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+def some_gradient(step: int, number: int, shape: torch.Size) -> Tensor | None:
+    """Of the first parameter one element alone has a gradient at first: when all have, ``update_rms`` cuts them off."""
+    grad = gradient(step, number, shape)
+    if number == 0 and grad is not None and step < STEPS - 1:
+        grad.view(-1)[1:] = 0
+    return grad
+
+
 def compare_with_reference(
     name: str,
     options: dict[str, Any],
@@ -65,7 +74,7 @@ def compare_with_reference(
     optimizer = SM3(model.named_parameters(), lr=0.3, **options, **keywords)
     for step in range(STEPS):
         for number, (param, weight, state) in enumerate(zip(model.parameters(), whole, states, strict=True)):
-            grad = gradient(step, number, weight.shape)
+            grad = some_gradient(step, number, weight.shape)
             grad = None if grad is None else grad.to(dtype)
             give(param, grad)
             if grad is not None:
@@ -263,6 +272,17 @@ def test_the_product_of_covers_knows_what_is_a_product() -> None:
         assert exact == product
 
 
+def test_the_comparison_cuts_elements_off() -> None:
+    """Or the comparison with the reference would not see whether that is done."""
+    weight = torch.zeros(6, 5)
+    state = ReferenceState.zeros(weight)
+    for step in range(STEPS):
+        before = weight.clone()
+        if (grad := some_gradient(step, 0, weight.shape)) is not None:
+            reference_step(weight, grad, state, lr=1, beta=0.95, update_rms=0.2)
+    assert (weight - before).abs().max().item() == pytest.approx(5 * 0.2)
+
+
 def root_mean_squares(grads: list[Tensor], **options: Any) -> list[float]:
     """Of the change of the weights in each step, at a learning rate of 1."""
     param = torch.nn.Parameter(torch.zeros_like(grads[0]))
@@ -368,13 +388,64 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "off"), [({"momentum": 0.0}, "nesterov"), ({"beta": 0.0}, "bias_correction")], ids=str
+    ("options", "off"),
+    [
+        ({"momentum": 0.0}, "nesterov"),
+        ({"beta": 0.0}, "bias_correction"),
+        ({"cover_block": None}, "cover_product"),
+    ],
+    ids=str,
 )
-def test_the_recipe_may_lack_momentum_or_the_moving_average(options: dict[str, Any], off: str) -> None:
+def test_the_recipe_may_lack_what_others_need(options: dict[str, Any], off: str) -> None:
     (usual,) = SM3.adamw_like([torch.nn.Parameter(torch.ones(2))]).param_groups
     (group,) = SM3.adamw_like([torch.nn.Parameter(torch.ones(2))], **options).param_groups
     assert usual[off]
     assert not group[off]
+
+
+def test_the_recipe_is_that_of_the_documentation() -> None:
+    (group,) = SM3.adamw_like([torch.nn.Parameter(torch.ones(2))], lr=1e-3).param_groups
+    wanted = {"momentum": 0.9, "nesterov": True, "beta": 0.95, "bias_correction": True}
+    wanted |= {"update_rms": 1.0, "cover_block": 64, "cover_product": True, "weight_decay": 0.0, "lr": 1e-3}
+    assert {key: group[key] for key in wanted} == wanted
+    documented = (Path(__file__).parent.parent / "docs" / "quality.md").read_text()
+    for key, value in ADAMW_LIKE.items():
+        assert f"| `{key}` | {value} |" in documented
+
+
+def test_a_param_group_of_the_recipe_may_take_sparse_gradients() -> None:
+    """As the message says that refuses them."""
+    embedding, layer = torch.nn.Embedding(5, 4, sparse=True), torch.nn.Linear(4, 3)
+    off = {"update_rms": None, "cover_block": None, "cover_product": False, "momentum": 0, "nesterov": False}
+    off |= {"stochastic_rounding": False}
+    groups = [{"params": embedding.parameters(), **off}, {"params": layer.parameters()}]
+    optimizer = SM3.adamw_like(groups, lr=1e-3)
+    layer(embedding(torch.tensor([1, 3]))).sum().backward()
+    before = embedding.weight.detach().clone()
+    optimizer.step()
+    assert (embedding.weight != before).any(1).tolist() == [False, True, False, True, False]
+
+
+def test_a_message_says_which_param_group_is_wrong() -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(2)]
+    with pytest.raises(ValueError, match=r"cover_block, to 64 say, or leave it out \(in param group 1\)"):
+        SM3([groups[0], groups[1] | {"cover_product": True}])
+
+
+def test_the_squares_of_a_step_that_failed_are_forgotten() -> None:
+    layer, table = torch.nn.Linear(4, 3, bias=False), torch.nn.Embedding(5, 4, sparse=True)
+    optimizer = SM3([*layer.parameters(), *table.parameters()], beta=0.9, update_rms=1.0, backend="eager")
+    layer(torch.ones(4)).sum().backward()
+    table(torch.tensor([1])).sum().backward()
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match="sparse gradient"):
+            optimizer.step()
+    table.weight.grad = None
+    optimizer.step()
+    assert optimizer.state[layer.weight]["update_square_average"] == AFTER_FIRST
+    optimizer.step()
+    squares = optimizer.state[layer.weight]["update_square_average"]
+    assert 0 < squares / (square_sum((3, 4), squares).per_one * 12) < 4.1  # of one step: 1 / (1 - beta^3), and not 3
 
 
 @pytest.mark.parametrize("options", [{"update_rms": 0.2}, {"cover_block": 2}], ids=str)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sm3_dist import SM3
 from sm3_dist.box import Box
+from sm3_dist.checkpoint import get_optimizer_state_dict, set_optimizer_state_dict
 from sm3_dist.reference import ReferenceState, reference_step
 from sm3_dist.rounding import MOMENTUM, WEIGHT, Rounding, philox, round_to_bfloat16
 
@@ -222,6 +223,30 @@ def test_a_loaded_state_goes_on_as_if_nothing_had_been() -> None:
         param.grad = grad
         optimizer.step()
     assert torch.equal(param.detach(), once)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_how_it_is_rounded_comes_with_a_loaded_state(backend: str) -> None:
+    """Whoever takes the steps: the kernels were told when their plan was made."""
+
+    def make(**options: Any) -> tuple[nn.Module, SM3]:
+        torch.manual_seed(0)
+        model = nn.Linear(40, 30, bias=False).bfloat16()
+        return model, SM3(model.named_parameters(), lr=0.01, backend=backend, **options)
+
+    def step(model: nn.Module, optimizer: SM3, number: int) -> None:
+        model.weight.grad = torch.randn(30, 40, generator=torch.Generator().manual_seed(number)).bfloat16()
+        optimizer.step()
+
+    (model, optimizer), (other, loaded) = make(stochastic_rounding=True, rounding_seed=5), make()
+    step(model, optimizer, 0)
+    step(other, loaded, 1)  # it has a plan
+    set_optimizer_state_dict(other, loaded, get_optimizer_state_dict(model, optimizer))
+    other.load_state_dict(model.state_dict())
+    for number in (2, 3):
+        step(model, optimizer, number)
+        step(other, loaded, number)
+    assert torch.equal(model.weight, other.weight)
 
 
 def test_momentum_is_loaded_in_the_type_of_the_optimizer() -> None:

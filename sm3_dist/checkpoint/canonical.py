@@ -201,6 +201,12 @@ class Canonical:
         for group, change in zip(self.optimizer.param_groups, changes, strict=True):
             new[id(group)] = {**group, **change}
             validate(new[id(group)])
+            if new[id(group)]["cover_block"] != group["cover_block"]:
+                raise ValueError(
+                    f"the loaded state was saved with cover_block={change['cover_block']}, but this optimizer has "
+                    f"cover_block={group['cover_block']}, and accumulators of one cannot become those of the other. "
+                    f"Make the optimizer with cover_block={change['cover_block']}."
+                )
         for name, entry in self.entries.items():
             if name not in shapes:
                 continue
@@ -220,7 +226,7 @@ class Canonical:
                 if found != shape:
                     raise ValueError(
                         f"{key} of {name!r} has shape {found} in the loaded state, but this model needs {shape}. "
-                        "It is the checkpoint of another model, or was saved with another cover_block."
+                        "It is the checkpoint of another model."
                     )
 
 
@@ -293,6 +299,8 @@ def _missing_key(name: str, key: str, found: Sequence[str]) -> str:
         hint = "This is the state of Adam; convert it with sm3_dist.checkpoint.from_adamw."
     elif key in _OPTIONAL:
         hint = f"It is needed for {_OPTIONAL[key]}: make the optimizer with the hyperparameters that it was saved with."
+    elif "accumulator_0" in found:
+        hint = "It was saved with other covers: make the optimizer with the cover_block of then (torch-SM3 has None)."
     else:
         hint = "It is not the state of SM3."
     return f"the loaded state of {name!r} has no {key}, but {list(found)}. {hint}"
