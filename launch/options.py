@@ -102,7 +102,7 @@ class Options:
             not (self.step_in_backward and math.isfinite(self.clip_norm)),
             f"--clip {self.clip} needs the norm of the whole gradient, which --step-in-backward never has: each "
             "gradient is used and freed before the next is there. Pass --clip-value, which cuts off its elements, or "
-            "leave clipping out; the adamw-like recipe bounds the update of each tensor (update_rms)",
+            "leave clipping out; the adamw-like recipe cuts off long elements of updates (update_rms)",
         )
         require(
             self.clip_value is None or (self.step_in_backward and self.clip_value > 0),

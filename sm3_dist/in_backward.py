@@ -28,8 +28,8 @@ def step_in_backward(model: nn.Module, optimizer: SM3, *, clip_value: float | No
     For one process, FSDP2, HSDP and tensor parallel: wherever the gradient that backward leaves is the final one. To
     accumulate gradients with FSDP2, turn ``set_requires_gradient_sync`` off in all backward passes but the last. A
     global norm of the gradients does not exist at any time, so they cannot be clipped by it (``clip_grad_norm_`` finds
-    no gradients). ``clip_value`` cuts off their elements instead, as ``clip_grad_value_`` does, and ``update_rms=`` of
-    the optimizer bounds the update of each tensor.
+    no gradients). ``clip_value`` cuts off their elements instead, as ``clip_grad_value_`` does, and with
+    ``update_rms=`` the optimizer cuts off elements of updates.
 
     Call it on every rank, after the model is wrapped.
 

@@ -7,7 +7,8 @@ whole tensor alone, and is so small that a sum of the largest squares just fits 
 The scale comes from a moving average of the sums of the steps before, an integer too. So their reduction hides behind
 compute as that of the maxima does, and an update may still be longer or shorter than those before it. The first step
 has none before it and needs none: accumulators are 0, so every update has the same known length. The average leaves it
-out.
+out. (With bias correction, steps with a gradient of 0 in every element count before that first one, and make it longer
+than is known, by up to ``1 / sqrt(1 - beta)``: as they do for Adam.)
 """
 
 from __future__ import annotations
