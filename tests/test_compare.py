@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
-from launch.compare import (
-    BYTES,
-    CURVES,
+from launch.compare import main
+from launch.comparison import (
     FEWER_BYTES,
     RESULTS,
     Comparison,
@@ -20,12 +19,12 @@ from launch.compare import (
     Place,
     at_rate,
     best_rate,
-    main,
     wanted,
 )
 from launch.folder import METRICS
 from launch.options import parse
 from launch.recipe import OPTIMIZERS
+from launch.standings import BYTES, CURVES, draw, table
 from launch.world import UserError
 
 SM3, ADAMW = Contestant("small", "sm3"), Contestant("small", "adamw")
@@ -83,7 +82,7 @@ def test_without_a_sweep_every_seed_runs_at_the_default_rate(tmp_path: Path) -> 
     comparison.run_all(2, Console(quiet=True))
     assert {place for _, place in comparison.made} == {(0, 0), (0, 1), (0, 2)}
     assert len(comparison.made) == 6
-    assert list(comparison.table().columns[3].cells) == ["2.0100", "2.9100"]
+    assert list(table(comparison).columns[3].cells) == ["2.0100", "2.9100"]
 
 
 def test_rates_at_which_training_comes_to_nothing_are_not_the_best() -> None:
@@ -107,14 +106,14 @@ def test_others_are_shown_where_one_comes_to_nothing(tmp_path: Path) -> None:
     for record in comparison.records.values():
         if "--optimizer adamw" in record["run"]:
             record |= {"bits": None, "bytes_per_parameter": None}
-    comparison.draw()
-    assert list(comparison.table().columns[3].cells) == ["2.0100", "inf"]
+    draw(comparison)
+    assert list(table(comparison).columns[3].cells) == ["2.0100", "inf"]
 
 
 def test_without_a_sweep_the_table_is_of_the_default_rate(tmp_path: Path) -> None:
     simulate(tmp_path)
     comparison = Simulated(tmp_path, [SM3], 1, ["--steps", "20"], sweep=False)
-    assert list(comparison.table().columns[2].cells) == [f"{SM3.start:g}"]
+    assert list(table(comparison).columns[2].cells) == [f"{SM3.start:g}"]
 
 
 def test_runs_of_other_lengths_lie_apart(tmp_path: Path) -> None:
@@ -124,12 +123,12 @@ def test_runs_of_other_lengths_lie_apart(tmp_path: Path) -> None:
 
 def test_it_draws_and_tabulates(tmp_path: Path) -> None:
     comparison = simulate(tmp_path)
-    comparison.draw()
+    draw(comparison)
     assert (tmp_path / CURVES).stat().st_size > 0
     assert (tmp_path / BYTES).stat().st_size > 0
-    table = comparison.table()
-    assert table.row_count == 2
-    assert sorted(table.columns[1].cells) == ["adamw", "sm3"]
+    shown = table(comparison)
+    assert shown.row_count == 2
+    assert sorted(shown.columns[1].cells) == ["adamw", "sm3"]
     assert comparison.curve(SM3) == ([10, 20], pytest.approx([2.11, 2.06]))
 
 

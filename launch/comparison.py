@@ -1,0 +1,255 @@
+"""A comparison: which optimizer runs with which learning rate and seed, and what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from launch.folder import CONFIG, METRICS
+from launch.recipe import OPTIMIZERS, RECIPES
+from launch.world import UserError
+
+RESULTS = "results.jsonl"
+MOST_HALVINGS = 6
+"""So far the sweep goes down where training comes to nothing."""
+Place = tuple[int, int]
+"""``(k, seed)``: learning rate ``start * 2^k``."""
+
+
+# SM3 with float32 weights and fewer bytes of momentum, and with bfloat16 weights, rounded stochastically or not.
+FEWER_BYTES = {
+    "sm3-momentum16": ("--momentum-dtype", "bfloat16"),
+    "sm3-momentum8": ("--momentum-dtype", "int8"),
+    "sm3-bf16": ("--dtype", "bfloat16"),
+    "sm3-bf16-momentum16": ("--dtype", "bfloat16", "--momentum-dtype", "bfloat16"),
+    "sm3-bf16-momentum8": ("--dtype", "bfloat16", "--momentum-dtype", "int8"),
+    "sm3-bf16-nearest": ("--dtype", "bfloat16", "--momentum-dtype", "bfloat16", "--rounding", "nearest"),
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimizer on a model.
+
+    Args:
+        model: size of the model.
+        name: ``adamw``; ``sm3-paper``: SM3 with that recipe; ``sm3-16``: with covers of 16 elements; ``sm3-bf16``: in
+            bfloat16, as :data:`FEWER_BYTES` has it.
+    """
+
+    model: str
+    name: str
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What `launch/train.py` is told of it.
+
+        Raises:
+            UserError: nobody knows it.
+
+        Example:
+            >>> Contestant("small", "sm3-16").arguments
+            ('--model', 'small', '--optimizer', 'sm3', '--cover-block', '16')
+        """
+        kind, _, variant = self.name.partition("-")
+        if self.name in OPTIMIZERS:
+            how: tuple[str, ...] = (self.name,)
+        elif kind == "sm3" and variant in RECIPES:
+            how = ("sm3", "--recipe", variant)
+        elif kind == "sm3" and variant.isdecimal() and int(variant) > 0:
+            how = ("sm3", "--cover-block", variant)
+        elif self.name in FEWER_BYTES:
+            how = ("sm3", *FEWER_BYTES[self.name])
+        else:
+            variants = [f"sm3-{recipe}" for recipe in RECIPES]
+            known = ", ".join([*OPTIMIZERS, *variants, "sm3-16 (covers of 16 elements)", *FEWER_BYTES])
+            raise UserError(f"--optimizers {self.name}: there is none of that name; known are {known}")
+        return ("--model", self.model, "--optimizer", *how)
+
+    @property
+    def start(self) -> float:
+        """The learning rate that its sweep starts from."""
+        variant = self.name.removeprefix("sm3-")
+        recipe = RECIPES[variant] if variant in RECIPES else OPTIMIZERS.get(self.name, OPTIMIZERS["sm3"])
+        return recipe.best.lr
+
+
+def wanted(results: Mapping[Place, float], seeds: int, sweep: bool = True) -> list[Place]:
+    """Which runs are still to be made, given the final losses so far (``inf`` where training came to nothing).
+
+    Example:
+        >>> wanted({(0, 0): 3.0}, seeds=2, sweep=False)
+        [(0, 1)]
+        >>> wanted({}, seeds=2)
+        [(-1, 0), (0, 0), (1, 0)]
+        >>> wanted({(-1, 0): 3.0, (0, 0): 2.0, (1, 0): 1.0}, seeds=2)  # the best lies at the edge
+        [(2, 0)]
+        >>> wanted({(-1, 0): 3.0, (0, 0): 1.0, (1, 0): 2.0}, seeds=2)
+        [(-1, 1), (0, 1), (1, 1)]
+    """
+    if not sweep:
+        return [(0, seed) for seed in range(seeds) if (0, seed) not in results]
+    first = [(k, 0) for k in (-1, 0, 1) if (k, 0) not in results]
+    if first:
+        return first
+    best = best_rate(results)
+    if math.isinf(at_rate(results, best)):  # lower rates may be better, if any is good
+        return [(best - 1, 0)] if best > -MOST_HALVINGS else []
+    around = (best - 1, best, best + 1)
+    further = [(k, 0) for k in around if (k, 0) not in results]
+    return further or [(k, seed) for k in around for seed in range(seeds) if (k, seed) not in results]
+
+
+def best_rate(results: Mapping[Place, float]) -> int:
+    """The learning rate with the lowest loss, mean over the seeds; of equal ones the lowest."""
+    return min(sorted({k for k, _ in results}), key=lambda k: at_rate(results, k))
+
+
+def at_rate(results: Mapping[Place, float], k: int) -> float:
+    """The mean loss at a learning rate."""
+    return mean(loss for (other, _), loss in results.items() if other == k)
+
+
+class Comparison:
+    """All runs, those made and those to make.
+
+    Args:
+        out: the directory that holds them.
+        contestants: what is compared.
+        seeds: how many seeds each best learning rate is tried with.
+        common: further arguments of `launch/train.py`, the same for every run.
+        sweep: whether to look for the best learning rate, or to take the one that the sweep would start from.
+    """
+
+    def __init__(
+        self, out: Path, contestants: Sequence[Contestant], seeds: int, common: Sequence[str], sweep: bool = True
+    ) -> None:
+        self.out, self.contestants, self.seeds, self.common = out, contestants, seeds, tuple(common)
+        self.sweep = sweep
+        out.mkdir(parents=True, exist_ok=True)
+        lines = (out / RESULTS).read_text().splitlines() if (out / RESULTS).exists() else []
+        self.records: dict[str, dict[str, Any]] = {each["run"]: each for each in map(json.loads, lines)}
+
+    def arguments(self, contestant: Contestant, place: Place) -> tuple[str, ...]:
+        """What `launch/train.py` is told for one run."""
+        k, seed = place
+        return (*contestant.arguments, "--lr", f"{contestant.start * 2.0**k:g}", "--seed", str(seed), *self.common)
+
+    def record(self, contestant: Contestant, place: Place) -> dict[str, Any] | None:
+        """What came of one run; ``None``: it has not been made."""
+        return self.records.get(" ".join(self.arguments(contestant, place)))
+
+    def results(self, contestant: Contestant) -> dict[Place, float]:
+        """The final losses of a contestant, in bits per byte."""
+        places = ((k, seed) for k in range(-20, 21) for seed in range(self.seeds))
+        records = ((place, self.record(contestant, place)) for place in places)
+        return {place: math.inf if r["bits"] is None else r["bits"] for place, r in records if r is not None}
+
+    def wanted(self, contestant: Contestant) -> list[Place]:
+        """Which of its runs are still to be made."""
+        return wanted(self.results(contestant), self.seeds, self.sweep)
+
+    def folder(self, contestant: Contestant, place: Place) -> Path:
+        """Where one run writes: a folder for each set of arguments."""
+        rate = f"{contestant.start * 2.0 ** place[0]:g}"
+        common = hashlib.sha256(" ".join(self.common).encode()).hexdigest()[:8]
+        return self.out / "runs" / f"{contestant.model}-{contestant.name}-lr{rate}-seed{place[1]}-{common}"
+
+    def run(self, contestant: Contestant, place: Place) -> dict[str, Any]:
+        """Make one run.
+
+        Raises:
+            UserError: it failed, other than by a loss that is not finite.
+        """
+        arguments, folder = self.arguments(contestant, place), self.folder(contestant, place)
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments]
+        command += ["--out", str(folder), "--overwrite"]
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        record = {"run": " ".join(arguments), "bits": None, "bytes_per_parameter": None}
+        if done.returncode == 0:
+            final = json.loads((folder / METRICS).read_text().splitlines()[-1])
+            parameters = json.loads((folder / CONFIG).read_text())["parameters"]
+            record["bits"] = final["validation_bits_per_byte"]
+            record["bytes_per_parameter"] = final["state_bytes_per_rank"] / parameters
+        elif "the loss is " not in done.stderr:
+            raise UserError(f"launch/train.py {' '.join(arguments)} failed:\n{done.stderr.strip()}")
+        return record
+
+    def run_all(self, jobs: int, console: Console) -> None:
+        """Make all runs that are wanted, ``jobs`` at a time."""
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        with ThreadPoolExecutor(jobs) as pool, progress:
+            bar = progress.add_task("runs", total=None)
+            running: dict[Future[dict[str, Any]], tuple[Contestant, Place]] = {}
+            while True:
+                todo = [(c, place) for c in self.contestants for place in self.wanted(c)]
+                for job in todo:
+                    if job not in running.values() and len(running) < jobs:
+                        running[pool.submit(self.run, *job)] = job
+                made = sum(len(self.results(c)) for c in self.contestants)
+                progress.update(bar, completed=made, total=made + len(todo))
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    contestant, (k, seed) = running.pop(future)
+                    self.keep(future.result())
+                    console.print(self.line(contestant, (k, seed)), highlight=False, soft_wrap=True)
+
+    def keep(self, record: dict[str, Any]) -> None:
+        """Remember what came of a run, here and in the directory."""
+        self.records[record["run"]] = record
+        with (self.out / RESULTS).open("a") as results:
+            results.write(json.dumps(record) + "\n")
+
+    def line(self, contestant: Contestant, place: Place) -> str:
+        """One run in a line."""
+        record = self.record(contestant, place)
+        assert record is not None
+        bits = "came to nothing" if record["bits"] is None else f"{record['bits']:.4f} bits per byte"
+        rate = contestant.start * 2.0 ** place[0]
+        return f"{contestant.model} {contestant.name} lr {rate:g} seed {place[1]}: {bits}"
+
+    def bytes_per_parameter(self, contestant: Contestant) -> float:
+        """Of optimizer state."""
+        record = self.record(contestant, (self.best(contestant)[1], 0))
+        return float((record and record["bytes_per_parameter"]) or math.nan)
+
+    def best(self, contestant: Contestant) -> tuple[dict[Place, float], int]:
+        """Its results, and its best learning rate; without a sweep the default one."""
+        results = self.results(contestant)
+        return results, best_rate(results) if self.sweep else 0
+
+    def curve(self, contestant: Contestant) -> tuple[list[int], list[float]]:
+        """Training loss by step at the best learning rate, mean over the seeds."""
+        results, best = self.best(contestant)
+        runs = [trained(self.folder(contestant, (k, seed))) for k, seed in results if k == best]
+        return [r["step"] for r in runs[0]], [
+            mean(r["train_bits_per_byte"] for r in same_step) for same_step in zip(*runs, strict=False)
+        ]
+
+
+def trained(folder: Path) -> list[dict[str, Any]]:
+    """The logged steps of one run."""
+    records = map(json.loads, (folder / METRICS).read_text().splitlines())
+    return [record for record in records if "train_bits_per_byte" in record]
