@@ -41,12 +41,13 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--models", nargs="+", default=["small"], choices=list(PRESETS), help="sizes of the model")
     parser.add_argument("--seeds", type=int, default=3, help="seeds for the best learning rate and its neighbours")
+    parser.add_argument("--seeds-around", type=int, help="seeds for its neighbours, if not as many")
     parser.add_argument("--no-sweep", action="store_true", help="run every optimizer at its default rate alone")
     parser.add_argument("--steps", default="1000", help="optimizer steps")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     known, common = parser.parse_known_args(arguments)
-    if known.seeds < 1 or known.jobs < 1:
-        raise UserError("--seeds and --jobs must be at least 1")
+    if min(known.seeds, known.jobs, known.seeds if known.seeds_around is None else known.seeds_around) < 1:
+        raise UserError("--seeds, --seeds-around and --jobs must be at least 1")
     for name in ("--lr", "--seed", "--model", "--optimizer", "--recipe"):
         if name in (argument.split("=")[0] for argument in common):
             raise UserError(f"{name} is for compare.py to choose; --models, --optimizers and --seeds say from what")
@@ -61,7 +62,8 @@ def main(arguments: list[str]) -> int:
         contestants = [Contestant(model, name) for model in options.models for name in options.optimizers]
         for contestant in contestants:
             _ = contestant.arguments  # raises before anything is run
-        comparison = Comparison(options.out, contestants, options.seeds, common, sweep=not options.no_sweep)
+        sweep, around = not options.no_sweep, options.seeds_around
+        comparison = Comparison(options.out, contestants, options.seeds, common, sweep, around)
         comparison.run_all(options.jobs, console)
         standings = table(comparison)
         console.print(standings)

@@ -87,7 +87,9 @@ class Contestant:
         return recipe.best.lr
 
 
-def wanted(results: Mapping[Place, float], seeds: int, sweep: bool = True) -> list[Place]:
+def wanted(
+    results: Mapping[Place, float], seeds: int, sweep: bool = True, seeds_around: int | None = None
+) -> list[Place]:
     """Which runs are still to be made, given the final losses so far (``inf`` where training came to nothing).
 
     Example:
@@ -99,6 +101,8 @@ def wanted(results: Mapping[Place, float], seeds: int, sweep: bool = True) -> li
         [(2, 0)]
         >>> wanted({(-1, 0): 3.0, (0, 0): 1.0, (1, 0): 2.0}, seeds=2)
         [(-1, 1), (0, 1), (1, 1)]
+        >>> wanted({(-1, 0): 3.0, (0, 0): 1.0, (1, 0): 2.0}, seeds=2, seeds_around=1)
+        [(0, 1)]
     """
     if not sweep:
         return [(0, seed) for seed in range(seeds) if (0, seed) not in results]
@@ -110,7 +114,8 @@ def wanted(results: Mapping[Place, float], seeds: int, sweep: bool = True) -> li
         return [(best - 1, 0)] if best > -MOST_HALVINGS else []
     around = (best - 1, best, best + 1)
     further = [(k, 0) for k in around if (k, 0) not in results]
-    return further or [(k, seed) for k in around for seed in range(seeds) if (k, seed) not in results]
+    enough = {k: seeds if k == best else seeds_around or seeds for k in around}
+    return further or [(k, seed) for k in around for seed in range(enough[k]) if (k, seed) not in results]
 
 
 def best_rate(results: Mapping[Place, float]) -> int:
@@ -132,13 +137,20 @@ class Comparison:
         seeds: how many seeds each best learning rate is tried with.
         common: further arguments of `launch/train.py`, the same for every run.
         sweep: whether to look for the best learning rate, or to take the one that the sweep would start from.
+        seeds_around: how many seeds half of that rate and twice of it are tried with; ``None``: as many.
     """
 
     def __init__(
-        self, out: Path, contestants: Sequence[Contestant], seeds: int, common: Sequence[str], sweep: bool = True
+        self,
+        out: Path,
+        contestants: Sequence[Contestant],
+        seeds: int,
+        common: Sequence[str],
+        sweep: bool = True,
+        seeds_around: int | None = None,
     ) -> None:
         self.out, self.contestants, self.seeds, self.common = out, contestants, seeds, tuple(common)
-        self.sweep = sweep
+        self.sweep, self.seeds_around = sweep, seeds_around
         out.mkdir(parents=True, exist_ok=True)
         lines = (out / RESULTS).read_text().splitlines() if (out / RESULTS).exists() else []
         self.records: dict[str, dict[str, Any]] = {each["run"]: each for each in map(json.loads, lines)}
@@ -160,7 +172,7 @@ class Comparison:
 
     def wanted(self, contestant: Contestant) -> list[Place]:
         """Which of its runs are still to be made."""
-        return wanted(self.results(contestant), self.seeds, self.sweep)
+        return wanted(self.results(contestant), self.seeds, self.sweep, self.seeds_around)
 
     def folder(self, contestant: Contestant, place: Place) -> Path:
         """Where one run writes: a folder for each set of arguments."""
