@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sm3_dist.rms import first_rms
 from sm3_dist.update import Settings
 
 ADAMW_LIKE: dict[str, Any] = {
@@ -85,9 +84,16 @@ def correction(beta: Tensor, step: Tensor) -> Tensor:
     return 1 / (1 - beta ** (step.double() + 1))
 
 
-def first_rms_of(group: Mapping[str, Any]) -> float:
-    """The root mean square of a first update, see :func:`~sm3_dist.rms.first_rms`."""
-    return first_rms(group["beta"], group["bias_correction"])
+def first_rms(group: Mapping[str, Any]) -> float:
+    """The root mean square of the first update, if every element has a gradient: ``nu = (1 - beta) g^2``.
+
+    Example:
+        >>> first_rms({"beta": 0.95, "bias_correction": True})
+        1.0
+        >>> round(first_rms({"beta": 0.99, "bias_correction": False}), 6)
+        10.0
+    """
+    return 1.0 if group["bias_correction"] else float(1 / math.sqrt(1 - group["beta"]))
 
 
 def validate(group: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ class SquareSum:
 
         Args:
             update_rms: the root mean square that is wanted.
-            first: that of an update before which there was none, see :func:`first_rms`.
+            first: that of an update before which there was none, see :func:`~sm3_dist.param_groups.first_rms`.
             dtype: type of the result.
         """
         unit = torch.full_like(self.average, self.per_one * self.numel, dtype=torch.float64)
@@ -89,16 +89,6 @@ def scale(average: Tensor, unit: Tensor, update_rms: float | Tensor, first_squar
         first_square: the mean square of an update before which there was none.
     """
     return torch.where(average > 0, average.double() / unit, first_square).rsqrt_() * update_rms
-
-
-def first_rms(beta: float, bias_correction: bool) -> float:
-    """The root mean square of the first update, if every element has a gradient: ``nu = (1 - beta) g^2``.
-
-    Example:
-        >>> first_rms(beta=0.95, bias_correction=True), round(first_rms(beta=0.99, bias_correction=False), 6)
-        (1.0, 10.0)
-    """
-    return 1.0 if bias_correction else 1 / math.sqrt(1 - beta)
 
 
 def averaged(average: Tensor, total: Tensor) -> Tensor:

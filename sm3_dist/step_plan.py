@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from sm3_dist import adapters, kernels
 from sm3_dist.bucket import MaxBucket, Slot, SumBucket
 from sm3_dist.groups import new_group
-from sm3_dist.param_groups import correction, correction_of, first_rms_of
+from sm3_dist.param_groups import correction, correction_of, first_rms
 from sm3_dist.publish import Parts, Publisher
 from sm3_dist.rms import CUT_OFF, SquareSum
 from sm3_dist.rounding import Rounding
@@ -104,7 +104,7 @@ class Entry:
         if self.group["bias_correction"]:
             settings = replace(settings, correction=self._correction())
         if self.squares is not None:
-            scale = self.squares.scale(self.group["update_rms"], first_rms_of(self.group), self.accumulators[0].dtype)
+            scale = self.squares.scale(self.group["update_rms"], first_rms(self.group), self.accumulators[0].dtype)
             settings = replace(settings, scale=scale, limit=CUT_OFF * self.group["update_rms"])
         if self.rounds:
             seed, bfloat16 = self.group["rounding_seed"], bool(self.group["stochastic_rounding"])

@@ -23,7 +23,7 @@ import torch
 from sm3_dist import adapters
 from sm3_dist.kernels import fused
 from sm3_dist.kernels.fused import DIMS, Operands
-from sm3_dist.param_groups import correction_of, first_rms_of
+from sm3_dist.param_groups import correction_of, first_rms
 from sm3_dist.rms import CUT_OFF
 
 if TYPE_CHECKING:
@@ -334,5 +334,5 @@ def _write(target: Any, s: Settings, group: Mapping[str, Any]) -> None:
     target.seed = group["rounding_seed"] or 0
     rms = group["update_rms"]
     if rms is not None:
-        target.limit, target.update_rms, target.first_square = CUT_OFF * rms, rms, first_rms_of(group) ** 2
+        target.limit, target.update_rms, target.first_square = CUT_OFF * rms, rms, first_rms(group) ** 2
     target.shaped = rms is not None or bool(group["bias_correction"]) or s.nesterov

@@ -20,7 +20,7 @@ from sm3_dist.kernels import fused
 from sm3_dist.kernels import triton_kernel as kernel
 from sm3_dist.kernels.fused import Operands
 from sm3_dist.kernels.tiling import cut, padded
-from sm3_dist.param_groups import correction, first_rms_of
+from sm3_dist.param_groups import correction, first_rms
 from sm3_dist.rms import CUT_OFF, scale
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class TritonWork:
             id(group): [
                 group["beta"] if group["bias_correction"] else 0.0,
                 1.0 if group["update_rms"] is None else group["update_rms"],
-                first_rms_of(group) ** 2,
+                first_rms(group) ** 2,
             ]
             for group in self._groups
         }
