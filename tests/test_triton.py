@@ -194,7 +194,7 @@ def check_compile() -> None:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     print("sm weight grad momentum dimensions tile block registers shared spills operations")
     for architecture in ARCHITECTURES:
-        for kind in kinds:
+        for kind in kinds if architecture == 90 else (kinds[0], kinds[5]):  # the parts in common, and the most
             source = ASTSource(kernel.step_tiles, signature, constexprs=dict(zip(names, kind, strict=True)))
             target = GPUTarget("cuda", architecture, 32)
             compiled = triton.compile(source, target=target, options=kernel.OPTIONS)
