@@ -233,10 +233,11 @@ def adamw_bytes(optimizer: Optimizer) -> int:
 
 
 def count_bytes(value: Any) -> int:
-    """Bytes of all tensors in ``value``, of a DTensor those on this rank."""
+    """Bytes of all tensors in ``value``, of those made of others their parts on this rank."""
     if isinstance(value, torch.Tensor):
-        local = value.to_local() if isinstance(value, DTensor) else value
-        return local.numel() * local.element_size()
+        if hasattr(value, "__tensor_flatten__"):  # made of others: a DTensor, or torchao's codes and scales
+            return sum(count_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        return value.numel() * value.element_size()
     if isinstance(value, dict):
         return sum(count_bytes(each) for each in value.values())
     if isinstance(value, (list, tuple)):

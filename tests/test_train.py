@@ -380,4 +380,6 @@ def test_peers_take_steps(name: str, package: str) -> None:
         optimizer.zero_grad()
     assert all((p != old).any() for p, old in zip(model.parameters(), before, strict=True) if p.dim() == 2)
     assert state_bytes(optimizer) > 0
+    if name == "adamw-8bit":  # tensors of fewer than 4096 elements have float32
+        assert state_bytes(optimizer) < 0.9 * adamw_bytes(optimizer)
     assert scheduler.get_last_lr()[0] != settings(options).lr  # the schedule reaches it
