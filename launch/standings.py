@@ -46,7 +46,7 @@ def draw(comparison: Comparison) -> None:
             1, len(models), figsize=(7 * len(models), 5), layout="constrained", squeeze=False
         )
         for model, ax in zip(models, axes[0], strict=True):
-            ax.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)
+            ax.set_prop_cycle(color=pyplot.colormaps["tab20"](range(20)))
             draw_one(comparison, ax, of_model(comparison.contestants, model))
             ax.set_title(model)
         figure.savefig(comparison.out / name, dpi=120)
@@ -60,7 +60,7 @@ def draw_curves(comparison: Comparison, axes: Any, contestants: Iterable[Contest
         axes.plot(steps, losses, label=name, linewidth=1)
     axes.set_ylim(top=max((1.3 * losses[-1] for _, losses in curves.values()), default=None))
     axes.set(xlabel="step", ylabel="training, bits per byte, mean of the seeds")
-    axes.legend(loc="upper right", ncols=2)
+    axes.legend(loc="lower left")
 
 
 def draw_bytes(comparison: Comparison, axes: Any, contestants: Iterable[Contestant]) -> None:
