@@ -21,11 +21,11 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from launch.comparison import FEWER_BYTES, Comparison, Contestant
-from launch.model import PRESETS
-from launch.options import Parser
-from launch.standings import TABLE, draw, table
-from launch.world import UserError
+from launch.comparison.comparison import FEWER_BYTES, Comparison, Contestant
+from launch.comparison.standings import TABLE, draw, table
+from launch.job.model import PRESETS
+from launch.job.options import Parser
+from launch.job.world import UserError
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

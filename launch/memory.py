@@ -2,9 +2,9 @@
 
     python launch/memory.py --out measured --models 125m 350m 760m 1.3b
 
-Each measurement is a `launch/footprint.py` in fresh processes under torchrun. Finished ones are kept in `--out`, and a
-second call goes on where the first was stopped. At the end stand a table, in bytes per parameter, summed over the
-ranks, and its picture.
+Each measurement is a `launch/footprint/footprint.py` in fresh processes under torchrun. Finished ones are kept in
+`--out`, and a second call goes on where the first was stopped. At the end stand a table, in bytes per parameter, summed
+over the ranks, and its picture.
 
 The allocator is part of what is measured: as glibc comes, it keeps freed memory. Processes are therefore started with
 the environment that `ALLOCATOR` holds: what is larger than 128 kB goes back to the system when it is freed.
@@ -25,10 +25,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from launch.footprint import WAYS
-from launch.model import PRESETS
-from launch.options import Parser
-from launch.world import UserError
+from launch.footprint.footprint import WAYS
+from launch.job.model import PRESETS
+from launch.job.options import Parser
+from launch.job.world import UserError
 
 RESULTS, TABLE, PICTURE = "results.jsonl", "table.txt", "memory.png"
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
@@ -41,7 +41,7 @@ class Measurements:
 
     Args:
         out: the directory that holds them.
-        ways: names of :data:`launch.footprint.WAYS`.
+        ways: names of :data:`launch.footprint.footprint.WAYS`.
         models: names of the presets, smallest first.
         ranks: how many processes share each model.
         most: leave out what will hold more than so many bytes.

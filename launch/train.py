@@ -20,15 +20,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from launch import corpus, recipe, yardstick
-from launch.batches import IGNORED, Batches, Passage
-from launch.checkpointing import Checkpoints
-from launch.folder import CHECKPOINTS, Folder
-from launch.model import GPT, PRESETS, cross_entropy
-from launch.options import Options, parse
-from launch.parallel import clip, reduce_gradients, share_out, way
-from launch.report import Bar, Stopwatch, size, table
-from launch.world import UserError, World, join
+from launch.job import compression as yardstick
+from launch.job import corpus, recipe
+from launch.job.batches import IGNORED, Batches, Passage
+from launch.job.checkpointing import Checkpoints
+from launch.job.folder import CHECKPOINTS, Folder
+from launch.job.model import GPT, PRESETS, cross_entropy
+from launch.job.options import Options, parse
+from launch.job.parallel import clip, reduce_gradients, share_out, way
+from launch.job.report import Bar, Stopwatch, size, table
+from launch.job.world import UserError, World, join
 from sm3_dist.checkpoint import TrainState
 
 

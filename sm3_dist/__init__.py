@@ -1,10 +1,10 @@
 """SM3, the memory-efficient adaptive optimizer, for whole and for sharded PyTorch training."""
 
-from sm3_dist.agreement import PlanMismatchError
 from sm3_dist.in_backward import step_in_backward
 from sm3_dist.optimizer import SM3
-from sm3_dist.planning import plan
-from sm3_dist.same_gradients import GradientMismatchError
+from sm3_dist.planner.planning import plan
+from sm3_dist.ranks.agreement import PlanMismatchError
+from sm3_dist.ranks.same_gradients import GradientMismatchError
 
 __all__ = ["SM3", "GradientMismatchError", "PlanMismatchError", "plan", "step_in_backward"]
 __version__ = "0.1.0.dev0"

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sm3_dist import adapters, kernels
-from sm3_dist.adapters.flat_metadata import is_flattened
+from sm3_dist import kernels
+from sm3_dist.layout.describe import local_tensor
+from sm3_dist.layout.flat_metadata import is_flattened
+from sm3_dist.maths.update import Settings
 from sm3_dist.optimizer import SM3
-from sm3_dist.param_groups import settings_of
-from sm3_dist.step_plan import StepPlan
-from sm3_dist.update import Settings
+from sm3_dist.step.param_groups import settings_of
+from sm3_dist.step.plan import StepPlan
 
 
 def step_in_backward(model: nn.Module, optimizer: SM3, *, clip_value: float | None = None) -> StepInBackward:
@@ -76,7 +77,7 @@ class StepInBackward:
         self.optimizer = optimizer
         self.clip_value = clip_value
         self._plan: StepPlan | None = None
-        self._works: dict[Tensor, list[kernels.Work]] = {}
+        self._kernels: dict[Tensor, list[kernels.Kernel]] = {}
         self._settings: dict[int, Settings] = {}
         self._stepped: dict[Tensor, None] = {}
         optimizer._current_plan()  # compared across ranks here, and not in the midst of backward
@@ -116,8 +117,8 @@ class StepInBackward:
         if not self._stepped:
             self._begin()
         self._clip(param)
-        for work in self._works.get(param, ()):
-            work.update(self._settings)
+        for kernel in self._kernels.get(param, ()):
+            kernel.update(self._settings)
         self._stepped[param] = None
         param.grad = None
 
@@ -138,7 +139,7 @@ class StepInBackward:
             param.grad = grad = grad.redistribute(param.device_mesh, param.placements)  # only a sum can be cut off
         if grad.is_sparse:
             param.grad = grad = grad.coalesce()
-        values = grad.values() if grad.is_sparse else adapters.local(grad)
+        values = grad.values() if grad.is_sparse else local_tensor(grad)
         values.clamp_(-self.clip_value, self.clip_value)
 
     def _begin(self) -> None:
@@ -150,7 +151,7 @@ class StepInBackward:
             entries: dict[Tensor, list[Any]] = {}
             for entry in plan.entries:
                 entries.setdefault(entry.param, []).append(entry)
-            self._works = {param: kernels.works(these, optimizer.backend) for param, these in entries.items()}
+            self._kernels = {param: kernels.launch_list(these, optimizer.backend) for param, these in entries.items()}
         self._settings = {id(group): settings_of(group, None) for group in optimizer.param_groups}
 
     def _end(self, *_: Any) -> None:

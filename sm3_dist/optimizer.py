@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sm3_dist import adapters, kernels
-from sm3_dist.agreement import check_agreement
-from sm3_dist.param_groups import (
+from sm3_dist import kernels
+from sm3_dist.layout.describe import Flattened, Replicas, describe, local_tensor
+from sm3_dist.layout.shard import LocalShard
+from sm3_dist.ranks.agreement import check_agreement
+from sm3_dist.ranks.same_gradients import check_same_gradients, refuse_sparse_gradients
+from sm3_dist.ranks.weight_gather import Publisher
+from sm3_dist.step.entry import Entry
+from sm3_dist.step.param_groups import (
     adamw_like_options,
     can_move,
     inverse_of,
@@ -21,10 +27,8 @@ from sm3_dist.param_groups import (
     settings_of,
     validate,
 )
-from sm3_dist.publish import Publisher
-from sm3_dist.same_gradients import check_same_gradients, refuse_sparse_gradients
-from sm3_dist.shard import LocalShard
-from sm3_dist.state import (
+from sm3_dist.step.plan import StepPlan, agreement_lines
+from sm3_dist.step.state import (
     State,
     adopt_state,
     fill_state,
@@ -33,7 +37,6 @@ from sm3_dist.state import (
     local_square_sum,
     parameter_shaped,
 )
-from sm3_dist.step_plan import Entry, StepPlan, agreement_lines
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -97,7 +100,7 @@ class SM3(Optimizer):
             ends with a reduce-scatter that nothing hides, and to read ``state`` is a collective: do it on every rank.
         momentum_dtype: type of the momentum buffer, if not that of the accumulators: ``torch.float32``;
             ``torch.bfloat16``, for two bytes per element; or ``torch.int8`` for one, which is a code
-            (:mod:`~sm3_dist.momentum_code`), always rounded stochastically, and has the key ``momentum_code``.
+            (:mod:`~sm3_dist.maths.momentum_code`), always rounded stochastically, and has the key ``momentum_code``.
         stochastic_rounding: round what is kept in bfloat16, weights and momentum, up or down with probabilities that
             make it right on average, so that updates too small for bfloat16 are not lost. The random numbers belong to
             the elements of the original tensors: the bits are the same under every layout and after a resume.
@@ -163,8 +166,8 @@ class SM3(Optimizer):
         self.shard_covers = shard_covers
         self.momentum_dtype = momentum_dtype
         self.backend = backend
-        self._flattened = adapters.Flattened(model)
-        self._replicas = None if shard_over is None else adapters.Replicas(shard_over)
+        self._flattened = Flattened(model)
+        self._replicas = None if shard_over is None else Replicas(shard_over)
         self._checks_left = 0 if shard_over is None else check_gradients
         self._forget_plan()
         defaults = {
@@ -401,7 +404,7 @@ class SM3(Optimizer):
         state = dict(state)
         held = state.pop("state", None)
         if "_plan" not in self.__dict__:  # unpickled or copied
-            self._flattened = adapters.Flattened(None)
+            self._flattened = Flattened(None)
             self._replicas, self._checks_left = None, 0
             self._forget_plan()
         super().__setstate__(state)
@@ -420,7 +423,7 @@ class SM3(Optimizer):
         self._positions: dict[tuple[int, int], Tensor] = {}
 
     def _describe(self, param: Tensor, label: str, cover_block: int | None) -> tuple[LocalShard, ...]:
-        return adapters.describe(param, label, self._flattened, self._replicas, cover_block)
+        return describe(param, label, self._flattened, self._replicas, cover_block)
 
     def _labelled_params(self) -> list[tuple[Tensor, str, dict[str, Any]]]:
         return [
@@ -450,7 +453,7 @@ class SM3(Optimizer):
                 older.receive()
             self._plan = self._make_plan()
             if older is not None:
-                self._plan.take_over(older)
+                self._plan.carry_over_squares(older)
             self._signature = self._sign()
         if self._unshared:
             self._unshared = False
@@ -479,9 +482,7 @@ class SM3(Optimizer):
         if self._held_state or any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
         grads = [param.grad for group in self.param_groups for param in group["params"] if param.requires_grad]
-        return all(
-            grad is not None and not grad.is_sparse and not adapters.local(grad).count_nonzero() for grad in grads
-        )
+        return all(grad is not None and not grad.is_sparse and not local_tensor(grad).count_nonzero() for grad in grads)
 
     def _make_plan(self) -> StepPlan:
         self._flattened.read()
@@ -515,7 +516,8 @@ class SM3(Optimizer):
         publisher = None
         if self._replicas is not None:
             publisher = Publisher(self._replicas.group, self._replicas.partitions, can_move)
-        return StepPlan(entries, self.backend, self.shard_covers, self._groups, publisher)
+        launch_list = partial(kernels.launch_list, backend=self.backend)
+        return StepPlan(entries, launch_list, self.shard_covers, self._groups, publisher)
 
     def _fitting_state(self, param: Tensor, shards: tuple[LocalShard, ...], label: str) -> State:
         """The state of a parameter, if it fits the layout. One that somebody else put there is copied in our types."""

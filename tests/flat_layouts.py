@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 
-from launch import fairscale_cpu
+from launch.job import fairscale_cpu
 
 Shape = tuple[int, ...]
 # Ranks 0 to 4 of every kind: cut in mid-row, rows and whole tensors shorter than a part, dimensions of size 1.

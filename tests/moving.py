@@ -18,13 +18,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from launch import fairscale_cpu
-from sm3_dist import SM3, adapters
-from sm3_dist.box import Box
+from launch.job import fairscale_cpu
+from sm3_dist import SM3
 from sm3_dist.checkpoint import TrainState, get_optimizer_state_dict, load
 from sm3_dist.checkpoint.canonical import Canonical
-from sm3_dist.param_groups import ADAMW_LIKE
-from sm3_dist.step_plan import Entry
+from sm3_dist.layout.box import Box
+from sm3_dist.layout.describe import local_tensor
+from sm3_dist.step.entry import Entry
+from sm3_dist.step.param_groups import ADAMW_LIKE
 
 SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "beta": 0.9, "weight_decay": 0.01}
 RECIPE = SETTINGS | ADAMW_LIKE | {"cover_block": 4}  # edges of shards cut blocks
@@ -241,7 +242,7 @@ def differences(wrapped: Wrapped, wanted: Expected) -> list[str]:
 
 def weights(entry: Entry) -> list[tuple[Box, Tensor]]:
     """What this rank has of a tensor, box by box."""
-    local = adapters.local(entry.param.detach())
+    local = local_tensor(entry.param.detach())
     if entry.shard.replicated:
         return [(Box.whole(entry.shard.shape), local)]
     return list(zip(entry.shard.boxes, entry.shard.views(local), strict=True))

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sm3_dist import SM3, kernels
-from sm3_dist.param_groups import ADAMW_LIKE
+from sm3_dist.step.param_groups import ADAMW_LIKE
 
 BACKENDS = [name for name, reason in kernels.available().items() if reason is None and name != "triton"]
 

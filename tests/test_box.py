@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sm3_dist.box import Box, bounding, flat_boxes
+from sm3_dist.layout.box import Box, bounding, flat_boxes
 
 shapes = st.lists(st.integers(1, 5), max_size=5).map(tuple)
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 from sm3_dist import SM3, PlanMismatchError
-from sm3_dist.box import Box
-from sm3_dist.bucket import MaxBucket, Slot
+from sm3_dist.layout.box import Box
+from sm3_dist.ranks.bucket import MaxBucket, Slot
 
 
 def wrapped(name: str, **options: Any) -> tuple[torch.nn.Module, SM3]:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from launch.compare import main
-from launch.comparison import (
+from launch.comparison.comparison import (
     FEWER_BYTES,
     RESULTS,
     Comparison,
@@ -21,11 +21,11 @@ from launch.comparison import (
     best_rate,
     wanted,
 )
-from launch.folder import METRICS
-from launch.options import parse
-from launch.recipe import OPTIMIZERS
-from launch.standings import BYTES, CURVES, draw, table
-from launch.world import UserError
+from launch.comparison.standings import BYTES, CURVES, draw, table
+from launch.job.folder import METRICS
+from launch.job.options import parse
+from launch.job.recipe import OPTIMIZERS
+from launch.job.world import UserError
 
 SM3, ADAMW = Contestant("small", "sm3"), Contestant("small", "adamw")
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.batches import IGNORED, Batches, Passage, Share
-from launch.corpus import HELD_OUT, Corpus, load
-from launch.world import UserError
-from launch.yardstick import START, bz2_bits, order_0, order_1
+from launch.job.batches import IGNORED, Batches, Passage, Share
+from launch.job.compression import START, bz2_bits, order_0, order_1
+from launch.job.corpus import HELD_OUT, Corpus, load
+from launch.job.world import UserError
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from harness import Pool
 from torch import Tensor
 
 from sm3_dist import SM3
-from sm3_dist.cover import grid
-from sm3_dist.reference import ReferenceState, reference_step
+from sm3_dist.layout.cover import grid
+from sm3_dist.maths.reference import ReferenceState, reference_step
 
 STEPS = 5
 OPTIONS: list[dict[str, Any]] = [

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sm3_dist import SM3, kernels
-from sm3_dist.adapters.flat import shard_of
-from sm3_dist.adapters.flat_metadata import FlatTensor, Original
-from sm3_dist.box import Box
-from sm3_dist.cover import grid
-from sm3_dist.param_groups import settings_of
-from sm3_dist.shard import LocalShard, Peers
-from sm3_dist.state import fill_state, local_accumulators
-from sm3_dist.step_plan import Entry
+from sm3_dist.layout.box import Box
+from sm3_dist.layout.cover import grid
+from sm3_dist.layout.flat import shard_of
+from sm3_dist.layout.flat_metadata import FlatTensor, Original
+from sm3_dist.layout.shard import LocalShard, Peers
+from sm3_dist.step.entry import Entry
+from sm3_dist.step.param_groups import settings_of
+from sm3_dist.step.state import fill_state, local_accumulators
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Rank:
         self.param.grad = None if grad is None else grad[self.range].clone()
         group = self.entries[0].group
         with torch.no_grad():
-            for work in kernels.works(self.entries, "auto"):
+            for work in kernels.launch_list(self.entries, "auto"):
                 work.update({id(group): settings_of(group, None)})
 
 

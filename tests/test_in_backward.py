@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from sm3_dist import SM3, step_in_backward
-from sm3_dist.bucket import MaxBucket
+from sm3_dist.ranks.bucket import MaxBucket
 
 STEPS = 4
 

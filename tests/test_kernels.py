@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sm3_dist import SM3, kernels
-from sm3_dist.box import Box, flat_boxes
-from sm3_dist.kernels import cpu
-from sm3_dist.kernels.eager import EagerWork
-from sm3_dist.rms import square_sum
-from sm3_dist.shard import LocalShard
-from sm3_dist.step_plan import HYPERPARAMETERS, Entry
-from sm3_dist.update import Settings
+from sm3_dist.kernels.c import backend as cpu
+from sm3_dist.kernels.eager import EagerKernel
+from sm3_dist.layout.box import Box, flat_boxes
+from sm3_dist.layout.shard import LocalShard
+from sm3_dist.maths.rms import square_sum
+from sm3_dist.maths.update import Settings
+from sm3_dist.step.entry import HYPERPARAMETERS, Entry
 
 # Where there is a compiler, a library that is not there is a failure and no reason to skip.
 COMPILER = shutil.which("gcc") or shutil.which("clang")
@@ -191,14 +191,14 @@ def compare_views(weights: list[Tensor], grads: list[list[Tensor]], fused: str =
 @pytest.mark.parametrize("replicated", [False, True])
 def test_boxes_of_flat_ranges(shape, replicated):
     for block, is_product in ((None, False), (3, False), (2, True), (32, True)):
-        compare_boxes(shape, replicated, cpu.CpuWork, 6, block, is_product)
+        compare_boxes(shape, replicated, cpu.CKernel, 6, block, is_product)
 
 
 @torch.no_grad()
 def compare_boxes(
     shape: tuple[int, ...],
     replicated: bool,
-    fused: type[kernels.Work],
+    fused: type[kernels.Kernel],
     ranges: int,
     block: int | None = None,
     is_product: bool = False,
@@ -218,7 +218,7 @@ def compare_boxes(
             group |= {"beta": 0.95, "bias_correction": True, "update_rms": 1.0}
         settings = Settings(0.1, 0.9, group["beta"], 1e-30, 0.1, False, cover_product=is_product)
         results = []
-        for work in (EagerWork, fused):
+        for work in (EagerKernel, fused):
             param = nn.Parameter(weight.clone())
             param.grad = grad.clone()
             accumulators = [
@@ -257,7 +257,7 @@ def test_every_vector_width(dtype, options):
         moment = torch.zeros(shape, dtype=torch.bfloat16)
         squares = square_sum(shape, torch.zeros((), dtype=torch.int64)) if options else None
         entry = Entry(param, group, shard, accumulators, moment, torch.zeros(()), squares, "x")
-        work = EagerWork([entry]) if width is None else cpu.CpuWork([entry], width)
+        work = EagerKernel([entry]) if width is None else cpu.CKernel([entry], width)
         for _ in range(3):
             work.update({id(group): settings})
             if squares is not None:
@@ -293,7 +293,7 @@ def test_float32_gradients_of_narrow_parameters_are_not_rounded():
     shape, group = (20, 30), dict.fromkeys(HYPERPARAMETERS)
     weight, grad = torch.randn(shape, generator=generator).bfloat16(), torch.randn(shape, generator=generator)
     results = []
-    for work in (EagerWork, cpu.CpuWork):
+    for work in (EagerKernel, cpu.CKernel):
         param = nn.Parameter(weight.clone())
         param.grad_dtype = None
         param.grad = grad

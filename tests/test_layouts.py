@@ -11,7 +11,7 @@ from layouts import LAYOUTS, Tensors, cases, full, give, same
 from torch import Tensor
 
 from sm3_dist import SM3
-from sm3_dist.reference import ReferenceState, reference_step
+from sm3_dist.maths.reference import ReferenceState, reference_step
 
 STEPS = 5
 OPTIONS: list[dict[str, Any]] = [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sm3_dist import SM3
-from sm3_dist.reference import ReferenceState, reference_step
+from sm3_dist.maths.reference import ReferenceState, reference_step
 
 SHAPES = [
     (),

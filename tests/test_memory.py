@@ -12,11 +12,11 @@ import torch
 from harness import Pool
 
 from launch import memory, watch
-from launch.footprint import WAYS, train
+from launch.footprint.footprint import WAYS, train
+from launch.footprint.resident import forget_peak, peak, resident
+from launch.job.model import PRESETS
+from launch.job.world import World
 from launch.memory import RESULTS, TABLE, Measurements
-from launch.model import PRESETS
-from launch.resident import forget_peak, peak, resident
-from launch.world import World
 
 MB = 1 << 20
 PNG = b"\x89PNG"

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from sm3_dist import SM3
 from sm3_dist.checkpoint import CheckpointError, TrainState, get_optimizer_state_dict, load, set_optimizer_state_dict
-from sm3_dist.momentum_code import converted, decode, encode
-from sm3_dist.reference import code_values
+from sm3_dist.maths.momentum_code import converted, decode, encode
+from sm3_dist.maths.reference import code_values
 
 CODES = torch.arange(-128, 128).to(torch.int8)
 EIGHT_BITS: dict[str, Any] = {"momentum": 0.9, "momentum_dtype": torch.int8}

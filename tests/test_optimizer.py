@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sm3_dist import SM3
-from sm3_dist.reference import ReferenceState, reference_step
+from sm3_dist.maths.reference import ReferenceState, reference_step
 
 
 def parameters() -> list[nn.Parameter]:

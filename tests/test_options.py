@@ -20,11 +20,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sm3_dist import SM3
-from sm3_dist.box import Box, overlaps
 from sm3_dist.checkpoint import get_state_dict, set_state_dict
-from sm3_dist.param_groups import ADAMW_LIKE, correction, correction_of
-from sm3_dist.reference import ReferenceState, reference_step
-from sm3_dist.rms import LARGEST, square_sum
+from sm3_dist.layout.box import Box, overlaps
+from sm3_dist.maths.reference import ReferenceState, reference_step
+from sm3_dist.maths.rms import LARGEST, square_sum
+from sm3_dist.step.param_groups import ADAMW_LIKE, correction, correction_of
 
 EVERYTHING: dict[str, Any] = {
     "momentum": 0.9,
@@ -455,7 +455,7 @@ def test_sparse_gradients_refuse_what_has_no_meaning_for_them(options: dict[str,
 
 def test_eager_steps_on_a_device_wait_for_nothing(monkeypatch):
     """Not for the count of steps either, which lies there too. Nobody can read a tensor on the meta device."""
-    monkeypatch.setattr("sm3_dist.state.step_device", lambda param: param.device)
+    monkeypatch.setattr("sm3_dist.step.state.step_device", lambda param: param.device)
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in [(40, 30), (7,), (4, 3, 2, 2)]]
     optimizer = SM3.adamw_like(params, lr=0.1, backend="eager", nesterov=True, weight_decay=0.1)
     for _ in range(3):

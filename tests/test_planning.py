@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 
 import sm3_dist
 from sm3_dist import SM3
-from sm3_dist.__main__ import VARIANTS, main
-from sm3_dist.bucket import MaxBucket
-from sm3_dist.decoder import MODELS, Decoder, read_config
-from sm3_dist.planning import RankBytes
-from sm3_dist.rivals import RIVALS
-from sm3_dist.traffic import SENT
+from sm3_dist.planner.collective_volume import SENT
+from sm3_dist.planner.command import VARIANTS, main
+from sm3_dist.planner.decoder import MODELS, Decoder, read_config
+from sm3_dist.planner.other_optimizers import RIVALS
+from sm3_dist.planner.planning import RankBytes
+from sm3_dist.ranks.bucket import MaxBucket
 
 OPTIONS: list[dict[str, Any]] = [
     {},

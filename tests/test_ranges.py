@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sm3_dist.box import Box, bounding, flat_boxes
-from sm3_dist.cover import touched
-from sm3_dist.ranges import even_cuts, shared_entries
-from sm3_dist.shard import Peers
+from sm3_dist.layout.box import Box, bounding, flat_boxes
+from sm3_dist.layout.cover import touched
+from sm3_dist.layout.ranges import even_cuts, shared_entries
+from sm3_dist.layout.shard import Peers
 
 PEERS = Peers((0, 1, 2), group=lambda: None)  # type: ignore[arg-type, return-value]
 

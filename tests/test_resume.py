@@ -16,9 +16,9 @@ from chaos import corpus, tensors
 from harness import Pool
 from rich.console import Console
 
-from launch.options import parse
+from launch.job.options import parse
+from launch.job.world import UserError, World
 from launch.train import Run
-from launch.world import UserError, World
 
 FAST = "--model tiny --steps 8 --batch-size 4 --seq-len 16 --lr 0.01 --schedule cosine --held-out-bytes 500"
 

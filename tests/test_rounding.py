@@ -14,10 +14,10 @@ from test_options import EVERYTHING, compare_with_reference
 from torch import Tensor, nn
 
 from sm3_dist import SM3
-from sm3_dist.box import Box
 from sm3_dist.checkpoint import get_optimizer_state_dict, set_optimizer_state_dict
-from sm3_dist.reference import ReferenceState, reference_step
-from sm3_dist.rounding import MOMENTUM, WEIGHT, Rounding, philox, round_to_bfloat16
+from sm3_dist.layout.box import Box
+from sm3_dist.maths.reference import ReferenceState, reference_step
+from sm3_dist.maths.rounding import MOMENTUM, WEIGHT, Rounding, philox, round_to_bfloat16
 
 # Counter, key and output of philox4x32 with 10 rounds, from kat_vectors of the authors' library Random123.
 KNOWN = [

@@ -20,12 +20,12 @@ from harness import Pool
 from rich.console import Console
 
 import launch
-from launch.model import GPT, PRESETS
-from launch.options import Options, parse
-from launch.recipe import adamw_bytes, build, chosen, count_bytes, schedule, settings, state_bytes
-from launch.report import Bar
+from launch.job.model import GPT, PRESETS
+from launch.job.options import Options, parse
+from launch.job.recipe import adamw_bytes, build, chosen, count_bytes, schedule, settings, state_bytes
+from launch.job.report import Bar
+from launch.job.world import UserError, World
 from launch.train import Run, main
-from launch.world import UserError, World
 
 TRAIN = Path(launch.__file__).parent / "train.py"
 # A run of about a second on one process; clipping is in force at every step.
@@ -339,9 +339,9 @@ def test_options_become_json() -> None:
     assert Options(**{**json.loads(json.dumps(options.as_json())), "data": Path("some/text")}) == options
 
 
-@pytest.mark.parametrize("module", [info.name for info in pkgutil.iter_modules(launch.__path__)])
+@pytest.mark.parametrize("module", [info.name for info in pkgutil.walk_packages(launch.__path__, "launch.")])
 def test_examples_in_the_documentation_of(module: str) -> None:
-    failed, _ = doctest.testmod(importlib.import_module(f"launch.{module}"))
+    failed, _ = doctest.testmod(importlib.import_module(module))
     assert failed == 0
 
 

@@ -103,14 +103,14 @@ def check_memory() -> None:
 def check_boxes() -> None:
     from test_kernels import compare_boxes
 
-    from sm3_dist.kernels.triton import TritonWork
+    from sm3_dist.kernels.triton.backend import TritonKernel
 
     for shape in [(10, 7), (30, 300), (6, 5, 4), (5, 4, 3, 2)]:
         for replicated in (False, True):
-            compare_boxes(shape, replicated, TritonWork, ranges=2)
+            compare_boxes(shape, replicated, TritonKernel, ranges=2)
     for shape, block, ranges in [((10, 7), 2, 3), ((30, 70), 8, 2), ((30, 70), 3, 1), ((5, 4, 3, 3), 2, 2)]:
         for replicated in (False, True):
-            compare_boxes(shape, replicated, TritonWork, ranges, block, is_product=block % 2 == 0)
+            compare_boxes(shape, replicated, TritonKernel, ranges, block, is_product=block % 2 == 0)
 
 
 def check_that_the_host_reads_nothing() -> None:
@@ -121,14 +121,14 @@ def check_that_the_host_reads_nothing() -> None:
     import torch
     from test_kernels import assert_same
 
-    from sm3_dist.box import Box
-    from sm3_dist.kernels import triton_kernel
-    from sm3_dist.kernels.eager import EagerWork
-    from sm3_dist.kernels.triton import TritonWork
-    from sm3_dist.rms import square_sum
-    from sm3_dist.shard import LocalShard
-    from sm3_dist.step_plan import HYPERPARAMETERS, Entry
-    from sm3_dist.update import Settings
+    from sm3_dist.kernels.eager import EagerKernel
+    from sm3_dist.kernels.triton import kernel as triton_kernel
+    from sm3_dist.kernels.triton.backend import TritonKernel
+    from sm3_dist.layout.box import Box
+    from sm3_dist.layout.shard import LocalShard
+    from sm3_dist.maths.rms import square_sum
+    from sm3_dist.maths.update import Settings
+    from sm3_dist.step.entry import HYPERPARAMETERS, Entry
 
     def refuse(*_, **__):
         raise AssertionError("the host reads a tensor, or makes one of its own numbers")
@@ -138,7 +138,7 @@ def check_that_the_host_reads_nothing() -> None:
     numbers = {"momentum": 0.9, "beta": 0.95, "eps": 1e-30, "weight_decay": 0.1, "maximize": False, "nesterov": True}
     settings = Settings(torch.tensor(0.3), **numbers, cover_product=True, unscale=torch.tensor(0.5))
     results, works = [], []
-    for work in (EagerWork, TritonWork):
+    for work in (EagerKernel, TritonKernel):
         entries = []
         for shape in [(7,), (20, 30)]:
             generator = torch.Generator().manual_seed(0)
@@ -175,7 +175,7 @@ def check_compile() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sm3_dist.kernels import triton_kernel as kernel
+    from sm3_dist.kernels.triton import kernel
 
     pointers = {"tiles": "*i32", "boxes": "*i64", "tensors": "*i64", "addresses": "*i64", "settings": "*fp32"}
     names = ("WEIGHT", "GRAD", "MOMENT", "NDIM", "LEAD", "TALL", "WIDE")

@@ -14,11 +14,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from launch.bench_zero1 import bytes_sent
-from sm3_dist import SM3, GradientMismatchError, PlanMismatchError, publish
-from sm3_dist.box import Box
-from sm3_dist.cover import grid
-from sm3_dist.shard import LocalShard
+from launch.benchmarks.zero1 import bytes_sent
+from sm3_dist import SM3, GradientMismatchError, PlanMismatchError
+from sm3_dist.layout.box import Box
+from sm3_dist.layout.cover import grid
+from sm3_dist.layout.shard import LocalShard
+from sm3_dist.ranks import weight_gather as publish
 
 WORLDS = [2, 3, 4]
 PUBLISHING: dict[str, dict[str, Any]] = {

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from sm3_dist.adapters.flat import shard_of
-from sm3_dist.adapters.flat_metadata import FlatTensor, Original
-from sm3_dist.shard import LocalShard, Peers
+from sm3_dist.layout.flat import shard_of
+from sm3_dist.layout.flat_metadata import FlatTensor, Original
+from sm3_dist.layout.shard import LocalShard, Peers
 
 TENSORS = {"weight A": (4, 7), "bias": (4,), "weight B": (3, 6)}
 WORLD = 3

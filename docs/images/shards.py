@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sm3_dist.box import Box, flat_boxes
-from sm3_dist.cover import touched
+from sm3_dist.layout.box import Box, flat_boxes
+from sm3_dist.layout.cover import touched
 
 SHAPE = (6, 8)
 COLOURS = ["#4e79a7", "#f28e2b", "#59a14f", "#b07aa1"]

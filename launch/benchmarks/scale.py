@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sm3_dist import SM3
-from sm3_dist.bucket import MaxBucket
+from sm3_dist.ranks.bucket import MaxBucket
 
 Shape = tuple[int, ...]
 

@@ -23,9 +23,9 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.multiprocessing.spawn import spawn
 from torch.optim import AdamW, Optimizer
 
-from launch.model import GPT, PRESETS, Block
+from launch.job.model import GPT, PRESETS, Block
 from sm3_dist import SM3
-from sm3_dist import bucket as sm3_bucket
+from sm3_dist.ranks import bucket as sm3_bucket
 
 LR, CONTEXT = 1e-4, 64
 

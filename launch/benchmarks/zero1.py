@@ -27,8 +27,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.multiprocessing.spawn import spawn
 from torch.optim import AdamW, Optimizer
 
-from launch.model import GPT, PRESETS
-from launch.recipe import count_bytes
+from launch.job.model import GPT, PRESETS
+from launch.job.recipe import count_bytes
 from sm3_dist import SM3
 
 LR, MOMENTUM, BETA = 1e-3, 0.9, 0.95

@@ -18,9 +18,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from launch.folder import CONFIG, METRICS
-from launch.recipe import OPTIMIZERS, RECIPES
-from launch.world import UserError
+from launch.job.folder import CONFIG, METRICS
+from launch.job.recipe import OPTIMIZERS, RECIPES
+from launch.job.world import UserError
 
 RESULTS = "results.jsonl"
 MOST_HALVINGS = 6
@@ -187,7 +187,7 @@ class Comparison:
             UserError: it failed, other than by a loss that is not finite.
         """
         arguments, folder = self.arguments(contestant, place), self.folder(contestant, place)
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments]
+        command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), *arguments]
         command += ["--out", str(folder), "--overwrite"]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
         done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.comparison import Comparison, Contestant, at_rate
+from launch.comparison.comparison import Comparison, Contestant, at_rate
 
 CURVES, BYTES, TABLE = "curves.png", "bytes.png", "table.txt"
 

@@ -1,6 +1,6 @@
 """One measurement: peak resident memory of a few training steps of a decoder, sharded with FSDP2.
 
-    torchrun --standalone --nproc-per-node 2 launch/footprint.py --model 1.3b --way sm3-bf16
+    torchrun --standalone --nproc-per-node 2 launch/footprint/footprint.py --model 1.3b --way sm3-bf16
 
 `launch/memory.py` makes many and draws them. Every rank takes its base when everything is imported and a first small
 model has been trained, lets the kernel forget the peak so far, and trains; the rest is the kernel's count (`VmHWM`).
@@ -23,11 +23,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import Adafactor, AdamW, Optimizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
-from launch.model import GPT, PRESETS, Shape, cross_entropy
-from launch.resident import forget_peak, peak, resident
-from launch.world import World, join
+from launch.footprint.resident import forget_peak, peak, resident
+from launch.job.model import GPT, PRESETS, Shape, cross_entropy
+from launch.job.world import World, join
 from sm3_dist import SM3, step_in_backward
 
 

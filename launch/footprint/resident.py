@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.world import UserError
+from launch.job.world import UserError
 
 
 def resident(process: int | str = "self") -> int:

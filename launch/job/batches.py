@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from launch.world import UserError
+from launch.job.world import UserError
 
 IGNORED = -100  # a target that cross-entropy does not count
 

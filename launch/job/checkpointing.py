@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from launch.world import UserError, World
+from launch.job.world import UserError, World
 from sm3_dist.checkpoint import CheckpointError, TrainState, load
 
 MANIFEST = "manifest.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from launch.world import UserError
+from launch.job.world import UserError
 
 HELD_OUT = 0.05  # share of the bytes
 # Other people's packages, and the test suites that many distributions leave out of the standard library.

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from launch.world import UserError
+from launch.job.world import UserError
 
 CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
 

@@ -9,10 +9,10 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch.model import PRESETS
-from launch.parallel import PARALLEL
-from launch.recipe import OPTIMIZERS, RECIPES, SCHEDULES
-from launch.world import UserError
+from launch.job.model import PRESETS
+from launch.job.parallel import PARALLEL
+from launch.job.recipe import OPTIMIZERS, RECIPES, SCHEDULES
+from launch.job.world import UserError
 
 
 def option(default: Any, help: str, *, type: Any = None, choices: Sequence[str] | None = None) -> Any:

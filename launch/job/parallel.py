@@ -20,13 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from launch import fairscale_cpu
-from launch.batches import Share
-from launch.model import GPT, Block
-from launch.world import UserError, World
+from launch.job import fairscale_cpu
+from launch.job.batches import Share
+from launch.job.model import GPT, Block
+from launch.job.world import UserError, World
 
 if TYPE_CHECKING:
-    from launch.options import Options
+    from launch.job.options import Options
 
 
 class Parallel(NamedTuple):

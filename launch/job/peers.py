@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from launch.world import UserError
+from launch.job.world import UserError
 
 if TYPE_CHECKING:
-    from launch.recipe import Settings
+    from launch.job.recipe import Settings
 
 
 def lion(model: nn.Module, s: Settings) -> Optimizer:

@@ -13,16 +13,16 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adafactor, AdamW, NAdam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from launch import peers
-from launch.parallel import of_fairscale
-from launch.world import UserError
+from launch.job import peers
+from launch.job.parallel import of_fairscale
+from launch.job.world import UserError
 from sm3_dist import SM3, step_in_backward
-from sm3_dist.adapters.flat_metadata import is_flattened
-from sm3_dist.param_groups import ADAMW_LIKE
+from sm3_dist.layout.flat_metadata import is_flattened
 from sm3_dist.schedule import CosineSchedule, PaperSchedule
+from sm3_dist.step.param_groups import ADAMW_LIKE
 
 if TYPE_CHECKING:
-    from launch.options import Options
+    from launch.job.options import Options
 
 SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {"paper": PaperSchedule, "cosine": CosineSchedule}
 

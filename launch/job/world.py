@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from sm3_dist.meeting import meet
+from sm3_dist.ranks.rendezvous import meet
 
 T = TypeVar("T")
 

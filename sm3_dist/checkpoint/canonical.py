@@ -1,10 +1,10 @@
 """The canonical form of SM3's state: by parameter name, the same for every wrapper, mesh and number of ranks.
 
 For each original tensor of shape ``(n_1, …, n_k)``: ``step``; ``accumulator_i`` of shape ``(n_i,)`` (with block covers:
-of the shape of its grid, see :mod:`~sm3_dist.cover`); with momentum ``momentum_buffer`` of the tensor's shape, or in 8
-bits ``momentum_code`` (:mod:`~sm3_dist.momentum_code`); with ``update_rms`` the scalar ``update_square_average``. What
-a rank holds of a value is a list of boxes (one for a whole tensor or a DTensor, several for a flat range), so reading
-and writing state are the same for all of them.
+of the shape of its grid, see :mod:`~sm3_dist.layout.cover`); with momentum ``momentum_buffer`` of the tensor's shape,
+or in 8 bits ``momentum_code`` (:mod:`~sm3_dist.maths.momentum_code`); with ``update_rms`` the scalar
+``update_square_average``. What a rank holds of a value is a list of boxes (one for a whole tensor or a DTensor, several
+for a flat range), so reading and writing state are the same for all of them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sm3_dist.box import Box
 from sm3_dist.checkpoint.names import canonical_names
 from sm3_dist.checkpoint.slots import Reader, Slot, values
-from sm3_dist.cover import grid
-from sm3_dist.momentum_code import MOMENTUM_BUFFER, MOMENTUM_CODE, converted, momentum_key
+from sm3_dist.layout.box import Box
+from sm3_dist.layout.cover import grid
+from sm3_dist.layout.shard import WHOLE, LocalShard, accumulator_dtype
+from sm3_dist.maths.momentum_code import MOMENTUM_BUFFER, MOMENTUM_CODE, converted, momentum_key
 from sm3_dist.optimizer import SM3
-from sm3_dist.param_groups import validate
-from sm3_dist.shard import WHOLE, LocalShard, accumulator_dtype
-from sm3_dist.state import accumulator_key, step_device
-from sm3_dist.step_plan import Entry
+from sm3_dist.step.entry import Entry
+from sm3_dist.step.param_groups import validate
+from sm3_dist.step.state import accumulator_key, step_device
 
 SCALAR = Box((), ())
 _OPTIONAL = {

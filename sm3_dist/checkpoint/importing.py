@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sm3_dist.box import Box
-from sm3_dist.cover import accumulator_count, maxima
+from sm3_dist.layout.box import Box
+from sm3_dist.layout.cover import accumulator_count, maxima
 
 StateDict = dict[str, Any]
 

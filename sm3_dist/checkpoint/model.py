@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
 
-from sm3_dist import adapters
-from sm3_dist.adapters.flat_metadata import flat_tensors
-from sm3_dist.box import Box
 from sm3_dist.checkpoint.names import canonical_modules
 from sm3_dist.checkpoint.slots import Reader, Slot
-from sm3_dist.shard import LocalShard
+from sm3_dist.layout.box import Box
+from sm3_dist.layout.describe import Flattened, local_tensor
+from sm3_dist.layout.flat_metadata import flat_tensors
+from sm3_dist.layout.shard import LocalShard
 
 
 def is_flattened(model: nn.Module) -> bool:
@@ -33,7 +33,7 @@ def model_slots(model: nn.Module) -> dict[str, Slot]:
         NotImplementedError: if a module has extra state.
         RuntimeError: if a wrapper has gathered its parameters at present.
     """
-    flattened = adapters.Flattened(model)
+    flattened = Flattened(model)
     flattened.check_sharded()
     aliases = {original.name: original.aliases for flat in flat_tensors(model) for original in flat.originals}
     slots: dict[str, Slot] = {}
@@ -95,11 +95,11 @@ def load_model(
 
 def _flattened(parameter: Tensor, shard: LocalShard) -> Slot:
     shape = shard.shape
-    parts = shard.views(adapters.local(parameter))
+    parts = shard.views(local_tensor(parameter))
     return Slot(shape, list(shard.boxes), parts, parameter, whole=False)
 
 
 def _unflattened(tensor: Tensor) -> Slot:
-    local = adapters.local(tensor) if isinstance(tensor, DTensor) else tensor
+    local = local_tensor(tensor) if isinstance(tensor, DTensor) else tensor
     boxes, parts = ([Box.whole(local.shape)], [local]) if local.numel() else ([], [])
     return Slot(tuple(tensor.shape), boxes, parts, tensor, whole=True)

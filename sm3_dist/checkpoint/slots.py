@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sm3_dist import adapters
-from sm3_dist.box import Box
 from sm3_dist.checkpoint.boxed import BoxedTensor
+from sm3_dist.layout.box import Box
+from sm3_dist.layout.describe import local_tensor
 
 Boxes = list[Box]
 Key = TypeVar("Key")
@@ -109,7 +109,7 @@ class Reader:
                 value.placements,
             )
             # Of the same layout: the box that is asked for is what this rank holds. If not: a collective.
-            self._local = adapters.local(value) if same else None
+            self._local = local_tensor(value) if same else None
             self._value = value if same else value.full_tensor()
         else:
             self._local, self._value = None, value

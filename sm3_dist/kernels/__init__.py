@@ -12,30 +12,17 @@ they take:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
 
-from sm3_dist.kernels import cpu, triton
-from sm3_dist.kernels.eager import EagerWork
+from sm3_dist.kernels.c import backend as cpu
+from sm3_dist.kernels.eager import EagerKernel
+from sm3_dist.kernels.triton import backend as triton
+from sm3_dist.step.entry import Entry
+from sm3_dist.step.plan import Kernel
 
-if TYPE_CHECKING:
-    from sm3_dist.step_plan import Entry
-    from sm3_dist.update import Settings
-
-__all__ = ["BACKENDS", "Work", "available", "works"]
+__all__ = ["BACKENDS", "Kernel", "available", "launch_list"]
 
 BACKENDS = ("auto", "eager", "c", "triton")
-
-
-class Work(Protocol):
-    """The tensors that one backend steps. Built once for a plan, used in every step."""
-
-    def update(self, settings: Mapping[int, Settings]) -> None:
-        """Take one step of every tensor that has a gradient, and count it.
-
-        Args:
-            settings: of each param group, by its ``id``.
-        """
 
 
 def available() -> dict[str, str | None]:
@@ -49,8 +36,8 @@ def available() -> dict[str, str | None]:
     return {"eager": None, "c": cpu.unavailable(), "triton": triton.unavailable()}
 
 
-def works(entries: Sequence[Entry], backend: str) -> list[Work]:
-    """Share the tensors out among the backends.
+def launch_list(entries: Sequence[Entry], backend: str) -> list[Kernel]:
+    """Share the tensors out among the backends: the kernels that a step launches, one after another.
 
     Args:
         entries: the tensors.
@@ -60,9 +47,9 @@ def works(entries: Sequence[Entry], backend: str) -> list[Work]:
         ValueError: if that backend cannot take one of them; says why.
     """
     if backend == "eager":
-        return [EagerWork(entries)]
-    taken: list[Work] = []
-    for name, refusal, work in _FUSED:
+        return [EagerKernel(entries)]
+    taken: list[Kernel] = []
+    for name, refusal, kernel in _FUSED:
         if backend not in ("auto", name):
             continue
         # A parameter's tensors go together, for its gradient and its step counter are one.
@@ -76,11 +63,11 @@ def works(entries: Sequence[Entry], backend: str) -> list[Work]:
         mine = [entry for entry in entries if id(entry.param) not in refused]
         entries = [entry for entry in entries if id(entry.param) in refused]
         if mine:
-            taken.append(work(mine))
-    return [*taken, EagerWork(entries)] if entries else taken
+            taken.append(kernel(mine))
+    return [*taken, EagerKernel(entries)] if entries else taken
 
 
-_FUSED: list[tuple[str, Callable[[Entry], str | None], Callable[[Sequence[Entry]], Work]]] = [
-    ("c", cpu.refusal, cpu.CpuWork),
-    ("triton", triton.refusal, triton.TritonWork),
+_FUSED: list[tuple[str, Callable[[Entry], str | None], Callable[[Sequence[Entry]], Kernel]]] = [
+    ("c", cpu.refusal, cpu.CKernel),
+    ("triton", triton.refusal, triton.TritonKernel),
 ]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from sm3_dist.step_plan import Entry
-    from sm3_dist.update import Settings
+from sm3_dist.maths.update import Settings
+from sm3_dist.step.entry import Entry
 
 
-class EagerWork:
-    """Tensors of any kind; see :class:`sm3_dist.kernels.Work`."""
+class EagerKernel:
+    """Tensors of any kind; see :class:`sm3_dist.kernels.Kernel`."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = entries

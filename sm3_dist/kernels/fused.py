@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sm3_dist import adapters
-
-if TYPE_CHECKING:
-    from sm3_dist.step_plan import Entry
+from sm3_dist.layout.describe import local_tensor
+from sm3_dist.step.entry import Entry
 
 DIMS = 8
 """Most dimensions of a tensor."""
@@ -25,7 +22,7 @@ EMPTY = 1
 
 def refusal(entry: Entry, device: str) -> str | None:
     """Why no backend for this type of device can step a tensor; ``None`` if it can."""
-    weight, momentum = adapters.local(entry.param), entry.momentum_buffer
+    weight, momentum = local_tensor(entry.param), entry.momentum_buffer
     if weight.device.type != device:
         return f"it is on {weight.device}."
     if weight.dtype not in TYPES:
@@ -144,7 +141,7 @@ class Operands:
     def _weights(self) -> list[Tensor]:
         if not self._sharded:
             return self.params
-        return [adapters.local(param) for param in self.params]
+        return [local_tensor(param) for param in self.params]
 
 
 def views(entry: Entry, weight: Tensor, strides: tuple[int, ...]) -> list[tuple[Tensor, list[Tensor]]]:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sm3_dist.box import Box
+from sm3_dist.layout.box import Box
 
 
 def accumulator_count(shape: Sequence[int], block: int | None) -> int:

@@ -1,7 +1,7 @@
 """Adapters describe how a wrapper lays out a parameter; they compute nothing.
 
-Each adapter turns one parameter of the optimizer into a :class:`~sm3_dist.shard.LocalShard` for every original tensor
-in it. The first that matches is taken.
+Each adapter turns one parameter of the optimizer into a :class:`~sm3_dist.layout.shard.LocalShard` for every original
+tensor in it. The first that matches is taken.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sm3_dist.adapters import dtensor, whole
-from sm3_dist.adapters.flat import Flattened
-from sm3_dist.adapters.zero import Replicas
-from sm3_dist.shard import LocalShard
+from sm3_dist.layout import dtensor, whole
+from sm3_dist.layout.flat import Flattened
+from sm3_dist.layout.shard import LocalShard
+from sm3_dist.layout.zero import Replicas
 
-__all__ = ["Flattened", "Replicas", "describe", "like", "local"]
+__all__ = ["Flattened", "Replicas", "as_state_tensor", "describe", "local_tensor"]
 
 
 def describe(
@@ -54,7 +54,7 @@ def describe(
     return flattened.describe(param, label, cover_block) or whole.describe(param, cover_block)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """The plain tensor that this rank holds of a parameter, a gradient or a state tensor."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -62,6 +62,6 @@ def local(tensor: Tensor) -> Tensor:
     return plain.wait() if hasattr(plain, "wait") else plain
 
 
-def like(param: Tensor, part: Tensor, shard: LocalShard, i: int) -> Tensor:
+def as_state_tensor(param: Tensor, part: Tensor, shard: LocalShard, i: int) -> Tensor:
     """The state tensor for accumulator ``i`` of ``shard``, of whose entries this rank stores ``part``."""
     return dtensor.accumulator(param, part, shard, i) if isinstance(param, DTensor) else part

@@ -22,10 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from sm3_dist.box import Box, overlaps
-from sm3_dist.cover import accumulator_count, grid, touched
-from sm3_dist.groups import new_group
-from sm3_dist.shard import LocalShard, Peers, Shared, in_words
+from sm3_dist.layout.box import Box, overlaps
+from sm3_dist.layout.cover import accumulator_count, grid, touched
+from sm3_dist.layout.groups import new_group
+from sm3_dist.layout.shard import LocalShard, Peers, Shared, in_words
 
 Run = tuple[int, int]
 """Indices ``[start, stop)`` of one tensor dimension."""

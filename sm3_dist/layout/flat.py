@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from sm3_dist.adapters.flat_metadata import FlatTensor, Original, clean, flat_tensors, held, is_flattened
-from sm3_dist.box import Box, flat_boxes
-from sm3_dist.ranges import Range, shared_entries
-from sm3_dist.shard import LocalShard, Peers, Shared, in_words
+from sm3_dist.layout.box import Box, flat_boxes
+from sm3_dist.layout.flat_metadata import FlatTensor, Original, clean, flat_tensors, held, is_flattened
+from sm3_dist.layout.ranges import Range, shared_entries
+from sm3_dist.layout.shard import LocalShard, Peers, Shared, in_words
 
 
 class Flattened:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from sm3_dist.shard import Peers
+from sm3_dist.layout.shard import Peers
 
 # The attributes that are read, by package and by the object that has them.
 _TORCH_MODULE = ("_handle",)

@@ -11,9 +11,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from sm3_dist.box import bounding, flat_boxes, overlaps
-from sm3_dist.cover import accumulator_count, touched
-from sm3_dist.shard import Peers, Shared
+from sm3_dist.layout.box import bounding, flat_boxes, overlaps
+from sm3_dist.layout.cover import accumulator_count, touched
+from sm3_dist.layout.shard import Peers, Shared
 
 Range = tuple[int, int]
 """Elements ``[start, stop)`` of a flattened tensor."""

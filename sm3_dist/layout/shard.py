@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sm3_dist.box import Box, bounding
-from sm3_dist.cover import accumulator_count, touched
+from sm3_dist.layout.box import Box, bounding
+from sm3_dist.layout.cover import accumulator_count, touched
 
 if TYPE_CHECKING:  # the maths does without torch.distributed
     from torch.distributed import ProcessGroup
@@ -83,7 +83,7 @@ class LocalShard:
         ranks: every global rank that holds part of the tensor or a replica of it, where they plan together.
         layout: how the tensor is cut, in words that are the same on each of these ranks.
         name: distinguishes the original tensors within one flattened parameter; empty where there is just one.
-        cover_block: indices per block of the covers, see :mod:`~sm3_dist.cover`; ``None``: whole slices.
+        cover_block: indices per block of the covers, see :mod:`~sm3_dist.layout.cover`; ``None``: whole slices.
         holders: the ranks that hold the tensor together, each element once (no replicas); ``None`` where this rank
             holds all or nothing of it.
     """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sm3_dist.box import Box
-from sm3_dist.shard import LocalShard
+from sm3_dist.layout.box import Box
+from sm3_dist.layout.shard import LocalShard
 
 
 def describe(param: Tensor, cover_block: int | None) -> tuple[LocalShard, ...]:

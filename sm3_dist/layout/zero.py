@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from sm3_dist.adapters import whole
-from sm3_dist.box import flat_boxes
-from sm3_dist.ranges import Range, even_cuts, shared_entries
-from sm3_dist.shard import LocalShard, Peers, in_words
+from sm3_dist.layout import whole
+from sm3_dist.layout.box import flat_boxes
+from sm3_dist.layout.ranges import Range, even_cuts, shared_entries
+from sm3_dist.layout.shard import LocalShard, Peers, in_words
 
 
 class Partition:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sm3_dist.rounding import philox
-from sm3_dist.shard import accumulator_dtype
+from sm3_dist.layout.shard import accumulator_dtype
+from sm3_dist.maths.rounding import philox
 
 
 @dataclass

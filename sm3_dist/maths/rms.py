@@ -71,7 +71,7 @@ class SquareSum:
 
         Args:
             update_rms: the root mean square that is wanted.
-            first: that of an update before which there was none, see :func:`~sm3_dist.param_groups.first_rms`.
+            first: that of an update before which there was none, see :func:`~sm3_dist.step.param_groups.first_rms`.
             dtype: type of the result.
         """
         unit = torch.full_like(self.average, self.per_one * self.numel, dtype=torch.float64)

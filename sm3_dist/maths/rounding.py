@@ -20,8 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sm3_dist.box import Box
-from sm3_dist.momentum_code import encode
+from sm3_dist.layout.box import Box
+from sm3_dist.maths.momentum_code import encode
 
 WEIGHT, MOMENTUM = 0, 1
 """What is rounded: each has random numbers of its own."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sm3_dist.box import Box
-from sm3_dist.cover import maxima, spread
-from sm3_dist.momentum_code import decode
-from sm3_dist.rms import SquareSum
-from sm3_dist.rounding import MOMENTUM, WEIGHT, Rounding
-from sm3_dist.shard import LocalShard
+from sm3_dist.layout.box import Box
+from sm3_dist.layout.cover import maxima, spread
+from sm3_dist.layout.shard import LocalShard
+from sm3_dist.maths.momentum_code import decode
+from sm3_dist.maths.rms import SquareSum
+from sm3_dist.maths.rounding import MOMENTUM, WEIGHT, Rounding
 
 CHUNK_BYTES = 1 << 19
 """Size of one temporary. A handful of them is alive at a time: they stay in cache, and below 4 MB together."""

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sm3_dist.decoder import MODELS, Decoder, of_size, read_config
-from sm3_dist.param_groups import ADAMW_LIKE
-from sm3_dist.pieces import WRAPPERS
-from sm3_dist.planning import IN_BACKWARD, RankBytes, plan
-from sm3_dist.rivals import RIVALS, rival
-from sm3_dist.traffic import SENT, ring
+from sm3_dist.planner.collective_volume import SENT, ring
+from sm3_dist.planner.decoder import MODELS, Decoder, of_size, read_config
+from sm3_dist.planner.other_optimizers import RIVALS, rival
+from sm3_dist.planner.planning import IN_BACKWARD, RankBytes, plan
+from sm3_dist.planner.rank_shards import WRAPPERS
+from sm3_dist.step.param_groups import ADAMW_LIKE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOMENTUM_DTYPES = {**DTYPES, "int8": torch.int8}
@@ -243,7 +243,3 @@ def size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
     return f"{count:.0f} B"
-
-
-if __name__ == "__main__":
-    main()

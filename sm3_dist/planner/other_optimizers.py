@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
-from sm3_dist.box import Box
-from sm3_dist.pieces import REPLICATED, pieces
-from sm3_dist.planning import RankBytes, check_plan
+from sm3_dist.layout.box import Box
+from sm3_dist.planner.planning import RankBytes, check_plan
+from sm3_dist.planner.rank_shards import REPLICATED, pieces
 
 _FLOAT = 4
 _QUANTIZED, _SMALL = 256, 4096

@@ -8,8 +8,8 @@ from dataclasses import astuple, dataclass, replace
 import torch
 from torch import nn
 
-from sm3_dist.pieces import REPLICATED, WRAPPERS, pieces
-from sm3_dist.shard import accumulator_dtype
+from sm3_dist.layout.shard import accumulator_dtype
+from sm3_dist.planner.rank_shards import REPLICATED, WRAPPERS, pieces
 
 IN_BACKWARD = ("none", "fsdp2", "hsdp", "tp")
 """Wrappers with which steps may be taken during backward."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sm3_dist.adapters.flat_metadata import Original, held
-from sm3_dist.adapters.zero import Partition
-from sm3_dist.box import Box, bounding, flat_boxes, overlaps
-from sm3_dist.cover import touched
-from sm3_dist.ranges import Range
-from sm3_dist.shard import LocalShard
+from sm3_dist.layout.box import Box, bounding, flat_boxes, overlaps
+from sm3_dist.layout.cover import touched
+from sm3_dist.layout.flat_metadata import Original, held
+from sm3_dist.layout.ranges import Range
+from sm3_dist.layout.shard import LocalShard
+from sm3_dist.layout.zero import Partition
 
 WRAPPERS = ("none", "ddp", "zero1", "fsdp2", "hsdp", "tp", "fsdp1", "fairscale")
 """One process; DistributedDataParallel, alone and with ``SM3(shard_over=)``; ``fully_shard`` over all ranks, and over

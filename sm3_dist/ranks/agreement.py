@@ -13,8 +13,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from sm3_dist.meeting import meet
-from sm3_dist.shard import in_words
+from sm3_dist.layout.shard import in_words
+from sm3_dist.ranks.rendezvous import meet
 
 SLACK = timedelta(seconds=5)
 """How much longer other ranks wait than the one that decides."""

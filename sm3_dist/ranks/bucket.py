@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from sm3_dist.box import Box
-from sm3_dist.rms import SquareSum, averaged
+from sm3_dist.layout.box import Box
+from sm3_dist.maths.rms import SquareSum, averaged
 
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 """The integer type as wide as a floating one."""

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sm3_dist.adapters.zero import Partition
-from sm3_dist.box import Box, flat_boxes
-from sm3_dist.groups import wait
+from sm3_dist.layout.box import Box, flat_boxes
+from sm3_dist.layout.groups import wait
+from sm3_dist.layout.zero import Partition
 
 BUCKET_BYTES = 25_000_000
 """Size of a bucket: the parts of all ranks together."""

@@ -5,7 +5,7 @@ flatten, pad, gather and cut it as they do the parameter. Accumulators have othe
 ``min_i mu_i(j_i)`` at each element ``j`` has that of the parameter, and they are its maxima: for each entry ``r`` of
 ``mu_i`` there is an element whose ``nu`` it was, and no other accumulator is smaller there.
 
-Values are compared as integers of the same bits, as in :mod:`~sm3_dist.bucket`: so a NaN stays where it is.
+Values are compared as integers of the same bits, as in :mod:`~sm3_dist.ranks.bucket`: so a NaN stays where it is.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sm3_dist.bucket import BITS
-from sm3_dist.cover import maxima, spread
-from sm3_dist.shard import LocalShard
+from sm3_dist.layout.cover import maxima, spread
+from sm3_dist.layout.shard import LocalShard
+from sm3_dist.ranks.bucket import BITS
 
 
 def write_minimum(shard: LocalShard, accumulators: Sequence[Tensor], minimum: Tensor) -> None:
@@ -29,7 +29,7 @@ def write_minimum(shard: LocalShard, accumulators: Sequence[Tensor], minimum: Te
         minimum: laid out like the parameter's momentum; written to.
 
     Example:
-        >>> from sm3_dist.box import Box
+        >>> from sm3_dist.layout.box import Box
         >>> shard = LocalShard((2, 3), (Box.whole((2, 3)),))
         >>> minimum = torch.zeros(2, 3)
         >>> write_minimum(shard, [torch.tensor([[5.0], [2.0]]), torch.tensor([[5.0, 1.0, 2.0]])], minimum)

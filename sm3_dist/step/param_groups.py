@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sm3_dist.update import Settings
+from sm3_dist.maths.update import Settings
 
 ADAMW_LIKE: dict[str, Any] = {
     "momentum": 0.9,

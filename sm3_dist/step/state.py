@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sm3_dist import adapters
-from sm3_dist.minimum import read_minimum, write_minimum
-from sm3_dist.momentum_code import MOMENTUM_BUFFER, MOMENTUM_CODE, converted, momentum_key
-from sm3_dist.rms import SquareSum, square_sum
-from sm3_dist.shard import WHOLE, LocalShard, accumulator_dtype
+from sm3_dist.layout.describe import as_state_tensor, local_tensor
+from sm3_dist.layout.shard import WHOLE, LocalShard, accumulator_dtype
+from sm3_dist.maths.momentum_code import MOMENTUM_BUFFER, MOMENTUM_CODE, converted, momentum_key
+from sm3_dist.maths.rms import SquareSum, square_sum
+from sm3_dist.step.cover_minimum import read_minimum, write_minimum
 
 State = dict[str, Any]
 
@@ -23,7 +23,7 @@ def accumulator_key(shard: LocalShard, i: int) -> str:
 
 
 def square_average_key(shard: LocalShard) -> str:
-    """Name of the moving average of sums of squares (:mod:`~sm3_dist.rms`) in the state of its parameter."""
+    """Name of the moving average of sums of squares (:mod:`~sm3_dist.maths.rms`) in the state of its parameter."""
     return f"{shard.name}.update_square_average" if shard.name else "update_square_average"
 
 
@@ -39,14 +39,14 @@ def fill_state(
     That is a momentum buffer for ``momentum``, and for ``update_rms`` an average of the sums of squares of updates.
     """
     dtype = accumulator_dtype(param.dtype)
-    device = adapters.local(param).device
+    device = local_tensor(param).device
     state.setdefault("step", torch.zeros((), dtype=torch.float32, device=step_device(param)))
     for shard in shards:
         for i in range(shard.accumulator_count):
             key = accumulator_key(shard, i)
             if key not in state:
                 part = torch.zeros(_local_shape(param, shard, i), dtype=dtype, device=device)
-                state[key] = adapters.like(param, part, shard, i)
+                state[key] = as_state_tensor(param, part, shard, i)
         if group["update_rms"] is not None:
             state.setdefault(square_average_key(shard), torch.zeros((), dtype=torch.int64, device=device))
     if group["momentum"] > 0 and momentum_key(momentum_dtype or dtype) not in state:
@@ -55,17 +55,15 @@ def fill_state(
 
 def local_accumulators(state: State, shard: LocalShard) -> list[Tensor]:
     """The accumulators of one shard as rectangles of their grids, views of what the state holds."""
-    return [
-        adapters.local(state[accumulator_key(shard, i)]).view(shard.stored[i].shape)
-        for i in range(shard.accumulator_count)
-    ]
+    held = [local_tensor(state[accumulator_key(shard, i)]) for i in range(shard.accumulator_count)]
+    return [part.view(stored.shape) for part, stored in zip(held, shard.stored, strict=True)]
 
 
 def local_momentum(state: State, group: Mapping[str, Any]) -> Tensor | None:
     """The momentum, or its codes; ``None`` without momentum."""
     if not group["momentum"] > 0:
         return None
-    return adapters.local(state[MOMENTUM_CODE if MOMENTUM_CODE in state else MOMENTUM_BUFFER])
+    return local_tensor(state[MOMENTUM_CODE if MOMENTUM_CODE in state else MOMENTUM_BUFFER])
 
 
 def local_square_sum(state: State, shard: LocalShard, group: Mapping[str, Any]) -> SquareSum | None:
@@ -96,7 +94,7 @@ def adopt_state(
     state: State = {"step": step.to(step_device(param), copy=True)}
     minimum = loaded.get("cover_minimum")
     if minimum is not None:
-        plain = adapters.local(_zeros(param, shards, dtype))
+        plain = local_tensor(_zeros(param, shards, dtype))
         minimum = _adopt(minimum, tuple(plain.shape), dtype, param, f"cover_minimum of {label}")
     for shard in shards:
         for i in range(shard.accumulator_count):
@@ -113,16 +111,16 @@ def adopt_state(
                 part = _adopt(top.expand(shape), shape, dtype, param, key)
             else:
                 continue
-            state[key] = adapters.like(param, part, shard, i)
+            state[key] = as_state_tensor(param, part, shard, i)
         average = loaded.get(square_average_key(shard))
         if average is not None:
-            average = torch.as_tensor(average, dtype=torch.int64, device=adapters.local(param).device)
+            average = torch.as_tensor(average, dtype=torch.int64, device=local_tensor(param).device)
             state[square_average_key(shard)] = average.detach().clone()
     for key in (MOMENTUM_BUFFER, MOMENTUM_CODE):
         buffer = loaded.get(key)
         if isinstance(buffer, Tensor):
             target = _zeros(param, shards, momentum_dtype or dtype)
-            plain = adapters.local(target)
+            plain = local_tensor(target)
             found = _adopt(buffer, tuple(plain.shape), buffer.dtype, param, f"{key} of {label}")
             plain.copy_(converted(found, plain.dtype))
             state[momentum_key(plain.dtype)] = target
@@ -155,7 +153,7 @@ def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard], 
 
 def step_device(param: Tensor) -> torch.device:
     """Where steps are counted: on a GPU beside the parameter, so that the host need not ask it; else on the host."""
-    device = adapters.local(param).device
+    device = local_tensor(param).device
     return device if device.type == "cuda" else torch.device("cpu")
 
 
@@ -174,11 +172,11 @@ def _local_shape(param: Tensor, shard: LocalShard, i: int) -> tuple[int, ...]:
 
 
 def _adopt(value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, param: Tensor, label: str) -> Tensor:
-    plain = adapters.local(value)
+    plain = local_tensor(value)
     squeezed = [n for n in plain.shape if n != 1]
     if squeezed != [n for n in shape if n != 1]:
         raise ValueError(
             f"{label} has shape {tuple(plain.shape)} in the loaded state, but this rank stores {shape}. It was saved "
             "by a model of other shapes, or under another layout or number of ranks."
         )
-    return plain.detach().to(adapters.local(param).device, dtype, copy=True).reshape(shape)
+    return plain.detach().to(local_tensor(param).device, dtype, copy=True).reshape(shape)

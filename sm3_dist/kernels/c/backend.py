@@ -16,19 +16,17 @@ import warnings
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from sm3_dist import adapters
 from sm3_dist.kernels import fused
 from sm3_dist.kernels.fused import DIMS, Operands
-from sm3_dist.param_groups import correction_of, first_rms
-from sm3_dist.rms import CUT_OFF
-
-if TYPE_CHECKING:
-    from sm3_dist.step_plan import Entry
-    from sm3_dist.update import Settings
+from sm3_dist.layout.describe import local_tensor
+from sm3_dist.maths.rms import CUT_OFF
+from sm3_dist.maths.update import Settings
+from sm3_dist.step.entry import Entry
+from sm3_dist.step.param_groups import correction_of, first_rms
 
 WEIGHT, GRAD, MOMENT, OPERANDS, MAX_THREADS = 0, 1, 2, 3, 256
 PARAM_FIELDS = 4
@@ -175,7 +173,7 @@ def refusal(entry: Entry) -> str | None:
     """Why the C backend cannot step this tensor; ``None`` if it can."""
     reason = fused.refusal(entry, "cpu")
     if reason is None and entry.rounds:
-        order = fused.memory_order(entry, adapters.local(entry.param))
+        order = fused.memory_order(entry, local_tensor(entry.param))
         if order != sorted(order):
             reason = "it is rounded stochastically, and its dimensions do not lie in memory in their order."
     if reason is None and _aside(entry) > MOST_ASIDE:
@@ -190,7 +188,7 @@ def _aside(entry: Entry) -> int:
     shard = entry.shard
     if shard.cover_block is None or len(shard.shape) == 1:
         return sum(box.numel for box in shard.stored[1:])
-    first = fused.memory_order(entry, adapters.local(entry.param))[0]
+    first = fused.memory_order(entry, local_tensor(entry.param))[0]
     rows = [shard.cover_block if i == first else 1 for i in range(shard.accumulator_count)]
     return sum(
         box.numel // max(1, box.shape[first]) * min(n, box.shape[first])
@@ -198,8 +196,8 @@ def _aside(entry: Entry) -> int:
     )
 
 
-class CpuWork:
-    """Tensors that :func:`refusal` has no objection to; see :class:`sm3_dist.kernels.Work`.
+class CKernel:
+    """Tensors that :func:`refusal` has no objection to; see :class:`sm3_dist.kernels.Kernel`.
 
     Args:
         entries: the tensors.
@@ -240,7 +238,7 @@ class CpuWork:
         self._scratch_threads = 0
 
     def _describe(self, tensor: Any, entry: Entry) -> None:
-        shard, momentum, weight = entry.shard, entry.momentum_buffer, adapters.local(entry.param)
+        shard, momentum, weight = entry.shard, entry.momentum_buffer, local_tensor(entry.param)
         order = fused.memory_order(entry, weight)
         tensor.type[WEIGHT], tensor.type[GRAD] = TYPES[weight.dtype], TYPES[self._operands.dtypes[tensor.param]]
         tensor.type[MOMENT] = NO_MOMENTUM if momentum is None else TYPES[momentum.dtype]
@@ -285,7 +283,7 @@ class CpuWork:
         if any(group["bias_correction"] for group in self._groups):
             self._table[3::PARAM_FIELDS] = self._corrections()
         for tensor, entry in self._released:
-            _point(tensor, entry, fused.memory_order(entry, adapters.local(entry.param)))
+            _point(tensor, entry, fused.memory_order(entry, local_tensor(entry.param)))
         for target, group in zip(self._group_settings, self._groups, strict=True):
             _write(target, settings[id(group)], group)
         self._step()

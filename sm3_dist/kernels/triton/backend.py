@@ -10,22 +10,20 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sm3_dist import adapters
 from sm3_dist.kernels import fused
-from sm3_dist.kernels import triton_kernel as kernel
 from sm3_dist.kernels.fused import Operands
-from sm3_dist.kernels.tiling import cut, padded
-from sm3_dist.param_groups import correction, first_rms
-from sm3_dist.rms import CUT_OFF, scale
-
-if TYPE_CHECKING:
-    from sm3_dist.step_plan import Entry
-    from sm3_dist.update import Settings
+from sm3_dist.kernels.triton import kernel
+from sm3_dist.kernels.triton.tiling import cut, padded
+from sm3_dist.layout.describe import local_tensor
+from sm3_dist.maths.rms import CUT_OFF, scale
+from sm3_dist.maths.update import Settings
+from sm3_dist.step.entry import Entry
+from sm3_dist.step.param_groups import correction, first_rms
 
 
 def interpreting() -> bool:
@@ -51,8 +49,8 @@ def refusal(entry: Entry) -> str | None:
     return None
 
 
-class TritonWork:
-    """Tensors that :func:`refusal` has no objection to; see :class:`sm3_dist.kernels.Work`.
+class TritonKernel:
+    """Tensors that :func:`refusal` has no objection to; see :class:`sm3_dist.kernels.Kernel`.
 
     Args:
         entries: the tensors, all on one device.
@@ -60,7 +58,7 @@ class TritonWork:
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = entries
-        self._device = adapters.local(entries[0].param).device
+        self._device = local_tensor(entries[0].param).device
         self._groups = list({id(entry.group): entry.group for entry in entries}.values())
         self._operands = Operands(entries, lambda param, dtype: self._write_list())
         self._steps = [entries[0].step for entries in self._operands.entries_of]
@@ -80,7 +78,7 @@ class TritonWork:
         groups = {id(group): i for i, group in enumerate(self._groups)}
         aside = 0
         for entry in self.entries:
-            shard, momentum, weight = entry.shard, entry.momentum_buffer, adapters.local(entry.param)
+            shard, momentum, weight = entry.shard, entry.momentum_buffer, local_tensor(entry.param)
             order, param = fused.memory_order(entry, weight), self._operands.index[id(entry.param)]
             group, squares = groups[id(entry.group)], entry.squares
             block = (shard.cover_block or 0) if len(order) > 1 else 0
@@ -148,7 +146,7 @@ class TritonWork:
         accumulators, new, at = [], [], 0
         values = self._aside.view(torch.float32)
         for entry in self.entries:
-            order = fused.memory_order(entry, adapters.local(entry.param))
+            order = fused.memory_order(entry, local_tensor(entry.param))
             old = _in_turn(entry, order)
             parts = []
             for each in old:

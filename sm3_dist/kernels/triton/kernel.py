@@ -9,7 +9,7 @@ With block covers an entry speaks for indices side by side. Tiles are therefore 
 lie within a block, and only the maximum of each group goes to the buffer: one atomic operation for many elements.
 
 What a program needs to know lies in tables on the device: addresses, strides, hyperparameters. Their fields are
-declared here; :class:`sm3_dist.kernels.triton.TritonWork` fills them in.
+declared here; :class:`sm3_dist.kernels.triton.backend.TritonKernel` fills them in.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -75,7 +75,7 @@ def rounded(x, TYPE: tl.constexpr):
 
 @jit
 def units(update, per_one, cap):
-    """The squares of updates as integers, as :meth:`sm3_dist.rms.SquareSum.add` has them; of NaN it is the cap."""
+    """The squares of updates as integers, as :meth:`~sm3_dist.maths.rms.SquareSum.add` has them; of NaN the cap."""
     square = update * update * per_one
     square = tl.where(square < cap, square, cap)
     # Numbers from 2^23 on are integers. Others the addition rounds to an integer, half to even.

@@ -1,0 +1,1 @@
+"""What ``launch/compare.py`` is made of."""

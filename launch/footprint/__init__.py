@@ -1,0 +1,1 @@
+"""What ``launch/memory.py`` and ``launch/watch.py`` measure memory with."""

@@ -1,0 +1,1 @@
+"""What the training job of ``launch/train.py`` is made of."""
