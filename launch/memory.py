@@ -78,7 +78,7 @@ class Measurements:
             UserError: it failed.
         """
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
-        command += [str(Path(__file__).with_name("footprint.py")), "--way", way, "--model", model]
+        command += [str(Path(__file__).with_name("footprint") / "footprint.py"), "--way", way, "--model", model]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | ALLOCATOR
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
