@@ -272,6 +272,27 @@ def test_the_product_of_covers_knows_what_is_a_product() -> None:
         assert exact == product
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(9, 7), (5, 6, 4)], ids=str)
+def test_a_finite_gradient_whose_square_is_infinite_leaves_no_nan(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Covers of infinity beside covers of infinity, of 0 and of other numbers, in the product of them."""
+    grads = gradients(shape, 6, dtype)
+    grads[1].view(-1)[3] = torch.finfo(dtype).max / 2
+    grads[2].view(-1)[[0, -1]] = torch.finfo(dtype).max / 4
+    grads[1].view(-1)[:3] = grads[0].view(-1)[:3] = 0
+    expected, state = torch.ones(shape, dtype=dtype), ReferenceState.zeros(torch.ones(shape, dtype=dtype), 4)
+    moved = []
+    for grad in grads:
+        before = expected.clone()
+        reference_step(expected, grad, state, **EVERYTHING | {"cover_block": 4})
+        moved.append((expected - before).abs().min().item() > 0)
+    weight, got = trained(torch.ones(shape, dtype=dtype), grads, **EVERYTHING | {"cover_block": 4})
+    assert weight.isfinite().all()
+    assert torch.equal(weight, expected)
+    assert all(torch.equal(got[f"accumulator_{i}"], mu) for i, mu in enumerate(state.accumulators))
+    assert moved[-1]  # every element goes on, the one that had the gradient too
+
+
 def test_the_comparison_cuts_elements_off() -> None:
     """Or the comparison with the reference would not see whether that is done."""
     weight = torch.zeros(6, 5)

@@ -108,10 +108,12 @@ def reference_step(
     for i in range(1, k):
         smallest = torch.minimum(smallest, _along(state.accumulators[i], i, weight.shape, cover_block))
     if cover_product and k > 1:
-        tile = _along(state.accumulators[k], k, weight.shape, cover_block).clamp(min=torch.finfo(dtype).tiny)
-        smallest = _along(state.accumulators[0], 0, weight.shape, cover_block)
+        limits = torch.finfo(dtype)  # of what may be infinite, the square of a finite gradient
+        tile = _along(state.accumulators[k], k, weight.shape, cover_block).clamp(limits.tiny, limits.max)
+        smallest = _along(state.accumulators[0], 0, weight.shape, cover_block).clamp(max=limits.max)
         for i in range(1, k):
-            smallest = smallest * (_along(state.accumulators[i], i, weight.shape, cover_block) / tile)
+            side = _along(state.accumulators[i], i, weight.shape, cover_block).clamp(max=limits.max)
+            smallest = smallest * (side / tile)
     nu = g * g + smallest if beta == 0 else g * g * (1 - beta) + smallest * beta
     corrected = nu * (1 / (1 - beta**state.step)) if bias_correction else nu
     u = torch.rsqrt(corrected + eps) * g

@@ -131,11 +131,15 @@ def _product(covers: Sequence[Tensor]) -> Tensor:
 
     In a tile whose values are products of a row's factor and a column's this is the value itself, where the minimum is
     that of the larger factor. It is no larger than the minimum.
+
+    An entry is infinite after a finite gradient whose square is not. It counts as the largest finite number, lest the
+    product be NaN: ``inf / inf``, or ``inf * 0`` beside it. NaN stays NaN.
     """
     *sides, tile = covers
-    tile = tile.clamp(min=torch.finfo(tile.dtype).tiny)
-    product = sides[0]
-    for side in sides[1:]:
+    limits = torch.finfo(tile.dtype)
+    tile = tile.clamp(limits.tiny, limits.max)
+    product, *others = [side.clamp(max=limits.max) for side in sides]
+    for side in others:
         product = product * (side / tile)
     return product
 

@@ -101,6 +101,8 @@ static void raise(int64_t n, int32_t *entries, int64_t stride, const int32_t *ot
 
 enum way { LESSER, FACTOR, GATHER };
 
+INLINE float factor(float entry, float tile, int divided) { return divided ? bounded(entry) / tile : bounded(entry); }
+
 /* Go through the part's entries of accumulator a >= d in the order of memory: lower `out` to them; or set it to them, over
  * the tile's if they are `divided`; or raise those gathered aside to the peaks. */
 INLINE void trail(struct block_sweep *s, int64_t a, enum way way, float *out, int divided) {
@@ -120,8 +122,7 @@ INLINE void trail(struct block_sweep *s, int64_t a, enum way way, float *out, in
         int64_t stop = smaller(end, s->columns);
         if (way != GATHER && s->inner == 1 && a == d && along == 1) {
             for (; c < stop; c++) {
-                float value = divided ? entries[c] / s->tiles[i] : entries[c];
-                out[c] = way == LESSER ? lesser(out[c], value) : value;
+                out[c] = way == LESSER ? lesser(out[c], entries[c]) : factor(entries[c], s->tiles[i], divided);
             }
             continue;
         }
@@ -129,7 +130,9 @@ INLINE void trail(struct block_sweep *s, int64_t a, enum way way, float *out, in
             for (int64_t r = 0; r < outer * count; r++) {
                 int64_t place = (a == d ? c : i) * along + r % count * step;
                 int32_t top = 0;
-                float value = way == GATHER ? 0 : divided ? entries[place] / s->tiles[i] : entries[place];
+                float value = 0;
+                if (way == LESSER) value = entries[place];
+                if (way == FACTOR) value = factor(entries[place], s->tiles[i], divided);
                 for (int64_t y = 0; y < repeat; y++, at++) {
                     if (way == GATHER) top = larger(top, s->peaks[at]);
                     if (way == LESSER) out[at] = lesser(out[at], value);
@@ -154,7 +157,7 @@ static void begin_rows(struct block_sweep *s) {
     memset(s->peaks, 0, (size_t)n * sizeof(int32_t));
     for (int64_t i = 0; i < s->blocks; i++) {
         float tile = entry(s, t->dims, i);
-        s->tiles[i] = s->pass.settings.product && tile < FLT_MIN ? FLT_MIN : tile;
+        s->tiles[i] = s->pass.settings.product ? divisor(tile) : tile;
     }
     if (!s->pass.settings.product) {
         for (int64_t j = 0; j < n; j++) s->floors[j] = INFINITY;
@@ -181,9 +184,10 @@ static void cover_row(struct block_sweep *s) {
         if (!s->pass.settings.product)
             for (int64_t i = 0; i < n; i++) s->covers[i] = lesser(s->covers[i], entries[i * stride]);
         else if (t->order[a] == 0)
-            for (int64_t i = 0; i < n; i++) s->covers[i] = entries[i * stride];
+            for (int64_t i = 0; i < n; i++) s->covers[i] = bounded(entries[i * stride]);
         else
-            for (int64_t i = 0; i < n; i++) s->covers[i] = (a ? s->covers[i] : 1) * (entries[i * stride] / s->tiles[i]);
+            for (int64_t i = 0; i < n; i++)
+                s->covers[i] = (a ? s->covers[i] : 1) * factor(entries[i * stride], s->tiles[i], 1);
     }
 }
 
@@ -201,7 +205,7 @@ static void stage_row(struct block_sweep *s) {
             continue;
         }
         for (int64_t block = 0; j < n; block++) {
-            float value = i ? entry(s, a, block) / s->tiles[block] : entry(s, a, block);
+            float value = factor(entry(s, a, block), s->tiles[block], i != 0);
             for (int64_t end = smaller(n, (block + 1) * wide - phase); j < end; j++) s->staged[j] *= value;
         }
     }

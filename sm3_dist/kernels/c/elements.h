@@ -22,6 +22,10 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 /* The lesser of two accumulator entries; NaN if either is. */
 INLINE float lesser(float a, float b) { return a < b || a != a ? a : b; }
 
+/* Factors of a product of entries: infinity counts as the largest finite number, and what divides is not 0. NaN stays. */
+INLINE float bounded(float x) { return x > FLT_MAX ? FLT_MAX : x; }
+INLINE float divisor(float x) { return x < FLT_MIN ? FLT_MIN : bounded(x); }
+
 INLINE float from_bfloat16(uint16_t h) { return ((union bits){.u = (uint32_t)h << 16}).f; }
 
 INLINE uint16_t to_bfloat16(float x) {
