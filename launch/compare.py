@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from launch.comparison.comparison import FEWER_BYTES, Comparison, Contestant
 from launch.comparison.standings import TABLE, draw, table
+from launch.job.command_line import Parser
 from launch.job.model import PRESETS
-from launch.job.options import Parser
 from launch.job.world import UserError
 
 

@@ -26,8 +26,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from launch.footprint.footprint import WAYS
+from launch.job.command_line import Parser
 from launch.job.model import PRESETS
-from launch.job.options import Parser
 from launch.job.world import UserError
 
 RESULTS, TABLE, PICTURE = "results.jsonl", "table.txt", "memory.png"

@@ -20,14 +20,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from launch.job import compression as yardstick
-from launch.job import corpus, recipe
+from launch.job import baselines, corpus, recipe
 from launch.job.batches import IGNORED, Batches, Passage
 from launch.job.checkpointing import Checkpoints
+from launch.job.command_line import parse
 from launch.job.folder import CHECKPOINTS, Folder
 from launch.job.model import GPT, PRESETS, cross_entropy
-from launch.job.options import Options, parse
-from launch.job.parallel import clip, reduce_gradients, share_out, way
+from launch.job.options import Options
+from launch.job.parallel import clip, parallelize, reduce_gradients, strategy
 from launch.job.report import Bar, Stopwatch, size, table
 from launch.job.world import UserError, World, join
 from sm3_dist.checkpoint import TrainState
@@ -70,7 +70,7 @@ class Run:
         with torch.device("meta"):
             gpt = GPT(PRESETS[options.model], options.seq_len).to(getattr(torch, options.dtype))
         self.parameters = sum(parameter.numel() for parameter in gpt.parameters())
-        self.model, share, shard_over, oss = share_out(gpt, world, self.device, options)
+        self.model, share, shard_over, oss = parallelize(gpt, world, self.device, options)
         self.batches = Batches(self.text.train, options.batch_size, options.seq_len, options.seed, share)
         self.passage = Passage(self.text.held_out, options.batch_size, options.seq_len, share)
         self.optimizer = recipe.build(self.model, self.settings, options, shard_over, oss)
@@ -96,7 +96,7 @@ class Run:
         folder.configure(
             self.options.as_json()
             | asdict(self.settings)
-            | {"parallel": way(self.options, self.world), "world_size": self.world.size}
+            | {"parallel": strategy(self.options, self.world), "world_size": self.world.size}
             | {"parameters": self.parameters, "corpus": self.text.digest}
         )
         return folder
@@ -106,8 +106,8 @@ class Run:
 
         How the ranks share the work is not part of it.
         """
-        told = ("model", "optimizer", "recipe", "steps", "batch_size", "seq_len", "schedule", "seed", "dtype")
-        identity = {name: getattr(self.options, name) for name in told} | asdict(self.settings)
+        options = ("model", "optimizer", "recipe", "steps", "batch_size", "seq_len", "schedule", "seed", "dtype")
+        identity = {name: getattr(self.options, name) for name in options} | asdict(self.settings)
         identity |= {"clip": str(self.options.clip_norm), "corpus": self.text.digest}  # JSON knows no infinity
         if self.options.clip_value is not None:
             identity["clip_value"] = self.options.clip_value
@@ -119,7 +119,7 @@ class Run:
         """Take all the steps."""
         self.console.print(
             f"{self.parameters:,} parameters; {len(self.text.train):,} bytes to learn from, "
-            f"{len(self.text.held_out):,} held out; {self.options.optimizer}, {way(self.options, self.world)}, "
+            f"{len(self.text.held_out):,} held out; {self.options.optimizer}, {strategy(self.options, self.world)}, "
             f"{self.world.size} process(es) on {self.device.type}",
             highlight=False,
             soft_wrap=True,
@@ -187,7 +187,7 @@ class Run:
     def conclude(self, loss: float) -> dict[str, Any]:
         """Report the validation loss, in nats per byte, with what there is to compare it to."""
         bits = loss / math.log(2)
-        yardsticks = yardstick.all_of(self.text.train, self.text.held_out)
+        compared = baselines.all_of(self.text.train, self.text.held_out)
         state = max(self.world.gather(recipe.state_bytes(self.optimizer)))
         adamw = max(self.world.gather(recipe.adamw_bytes(self.optimizer)))
         step_ms, optimizer_ms = self.whole_steps.median_ms(), self.optimizer_steps.median_ms()
@@ -196,16 +196,16 @@ class Run:
             "seconds": sum(self.whole_steps.seconds),
             "validation_loss": loss,
             "validation_bits_per_byte": bits,
-            "yardsticks": yardsticks,
+            "baselines": compared,
             "state_bytes_per_rank": state,
             "adamw_bytes_per_rank": adamw,
             "step_ms": step_ms,
             "optimizer_ms": optimizer_ms,
         }
         self.folder.log(figures)
-        self.folder.draw(bits, yardsticks)
+        self.folder.draw(bits, compared)
         rows = {"validation loss": f"{loss:.3f} nats per byte", "validation": f"{bits:.3f} bits per byte"}
-        rows |= {f"  {name}": f"{value:.3f} bits per byte" for name, value in yardsticks.items()}
+        rows |= {f"  {name}": f"{value:.3f} bits per byte" for name, value in compared.items()}
         rows |= {"optimizer state per rank": size(state), "  AdamW would hold": size(adamw)}
         if step_ms is not None and optimizer_ms is not None:  # a run resumed after its last step takes none
             after = ", after backward" if self.options.step_in_backward else ""

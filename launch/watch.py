@@ -22,8 +22,8 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from launch.footprint.resident import resident
+from launch.job.command_line import parse
 from launch.job.folder import CONFIG, METRICS
-from launch.job.options import parse
 from launch.job.world import UserError
 
 SAMPLES, PICTURE = "memory.jsonl", "memory.png"

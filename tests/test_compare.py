@@ -16,14 +16,14 @@ from launch.comparison.comparison import (
     RESULTS,
     Comparison,
     Contestant,
-    Place,
+    Trial,
     at_rate,
     best_rate,
     wanted,
 )
 from launch.comparison.standings import BYTES, CURVES, draw, table
+from launch.job.command_line import parse
 from launch.job.folder import METRICS
-from launch.job.options import parse
 from launch.job.recipe import OPTIMIZERS
 from launch.job.world import UserError
 
@@ -34,17 +34,17 @@ class Simulated(Comparison):
     """Losses are a parabola over the learning rate, with a bottom for each optimizer and a step for each seed."""
 
     BOTTOM: ClassVar = {"sm3": 3, "adamw": 0}
-    made: list[tuple[Contestant, Place]]
+    made: list[tuple[Contestant, Trial]]
 
-    def run(self, contestant: Contestant, place: Place) -> dict[str, Any]:
-        self.__dict__.setdefault("made", []).append((contestant, place))
-        k, seed = place
+    def run(self, contestant: Contestant, trial: Trial) -> dict[str, Any]:
+        self.__dict__.setdefault("made", []).append((contestant, trial))
+        k, seed = trial
         bits = 2 + 0.1 * (k - self.BOTTOM[contestant.name]) ** 2 + 0.01 * seed
-        folder = self.folder(contestant, place)
+        folder = self.folder(contestant, trial)
         folder.mkdir(parents=True, exist_ok=True)
         records = [{"step": step, "train_bits_per_byte": bits + 1 / step} for step in (10, 20)]
         (folder / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records))
-        run = " ".join(self.arguments(contestant, place))
+        run = " ".join(self.arguments(contestant, trial))
         return {"run": run, "bits": None if k > 6 else bits, "bytes_per_parameter": 4.0}
 
 
@@ -60,7 +60,7 @@ def test_the_sweep_goes_on_until_the_best_lies_within(tmp_path: Path) -> None:
     results = comparison.results(SM3)
     assert best_rate(results) == 3
     assert {k for k, seed in results if seed == 0} == {-1, 0, 1, 2, 3, 4}
-    assert {place for place in results if place[1] > 0} == {(k, seed) for k in (2, 3, 4) for seed in (1, 2)}
+    assert {trial for trial in results if trial[1] > 0} == {(k, seed) for k in (2, 3, 4) for seed in (1, 2)}
     assert math.isclose(at_rate(results, 3), 2.01)
     assert {k for k, _ in comparison.results(ADAMW)} == {-1, 0, 1}
 
@@ -80,7 +80,7 @@ def test_a_second_call_makes_only_what_is_missing(tmp_path: Path) -> None:
 def test_without_a_sweep_every_seed_runs_at_the_default_rate(tmp_path: Path) -> None:
     comparison = Simulated(tmp_path, [SM3, ADAMW], 3, ["--steps", "20"], sweep=False)
     comparison.run_all(2, Console(quiet=True))
-    assert {place for _, place in comparison.made} == {(0, 0), (0, 1), (0, 2)}
+    assert {trial for _, trial in comparison.made} == {(0, 0), (0, 1), (0, 2)}
     assert len(comparison.made) == 6
     assert list(table(comparison).columns[3].cells) == ["2.0100", "2.9100"]
 
@@ -93,8 +93,8 @@ def test_rates_at_which_training_comes_to_nothing_are_not_the_best() -> None:
 
 def test_the_sweep_goes_down_where_training_comes_to_nothing() -> None:
     results = {(k, 0): math.inf for k in (-1, 0, 1)}
-    while places := wanted(results, seeds=1):
-        results |= dict.fromkeys(places, math.inf)
+    while trials := wanted(results, seeds=1):
+        results |= dict.fromkeys(trials, math.inf)
     assert {k for k, _ in results} == set(range(-6, 2))
     results[-4, 0] = 3.0
     assert best_rate(results) == -4

@@ -1,4 +1,4 @@
-"""What the training job reads: the split of the files, the batches, and the yardsticks."""
+"""What the training job reads: the split of the files, the batches, and the baselines."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.job.baselines import START, bz2_bits, order_0, order_1
 from launch.job.batches import IGNORED, Batches, Passage, Share
-from launch.job.compression import START, bz2_bits, order_0, order_1
 from launch.job.corpus import HELD_OUT, Corpus, load
 from launch.job.world import UserError
 

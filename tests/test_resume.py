@@ -16,7 +16,7 @@ from chaos import corpus, tensors
 from harness import Pool
 from rich.console import Console
 
-from launch.job.options import parse
+from launch.job.command_line import parse
 from launch.job.world import UserError, World
 from launch.train import Run
 

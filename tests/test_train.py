@@ -20,8 +20,9 @@ from harness import Pool
 from rich.console import Console
 
 import launch
+from launch.job.command_line import parse
 from launch.job.model import GPT, PRESETS
-from launch.job.options import Options, parse
+from launch.job.options import Options
 from launch.job.recipe import adamw_bytes, build, chosen, count_bytes, schedule, settings, state_bytes
 from launch.job.report import Bar
 from launch.job.world import UserError, World

@@ -25,8 +25,8 @@ from launch.job.world import UserError
 RESULTS = "results.jsonl"
 MOST_HALVINGS = 6
 """So far the sweep goes down where training comes to nothing."""
-Place = tuple[int, int]
-"""``(k, seed)``: learning rate ``start * 2^k``."""
+Trial = tuple[int, int]
+"""``(k, seed)``: one run, at the learning rate ``start * 2^k``."""
 
 
 # SM3 with float32 weights and fewer bytes of momentum, and with bfloat16 weights, rounded stochastically or not.
@@ -55,7 +55,7 @@ class Contestant:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """What `launch/train.py` is told of it.
+        """The arguments of `launch/train.py` that ask for it.
 
         Raises:
             UserError: nobody knows it.
@@ -88,8 +88,8 @@ class Contestant:
 
 
 def wanted(
-    results: Mapping[Place, float], seeds: int, sweep: bool = True, seeds_around: int | None = None
-) -> list[Place]:
+    results: Mapping[Trial, float], seeds: int, sweep: bool = True, seeds_around: int | None = None
+) -> list[Trial]:
     """Which runs are still to be made, given the final losses so far (``inf`` where training came to nothing).
 
     Example:
@@ -118,12 +118,12 @@ def wanted(
     return further or [(k, seed) for k in around for seed in range(enough[k]) if (k, seed) not in results]
 
 
-def best_rate(results: Mapping[Place, float]) -> int:
+def best_rate(results: Mapping[Trial, float]) -> int:
     """The learning rate with the lowest loss, mean over the seeds; of equal ones the lowest."""
     return min(sorted({k for k, _ in results}), key=lambda k: at_rate(results, k))
 
 
-def at_rate(results: Mapping[Place, float], k: int) -> float:
+def at_rate(results: Mapping[Trial, float], k: int) -> float:
     """The mean loss at a learning rate."""
     return mean(loss for (other, _), loss in results.items() if other == k)
 
@@ -155,38 +155,38 @@ class Comparison:
         lines = (out / RESULTS).read_text().splitlines() if (out / RESULTS).exists() else []
         self.records: dict[str, dict[str, Any]] = {each["run"]: each for each in map(json.loads, lines)}
 
-    def arguments(self, contestant: Contestant, place: Place) -> tuple[str, ...]:
-        """What `launch/train.py` is told for one run."""
-        k, seed = place
+    def arguments(self, contestant: Contestant, trial: Trial) -> tuple[str, ...]:
+        """The arguments of `launch/train.py` for one run."""
+        k, seed = trial
         return (*contestant.arguments, "--lr", f"{contestant.start * 2.0**k:g}", "--seed", str(seed), *self.common)
 
-    def record(self, contestant: Contestant, place: Place) -> dict[str, Any] | None:
+    def record(self, contestant: Contestant, trial: Trial) -> dict[str, Any] | None:
         """What came of one run; ``None``: it has not been made."""
-        return self.records.get(" ".join(self.arguments(contestant, place)))
+        return self.records.get(" ".join(self.arguments(contestant, trial)))
 
-    def results(self, contestant: Contestant) -> dict[Place, float]:
+    def results(self, contestant: Contestant) -> dict[Trial, float]:
         """The final losses of a contestant, in bits per byte."""
-        places = ((k, seed) for k in range(-20, 21) for seed in range(self.seeds))
-        records = ((place, self.record(contestant, place)) for place in places)
-        return {place: math.inf if r["bits"] is None else r["bits"] for place, r in records if r is not None}
+        trials = ((k, seed) for k in range(-20, 21) for seed in range(self.seeds))
+        records = ((trial, self.record(contestant, trial)) for trial in trials)
+        return {trial: math.inf if r["bits"] is None else r["bits"] for trial, r in records if r is not None}
 
-    def wanted(self, contestant: Contestant) -> list[Place]:
+    def wanted(self, contestant: Contestant) -> list[Trial]:
         """Which of its runs are still to be made."""
         return wanted(self.results(contestant), self.seeds, self.sweep, self.seeds_around)
 
-    def folder(self, contestant: Contestant, place: Place) -> Path:
+    def folder(self, contestant: Contestant, trial: Trial) -> Path:
         """Where one run writes: a folder for each set of arguments."""
-        rate = f"{contestant.start * 2.0 ** place[0]:g}"
+        rate = f"{contestant.start * 2.0 ** trial[0]:g}"
         common = hashlib.sha256(" ".join(self.common).encode()).hexdigest()[:8]
-        return self.out / "runs" / f"{contestant.model}-{contestant.name}-lr{rate}-seed{place[1]}-{common}"
+        return self.out / "runs" / f"{contestant.model}-{contestant.name}-lr{rate}-seed{trial[1]}-{common}"
 
-    def run(self, contestant: Contestant, place: Place) -> dict[str, Any]:
+    def run(self, contestant: Contestant, trial: Trial) -> dict[str, Any]:
         """Make one run.
 
         Raises:
             UserError: it failed, other than by a loss that is not finite.
         """
-        arguments, folder = self.arguments(contestant, place), self.folder(contestant, place)
+        arguments, folder = self.arguments(contestant, trial), self.folder(contestant, trial)
         command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), *arguments]
         command += ["--out", str(folder), "--overwrite"]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
@@ -213,9 +213,9 @@ class Comparison:
         )
         with ThreadPoolExecutor(jobs) as pool, progress:
             bar = progress.add_task("runs", total=None)
-            running: dict[Future[dict[str, Any]], tuple[Contestant, Place]] = {}
+            running: dict[Future[dict[str, Any]], tuple[Contestant, Trial]] = {}
             while True:
-                todo = [(c, place) for c in self.contestants for place in self.wanted(c)]
+                todo = [(c, trial) for c in self.contestants for trial in self.wanted(c)]
                 for job in todo:
                     if job not in running.values() and len(running) < jobs:
                         running[pool.submit(self.run, *job)] = job
@@ -234,20 +234,20 @@ class Comparison:
         with (self.out / RESULTS).open("a") as results:
             results.write(json.dumps(record) + "\n")
 
-    def line(self, contestant: Contestant, place: Place) -> str:
+    def line(self, contestant: Contestant, trial: Trial) -> str:
         """One run in a line."""
-        record = self.record(contestant, place)
+        record = self.record(contestant, trial)
         assert record is not None
         bits = "came to nothing" if record["bits"] is None else f"{record['bits']:.4f} bits per byte"
-        rate = contestant.start * 2.0 ** place[0]
-        return f"{contestant.model} {contestant.name} lr {rate:g} seed {place[1]}: {bits}"
+        rate = contestant.start * 2.0 ** trial[0]
+        return f"{contestant.model} {contestant.name} lr {rate:g} seed {trial[1]}: {bits}"
 
     def bytes_per_parameter(self, contestant: Contestant) -> float:
         """Of optimizer state."""
         record = self.record(contestant, (self.best(contestant)[1], 0))
         return float((record and record["bytes_per_parameter"]) or math.nan)
 
-    def best(self, contestant: Contestant) -> tuple[dict[Place, float], int]:
+    def best(self, contestant: Contestant) -> tuple[dict[Trial, float], int]:
         """Its results, and its best learning rate; without a sweep the default one."""
         results = self.results(contestant)
         return results, best_rate(results) if self.sweep else 0

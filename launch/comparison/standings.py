@@ -1,4 +1,4 @@
-"""Where the optimizers of a comparison stand: a table, loss curves, and final loss against bytes of state."""
+"""Standings, how the optimizers of a comparison rank: a table, loss curves, and final loss against bytes of state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Yardsticks: bits per byte of the held-out text under methods that everybody knows."""
+"""Baselines: bits per byte of the held-out text under methods that everybody knows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ START = 0.1  # every count starts here, so that nothing unseen is impossible
 
 
 def all_of(train: Tensor, held_out: Tensor) -> dict[str, float]:
-    """Return every yardstick by name: bits per byte of ``held_out``."""
+    """Return every baseline by name: bits per byte of ``held_out``."""
     return {
         "order-0 entropy": order_0(train, held_out),
         "order-1 (bigram)": order_1(train, held_out),

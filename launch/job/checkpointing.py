@@ -1,7 +1,7 @@
 """The checkpoints of a run: complete or ignored, the last few kept, written while training goes on.
 
 A checkpoint is a directory `step-00000120`, as `torch.distributed.checkpoint` writes it, with a manifest: the digest of
-every file, and what the run was told. It is written under another name and renamed when all is on disk. So whatever
+every file, and the options of the run. It is written under another name and renamed when all is on disk. So whatever
 happens in between, what has the name is complete; and what a disk or a copy does to it later, the digests show.
 """
 

@@ -36,7 +36,7 @@ class Folder:
             UserError: it holds a run and ``overwrite`` is false, it cannot be written to, or matplotlib is missing.
         """
         if importlib.util.find_spec("matplotlib") is None:
-            raise UserError("--out draws a picture with matplotlib, which is missing; pip install 'sm3_dist[train]'")
+            raise UserError("--out draws a picture with matplotlib, which is missing; pip install matplotlib")
         try:
             held = [path / name for name in (CONFIG, METRICS, PICTURE, CHECKPOINTS) if (path / name).exists()]
             if held and not overwrite:
@@ -85,8 +85,8 @@ class Folder:
             with (self.path / METRICS).open("a") as metrics:
                 metrics.write(json.dumps(record) + "\n")
 
-    def draw(self, validation: float, yardsticks: dict[str, float]) -> None:
-        """Draw the logged training loss, the final validation and the yardsticks, all in bits per byte."""
+    def draw(self, validation: float, baselines: dict[str, float]) -> None:
+        """Draw the logged training loss, the final validation and the baselines, all in bits per byte."""
         if self.path is None:
             return
         import matplotlib
@@ -99,7 +99,7 @@ class Folder:
         steps = [record["step"] for record in trained]
         axes.plot(steps, [record["train_bits_per_byte"] for record in trained], label="training")
         axes.plot(steps[-1:], [validation], "o", label=f"validation: {validation:.3f}")
-        for number, (name, bits) in enumerate(yardsticks.items()):
+        for number, (name, bits) in enumerate(baselines.items()):
             axes.axhline(bits, color="grey", linestyle=("--", ":", "-.")[number % 3], label=f"{name}: {bits:.3f}")
         axes.set(xlabel="step", ylabel="bits per byte")
         axes.legend()

@@ -1,22 +1,21 @@
-"""The options of a training run: one field each, from which the command line is made."""
+"""The options of a training run: one field each. `command_line.py` makes the command line of them."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from launch.job.model import PRESETS
-from launch.job.parallel import PARALLEL
-from launch.job.recipe import OPTIMIZERS, RECIPES, SCHEDULES
 from launch.job.world import UserError
 
 
 def option(default: Any, help: str, *, type: Any = None, choices: Sequence[str] | None = None) -> Any:
-    """Describe one option, as a dataclass field; without ``type`` it has that of its default."""
+    """Describe one option, as a dataclass field; without ``type`` it has that of its default.
+
+    The names that some options choose from are keys of tables in other files, and stand in `command_line.py`.
+    """
     return field(default=default, metadata={"help": help, "type": type or default.__class__, "choices": choices})
 
 
@@ -24,12 +23,10 @@ def option(default: Any, help: str, *, type: Any = None, choices: Sequence[str] 
 class Options:
     """What `launch/train.py --help` lists."""
 
-    model: str = option("small", "size of the model", choices=list(PRESETS))
-    optimizer: str = option("sm3", "what takes the steps", choices=list(OPTIMIZERS))
-    recipe: str | None = option(None, "how to use sm3 (default: adamw-like)", type=str, choices=list(RECIPES))
-    parallel: str = option(
-        "auto", "how ranks share the work; auto: fsdp2, or none for a single process", choices=["auto", *PARALLEL]
-    )
+    model: str = option("small", "size of the model")
+    optimizer: str = option("sm3", "what takes the steps")
+    recipe: str | None = option(None, "how to use sm3 (default: adamw-like)", type=str)
+    parallel: str = option("auto", "how ranks share the work; auto: fsdp2, or none for a single process")
     steps: int = option(600, "optimizer steps")
     batch_size: int = option(16, "sequences per step, over all ranks")
     seq_len: int = option(128, "bytes per sequence; the gpt2 model is GPT-2's 124 M parameters at 1024")
@@ -55,7 +52,7 @@ class Options:
     step_in_backward: bool = option(
         False, "sm3 with none, fsdp2, hsdp or tp: use each gradient as soon as it is there, and free it"
     )
-    schedule: str = option("paper", "learning rate after its warm-up", choices=list(SCHEDULES))
+    schedule: str = option("paper", "learning rate after its warm-up")
     clip: float | None = option(
         None,
         "largest norm of the whole gradient; inf: no clipping (default: 1; with --step-in-backward inf)",
@@ -121,36 +118,6 @@ class Options:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
-def parse(arguments: Sequence[str]) -> Options:
-    """Read the command line.
-
-    Raises:
-        UserError: it does not fit.
-
-    Example:
-        >>> parse(["--optimizer", "adamw", "--lr", "1e-3"]).lr
-        0.001
-    """
-    parser = Parser(
-        prog="train.py",
-        description="Train a byte-level language model, with SM3 or another optimizer, on one or several processes.",
-    )
-    for item in fields(Options):
-        add(parser, item)
-    return Options(**vars(parser.parse_args(arguments)))
-
-
-def add(parser: argparse.ArgumentParser, item: Field[Any]) -> None:
-    if item.metadata["type"] is bool:
-        parser.add_argument(flag(item.name), action="store_true", help=item.metadata["help"])
-    else:
-        about = item.metadata
-        text = about["help"] if item.default is None else f"{about['help']} (default: {item.default})"
-        parser.add_argument(
-            flag(item.name), default=item.default, type=about["type"], choices=about["choices"], help=text
-        )
-
-
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -158,10 +125,3 @@ def flag(name: str) -> str:
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are :class:`UserError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")

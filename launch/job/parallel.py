@@ -1,11 +1,10 @@
-"""Parallelism: how the ranks share a model. A way to share it is a function; :data:`PARALLEL` names them all."""
+"""Parallelism: how the ranks share a model. Each strategy is a function; :data:`PARALLEL` names them all."""
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,13 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from launch.job import fairscale_cpu
+from launch.job import fairscale_cpu, packages
 from launch.job.batches import Share
 from launch.job.model import GPT, Block
+from launch.job.options import Options
 from launch.job.world import UserError, World
-
-if TYPE_CHECKING:
-    from launch.job.options import Options
 
 
 class Parallel(NamedTuple):
@@ -45,19 +42,19 @@ class Parallel(NamedTuple):
     oss: bool = False
 
 
-def share_out(model: GPT, world: World, device: torch.device, options: Options) -> Parallel:
+def parallelize(model: GPT, world: World, device: torch.device, options: Options) -> Parallel:
     """Wrap ``model``, which is on the meta device, as ``--parallel`` says, and give it its first weights.
 
     What a wrapper cuts up is cut before it takes memory: no rank ever holds more of the model than its part.
 
     Raises:
-        UserError: that way does not suit this number of ranks or this model.
+        UserError: the strategy does not suit this number of ranks or this model.
     """
-    return PARALLEL[way(options, world)](model, world, device.type, options)
+    return PARALLEL[strategy(options, world)](model, world, device.type, options)
 
 
-def way(options: Options, world: World) -> str:
-    """Return the name of the way to share the model: ``--parallel``, or what "auto" stands for."""
+def strategy(options: Options, world: World) -> str:
+    """Return the name of the strategy: ``--parallel``, or what "auto" stands for."""
     if options.parallel != "auto":
         return options.parallel
     return "fsdp2" if world.size > 1 else "none"
@@ -147,7 +144,7 @@ def flatten(model: GPT, device: str, options: Options, use_orig_params: bool) ->
 
 def fairscale(model: GPT, world: World, device: str, options: Options) -> Parallel:
     """fairscale's FullyShardedDataParallel, after which torch's was made."""
-    wrapper = of_fairscale("nn.data_parallel").FullyShardedDataParallel
+    wrapper = packages.load("fairscale.nn.data_parallel").FullyShardedDataParallel
     everyone = dist.group.WORLD  # by default fairscale keeps groups of its own for the life of the process
     arguments: dict[str, Any] = {"process_group": everyone, "process_group_reduce_scatter": everyone}
     arguments |= {"reshard_after_forward": options.reshard}
@@ -162,20 +159,8 @@ def fairscale(model: GPT, world: World, device: str, options: Options) -> Parall
 
 def oss(model: GPT, world: World, device: str, options: Options) -> Parallel:
     """fairscale's OSS: every rank has the whole model, and the optimizer state of some of its tensors."""
-    of_fairscale("optim")
+    packages.load("fairscale.optim")
     return Parallel(model.materialize(device), Share(world.rank, world.size), oss=True)
-
-
-def of_fairscale(module: str) -> Any:
-    """Import a module of fairscale.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module(f"fairscale.{module}")
-    except ImportError as error:
-        raise UserError(f"this needs fairscale ({error}): pip install fairscale") from error
 
 
 def reduce_gradients(model: nn.Module, optimizer: Optimizer) -> nn.Module:
@@ -183,7 +168,7 @@ def reduce_gradients(model: nn.Module, optimizer: Optimizer) -> nn.Module:
     if type(optimizer).__name__ != "OSS":
         return model
     # Its buffers would lose the gradients that zero_grad() sets to None.
-    wrapper = of_fairscale("nn.data_parallel").ShardedDataParallel
+    wrapper = packages.load("fairscale.nn.data_parallel").ShardedDataParallel
     wrapped: nn.Module = wrapper(model, optimizer, reduce_buffer_size=0)
     return wrapped
 
@@ -199,7 +184,7 @@ def clip(model: nn.Module, optimizer: Optimizer, limit: float) -> None:
 
 
 # One entry for each choice of --parallel.
-PARALLEL: dict[str, Callable[[GPT, World, str, Any], Parallel]] = {
+PARALLEL: dict[str, Callable[[GPT, World, str, Options], Parallel]] = {
     "none": none,
     "ddp": ddp,
     "zero1": zero1,

@@ -1,19 +1,16 @@
-"""Other people's optimizers, to compare with. Those from packages need ``pip install 'sm3_dist[compare]'``."""
+"""Peers: other people's optimizers, to compare with. Their packages are the extra ``compare``."""
 
 from __future__ import annotations
 
-import importlib
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from launch.job.world import UserError
-
-if TYPE_CHECKING:
-    from launch.job.recipe import Settings
+from launch.job.packages import load
+from launch.job.settings import Settings
 
 
 def lion(model: nn.Module, s: Settings) -> Optimizer:
@@ -77,11 +74,5 @@ class Together(Optimizer):
 
 
 def _from(module: str, name: str) -> Callable[..., Optimizer]:
-    try:
-        found: Callable[..., Optimizer] = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        package = module.split(".")[0].replace("_", "-")
-        raise UserError(
-            f"{name} is in the package {package}, which is missing; pip install 'sm3_dist[compare]'"
-        ) from error
+    found: Callable[..., Optimizer] = getattr(load(module), name)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,35 +13,19 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adafactor, AdamW, NAdam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from launch.job import peers
-from launch.job.parallel import of_fairscale
+from launch.job import packages, peers
+from launch.job.options import Options
+from launch.job.settings import Settings
 from launch.job.world import UserError
 from sm3_dist import SM3, step_in_backward
 from sm3_dist.layout.flat_metadata import is_flattened
 from sm3_dist.schedule import CosineSchedule, PaperSchedule
 from sm3_dist.step.param_groups import ADAMW_LIKE
 
-if TYPE_CHECKING:
-    from launch.job.options import Options
-
 SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {"paper": PaperSchedule, "cosine": CosineSchedule}
-
 
 SETTABLE = ("momentum", "beta", "cover_block")  # what a command line may change of the recipe
 SM3_ALONE = ("cover_block", "momentum_dtype", "rounding")  # settings that no other optimizer has
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an optimizer is told."""
-
-    lr: float
-    momentum: float = 0.0
-    beta: float = 0.0
-    weight_decay: float = 0.0
-    cover_block: int | None = None
-    momentum_dtype: str | None = None
-    rounding: str | None = None
 
 
 def sm3_adamw_like(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
@@ -53,9 +37,9 @@ def sm3_paper(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
 
 
 def sm3_options(s: Settings) -> dict[str, Any]:
-    told = {name: getattr(s, name) for name in ("momentum", "beta", "weight_decay", "cover_block")}
-    kept = getattr(torch, s.momentum_dtype) if s.momentum_dtype else None
-    return told | {"momentum_dtype": kept, "stochastic_rounding": s.rounding != "nearest"}
+    options = {name: getattr(s, name) for name in ("momentum", "beta", "weight_decay", "cover_block")}
+    dtype = getattr(torch, s.momentum_dtype) if s.momentum_dtype else None
+    return options | {"momentum_dtype": dtype, "stochastic_rounding": s.rounding != "nearest"}
 
 
 def adamw(model: nn.Module, s: Settings) -> Optimizer:
@@ -161,15 +145,15 @@ def settings(options: Options) -> Settings:
         UserError: the optimizer has no such setting, or the value is out of range.
     """
     recipe = chosen(options)
-    said = {item.name: getattr(options, item.name) for item in fields(Settings)}
-    said = {name: value for name, value in said.items() if value is not None}
-    for name, value in said.items():
+    given = {item.name: getattr(options, item.name) for item in fields(Settings)}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
         limit = 1.0 if name in ("momentum", "beta") else float("inf")
         if name in recipe.unknown:
             raise UserError(f"--optimizer {options.optimizer} has no {name}; leave --{name.replace('_', '-')} out")
         if not isinstance(value, str) and not 0 <= value < limit:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 0 and less than {limit}")
-    return replace(recipe.best, **said)
+    return replace(recipe.best, **given)
 
 
 def build(
@@ -188,7 +172,7 @@ def build(
     if recipe.whole and is_sharded(model):
         raise UserError(f"--optimizer {options.optimizer} cannot update sharded tensors; pass --parallel ddp")
     if oss:
-        wrapped: Optimizer = of_fairscale("optim").OSS(
+        wrapped: Optimizer = packages.load("fairscale.optim").OSS(
             model.parameters(), optim=lambda groups: recipe.make(Owned(groups), settings)
         )
         return wrapped
