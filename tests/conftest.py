@@ -1,9 +1,13 @@
 """Fixtures of all tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 from harness import Pool
+
+pytest.register_assert_rewrite("against_eager", "against_reference", "replicas", "steps")  # they assert for tests
 
 collect_ignore = ["data"]  # scripts that made recorded values, and need more than the tests do
 
@@ -13,3 +17,24 @@ def workers() -> Iterator[Pool]:
     """Run functions on several ranks: ``workers(world_size).run(function, *args)``; see harness.py."""
     with Pool() as pool:
         yield pool
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Eager operations of this size gain nothing from threads; the C backend gets them where it is called."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint of one process."""
+    from moving import STEPS, trained
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    from sm3_dist.checkpoint import TrainState
+
+    save({"train": TrainState(*trained(), step=STEPS)}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    return tmp_path / "saved"

@@ -157,6 +157,16 @@ def build(name: str, world: int) -> Wrapped:
     return single(world) if name == "single" else LAYOUTS[name](world)
 
 
+def trained() -> Wrapped:
+    wrapped = single(1)
+    train(wrapped, range(STEPS))
+    return wrapped
+
+
+def fresh() -> TrainState:
+    return TrainState(*single(1))
+
+
 @functools.cache
 def gradients(step: int) -> dict[str, Tensor]:
     """The same for every layout."""

@@ -7,9 +7,9 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from against_reference import EVERYTHING
 from harness import Pool
 from layouts import full
-from test_options import EVERYTHING
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard

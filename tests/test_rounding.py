@@ -7,10 +7,10 @@ import pytest
 import test_flat
 import torch
 import torch.distributed as dist
+from against_reference import EVERYTHING, compare_with_reference
 from harness import Pool
 from layouts import cases
 from test_maths import gradients, trained
-from test_options import EVERYTHING, compare_with_reference
 from torch import Tensor, nn
 
 from sm3_dist import SM3

@@ -49,7 +49,7 @@ def test_the_kernel_compiles_for_each_architecture_without_spills() -> None:
 
 def check_dtypes() -> None:
     import torch
-    from test_kernels import DTYPES, SETTINGS, compare, gradient
+    from against_eager import DTYPES, SETTINGS, compare, gradient
 
     shapes = [(), (7,), (2100,), (0,), (33, 17), (3, 300), (1, 30), (30, 1), (2, 3, 5), (6, 4, 3, 3), (3, 4, 2, 2, 2)]
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +66,7 @@ def check_dtypes() -> None:
 def check_options() -> None:
     """Steps after the second have an average of squares to go by."""
     import torch
-    from test_kernels import DTYPES, RECIPE, SETTINGS, compare, gradient
+    from against_eager import DTYPES, RECIPE, SETTINGS, compare, gradient
 
     shapes = [(), (7,), (0,), (33, 17), (3, 150), (30, 1), (5, 3, 6), (6, 4, 3, 3)]
     product = RECIPE | {"cover_block": 4, "cover_product": True, "nesterov": True}
@@ -83,7 +83,7 @@ def check_options() -> None:
 
 def check_memory() -> None:
     import torch
-    from test_kernels import RECIPE, compare_views
+    from against_eager import RECIPE, compare_views
 
     generator = torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
@@ -101,7 +101,7 @@ def check_memory() -> None:
 
 
 def check_boxes() -> None:
-    from test_kernels import compare_boxes
+    from against_eager import compare_boxes
 
     from sm3_dist.kernels.triton.backend import TritonKernel
 
@@ -119,7 +119,7 @@ def check_that_the_host_reads_nothing() -> None:
     from unittest.mock import MagicMock, patch
 
     import torch
-    from test_kernels import assert_same
+    from against_eager import assert_same
 
     from sm3_dist.kernels.eager import EagerKernel
     from sm3_dist.kernels.triton import kernel as triton_kernel
@@ -230,9 +230,9 @@ if __name__ == "__main__":
     if sys.argv[1] == "compile":
         check_compile()
     else:
-        import test_kernels
+        import against_eager
 
-        test_kernels.threads = nullcontext  # the kernel uses none
+        against_eager.threads = nullcontext  # the kernel uses none
         check_dtypes()
         check_options()
         check_memory()

@@ -1,0 +1,69 @@
+"""Which backend serves: what is left to eager, what is refused, what is said."""
+
+import warnings
+
+import pytest
+import torch
+from against_eager import assert_same, needs_c
+from torch import nn
+
+from sm3_dist import SM3, kernels
+from sm3_dist.kernels.c import backend as cpu
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@needs_c
+def test_auto_leaves_to_eager_what_c_does_not_take():
+    def params():
+        torch.manual_seed(0)
+        embedding = nn.Embedding(50, 8, sparse=True)
+        return [nn.Parameter(torch.randn(9, 9, dtype=torch.float64)), nn.Parameter(torch.randn(9, 9)), embedding.weight]
+
+    sides = params(), params()
+    optimizers = [SM3(ps, backend=b) for ps, b in zip(sides, ("eager", "auto"), strict=True)]
+    for step in range(3):
+        for ps, optimizer in zip(sides, optimizers, strict=True):
+            torch.manual_seed(step)
+            (ps[0].square().sum() + (ps[1] * torch.randn(9, 9)).sum()).backward()
+            nn.functional.embedding(torch.tensor([1, 4, 4]), ps[2], sparse=True).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(*sides, strict=True):
+        assert_same(q.detach(), p.detach(), p.dtype)
+        for key, value in optimizers[0].state[p].items():
+            assert_same(optimizers[1].state[q][key], value, key)
+
+
+@needs_c
+def test_c_alone_says_why_it_cannot_take_a_tensor():
+    weight = nn.Parameter(torch.ones(3, 4, dtype=torch.float64))
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(ValueError, match=r"backend='c' cannot step parameter 0 .*\(3, 4\): it is torch.float64"):
+        SM3([weight], backend="c").step()
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match=r"'auto', 'eager', 'c', 'triton', but is 'cuda'"):
+        SM3([nn.Parameter(torch.ones(2))], backend="cuda")
+
+
+def test_without_the_compiled_library_eager_serves_and_one_warning_says_why(monkeypatch):
+    monkeypatch.setattr(cpu.importlib.machinery, "EXTENSION_SUFFIXES", [".missing"])
+    for cached in (cpu._library, cpu._warn_once):
+        cached.cache_clear()
+    try:
+        assert "C compiler" in str(kernels.available()["c"])
+        weight = nn.Parameter(torch.ones(3))
+        weight.grad = torch.ones(3)
+        with pytest.warns(UserWarning, match="C compiler"):
+            SM3([weight], lr=0.5).step()
+        assert torch.equal(weight.detach(), torch.full((3,), 0.5))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            SM3([weight]).step()
+        with pytest.raises(ValueError, match="C compiler"):
+            SM3([weight], backend="c").step()
+    finally:
+        for cached in (cpu._library, cpu._warn_once):
+            cached.cache_clear()

@@ -1,0 +1,117 @@
+"""A checkpoint or a state that does not fit: said, and nothing is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import Pool
+from moving import SETTINGS, STEPS, Wrapped, differences, expected, fresh, single, spoil, trained
+from torch import nn
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from sm3_dist import SM3
+from sm3_dist.checkpoint import (
+    BoxedTensor,
+    CheckpointError,
+    StateDictOptions,
+    TrainState,
+    get_optimizer_state_dict,
+    load,
+    set_optimizer_state_dict,
+)
+from sm3_dist.checkpoint import train_state as train_state_module
+
+
+def spoiled_state(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    state = copy.deepcopy(get_optimizer_state_dict(*trained()))
+    change(state)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["state"].pop("embed.weight"), r"nothing for 1 of the optimizer's tensors: embed\.weight"),
+        (lambda s: s["state"]["embed.weight"].pop("accumulator_1"), "has no accumulator_1"),
+        (lambda s: s["state"]["embed.weight"].pop("momentum_buffer"), "momentum_buffer.*needed for momentum > 0"),
+        (lambda s: s["state"]["embed.weight"].update(accumulator_0=torch.ones(8)), r"\(8,\).*needs \(7,\)"),
+        (lambda s: s["state"]["embed.weight"].update(exp_avg_sq=s["state"]["embed.weight"].pop("step")), "from_adamw"),
+        (lambda s: s["param_groups"][0].update(beta=1.5), "beta must be"),
+        (lambda s: s["param_groups"][0]["params"].remove("conv.weight"), r"conv\.weight"),
+        (lambda s: s["param_groups"][0].update(update_rms=0.2), "needed for update_rms"),
+        (lambda s: s["param_groups"][0].update(cover_block=9), "cover_block=9, but this optimizer has .*None"),
+    ],
+    ids=["tensor", "accumulator", "momentum", "shape", "adamw", "hyperparameter", "group", "update_rms", "covers"],
+)
+def test_state_that_does_not_fit_changes_nothing(change: Callable[[dict[str, Any]], None], message: str) -> None:
+    model, optimizer = wrapped = trained()
+    with pytest.raises(ValueError, match=message):
+        set_optimizer_state_dict(model, optimizer, spoiled_state(change))
+    assert differences(wrapped, expected(STEPS)) == []
+    assert optimizer.param_groups[0]["beta"] == SETTINGS["beta"]
+
+
+def test_covers_of_another_size_change_nothing_though_their_shapes_are_equal() -> None:
+    weight = nn.Parameter(torch.ones(8, 8))
+    model = nn.ParameterDict({"weight": weight})
+    optimizers = [SM3(model.named_parameters(), cover_block=block) for block in (64, 128)]
+    weight.grad = torch.ones(8, 8)
+    for optimizer in optimizers:
+        optimizer.step()
+    with pytest.raises(ValueError, match="cover_block=64, but this optimizer has cover_block=128"):
+        set_optimizer_state_dict(model, optimizers[1], get_optimizer_state_dict(model, optimizers[0]))
+    optimizers[1].step()
+    assert optimizers[1].state[weight]["step"] == 2
+
+
+def test_what_is_missing_may_stay_as_it_is() -> None:
+    state = spoiled_state(lambda s: s["state"].pop("embed.weight"))
+    model, optimizer = single(1)
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
+    assert not optimizer.state[model.get_parameter("embed.weight")]["accumulator_0"].any()
+    assert optimizer.state[model.get_parameter("conv.weight")]["accumulator_0"].all()
+
+
+def test_parameter_of_no_model() -> None:
+    with pytest.raises(ValueError, match=r"parameter 0 of param group 0.*is not a parameter of the model"):
+        get_optimizer_state_dict(nn.Linear(2, 2), SM3(nn.Linear(2, 2).parameters()))
+
+
+def test_a_boxed_tensor_is_not_to_be_calculated_with() -> None:
+    shell = BoxedTensor((4,), [], [], [], torch.float32, torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match="full_state_dict=True"):
+        shell + 1
+
+
+def of_another_model(folder: Path, world: int) -> None:
+    model = nn.Linear(3, 3)
+    load({"train": TrainState(model, SM3(model.parameters()))}, folder)
+
+
+def test_checkpoint_of_another_model(workers: Pool, saved: Path) -> None:
+    workers(2).run_raises(CheckpointError, of_another_model, saved, 2, match="another model")
+
+
+def other_settings(folder: Path, world: int) -> None:
+    model = single(1).model
+    load({"train": TrainState(model, SM3(model.parameters(), update_rms=0.2))}, folder)
+
+
+def test_checkpoint_of_other_settings(workers: Pool, saved: Path) -> None:
+    workers(2).run_raises(CheckpointError, other_settings, saved, 2, match="update_square_average.*other settings")
+
+
+def test_newer_format(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_state_module, "FORMAT_VERSION", 2)
+    save({"train": TrainState(*trained())}, checkpoint_id=saved.with_name("newer"), no_dist=True)
+    monkeypatch.undo()
+    state = fresh()
+    spoil(Wrapped(state.model, state.optimizers[0]))  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"format version 2.*up to 1"):
+        load({"train": state}, saved.with_name("newer"))
+    assert all(bool((p == -5).all()) for p in state.model.parameters()), "something was loaded"
