@@ -180,7 +180,7 @@ def _refuse(model: nn.Module, optimizer: SM3) -> None:
             "the model is wrapped in FullyShardedDataParallel (FSDP1 or fairscale's), which flattens parameters and "
             f"hands out their gradients after backward alone. {instead}"
         )
-    if optimizer._replicas is not None:
+    if optimizer._keeper.replicas is not None:
         raise ValueError(
             "with shard_over= a step ends with an exchange of new weights, and gradients are averaged over the ranks "
             f"after backward has left them. {instead}"

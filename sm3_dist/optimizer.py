@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, overload
@@ -12,39 +11,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sm3_dist import kernels
-from sm3_dist.layout.describe import Flattened, Replicas, describe, local_tensor
-from sm3_dist.layout.shard import LocalShard
-from sm3_dist.ranks.agreement import check_agreement
+from sm3_dist.layout.describe import Flattened, Replicas
 from sm3_dist.ranks.same_gradients import check_same_gradients, refuse_sparse_gradients
-from sm3_dist.ranks.weight_gather import Publisher
-from sm3_dist.step.entry import Entry
+from sm3_dist.step.blank_step import is_blank
+from sm3_dist.step.keeper import PlanKeeper, States
 from sm3_dist.step.param_groups import (
     adamw_like_options,
     can_move,
     inverse_of,
     label_of,
-    layout_options,
+    labelled_params,
     settings_of,
     validate,
 )
-from sm3_dist.step.plan import StepPlan, agreement_lines
-from sm3_dist.step.state import (
-    State,
-    adopt_state,
-    fill_state,
-    local_accumulators,
-    local_momentum,
-    local_square_sum,
-    parameter_shaped,
-)
+from sm3_dist.step.plan import StepPlan
+from sm3_dist.step.state import parameter_shaped
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-
-
-Fitted = dict[Tensor, tuple[State, tuple[LocalShard, ...]]]
-"""States with the layout that each was made for."""
 
 
 class SM3(Optimizer):
@@ -166,10 +151,8 @@ class SM3(Optimizer):
         self.shard_covers = shard_covers
         self.momentum_dtype = momentum_dtype
         self.backend = backend
-        self._flattened = Flattened(model)
-        self._replicas = None if shard_over is None else Replicas(shard_over)
         self._checks_left = 0 if shard_over is None else check_gradients
-        self._forget_plan()
+        self._keeper = self._new_keeper(Flattened(model), None if shard_over is None else Replicas(shard_over))
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -246,8 +229,8 @@ class SM3(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._flattened.check_sharded()
-        blank = self._is_blank()
+        self._keeper.flattened.check_sharded()
+        blank = is_blank(self.param_groups, self._keeper.states)
         plan = self._current_plan()
         if self._overflowed(plan):
             return loss
@@ -274,19 +257,13 @@ class SM3(Optimizer):
         return found is not None and plan.on_any_rank(bool(found))
 
     @property
-    def state(self) -> defaultdict[Tensor, State]:
+    def state(self) -> States:
         """The state of each parameter. Reading it waits for the maxima that are still on their way."""
-        if self._unshared:
-            self._current_plan()
-        if self._plan is not None:
-            self._plan.receive()
-        return self._held_state
+        return self._keeper.received(self.param_groups)
 
     @state.setter
-    def state(self, value: defaultdict[Tensor, State]) -> None:
-        self._held_state = value
-        self._plan: StepPlan | None = None
-        self._fitted: Fitted = {}
+    def state(self, value: States) -> None:
+        self._keeper.replace(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The state by position, as this rank holds it; see :meth:`torch.optim.Optimizer.state_dict`.
@@ -298,9 +275,9 @@ class SM3(Optimizer):
             NotImplementedError: for flattened parameters with ``update_rms``.
         """
         result = super().state_dict()
-        for number, (param, label, group) in enumerate(self._labelled_params()):
-            if param in self._flattened and number in result["state"]:
-                shards = self._describe(param, label, group["cover_block"])
+        for number, (param, label, group) in enumerate(labelled_params(self.param_groups)):
+            if param in self._keeper.flattened and number in result["state"]:
+                shards = self._keeper.describe(param, label, group["cover_block"])
                 result["state"][number] = parameter_shaped(result["state"][number], param, shards, label)
         return result
 
@@ -311,7 +288,7 @@ class SM3(Optimizer):
         try:
             self._validate(group)
             for index, param in enumerate(group["params"]):
-                self._describe(param, label_of(group, len(self.param_groups) - 1, index), group["cover_block"])
+                self._keeper.describe(param, label_of(group, len(self.param_groups) - 1, index), group["cover_block"])
         except Exception:
             self.param_groups.pop()
             raise
@@ -335,16 +312,16 @@ class SM3(Optimizer):
         Raises:
             ValueError: if param groups or shapes differ; the optimizer is then as it was.
         """
-        saved: dict[str, Any] = {}
+        adopted: dict[str, Any] = {}
 
         def keep_aside(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            saved["state"], saved["fitted"] = self._adopt(loaded)  # raises before anything is changed
+            # raises before anything is changed
+            states, fitted = self._keeper.adopt(loaded, self.param_groups, self.defaults["cover_block"])
+            adopted.update(states=states, fitted=fitted)
             return {**loaded, "state": {}}
 
         def put_back(_: Optimizer) -> None:
-            self.state, self._fitted = saved["state"], saved["fitted"]
-            self._unshared = any(param in self._flattened for param, _, _ in self._labelled_params())
-            self._remember_positions()
+            self._keeper.install(**adopted, groups=self.param_groups)
 
         hooks = (
             self.register_load_state_dict_pre_hook(keep_aside),
@@ -356,40 +333,10 @@ class SM3(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _adopt(self, loaded: dict[str, Any]) -> tuple[defaultdict[Tensor, State], Fitted]:
-        if self._plan is not None:
-            self._plan.receive()
-        adopted: defaultdict[Any, State] = defaultdict(dict)
-        fitted: Fitted = {}
-        params = dict(
-            zip(
-                (key for group in loaded["param_groups"] for key in group["params"]),
-                self._labelled_params(),
-                strict=False,  # the caller compares the lengths
-            )
-        )
-        blocks = {
-            key: group.get("cover_block", self.defaults["cover_block"])
-            for group in loaded["param_groups"]
-            for key in group["params"]
-        }
-        if self._replicas is not None:
-            self._replicas.include(self._active_params())
-            self._replicas.include(params[key][0] for key in loaded["state"] if key in params)
-        for key, value in loaded["state"].items():
-            if key in params:
-                param, label, _ = params[key]
-                shards = self._describe(param, label, blocks[key])
-                adopted[param] = adopt_state(value, param, shards, label, self.momentum_dtype)
-                fitted[param] = (adopted[param], shards)
-            else:
-                adopted[key] = value
-        return adopted, fitted
-
     def __getstate__(self) -> dict[str, Any]:
-        if self._replicas is not None:
+        if self._keeper.replicas is not None:
             raise TypeError("SM3 with shard_over= holds a process group and cannot be pickled; save its state_dict()")
-        if any(param in self._flattened for param, _, _ in self._labelled_params()):
+        if any(param in self._keeper.flattened for param, _, _ in labelled_params(self.param_groups)):
             raise TypeError(
                 "SM3 of a model with flattened parameters cannot be copied or pickled: its copy would not belong to "
                 "the model. Make a new SM3 of the other model, and load what state_dict() returns."
@@ -402,158 +349,33 @@ class SM3(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        held = state.pop("state", None)
-        if "_plan" not in self.__dict__:  # unpickled or copied
-            self._flattened = Flattened(None)
-            self._replicas, self._checks_left = None, 0
-            self._forget_plan()
+        states = state.pop("state", None)
+        if "_keeper" not in self.__dict__:  # unpickled or copied
+            self._checks_left = 0
+            self.shard_covers, self.momentum_dtype, self.backend = (
+                state[key] for key in ("shard_covers", "momentum_dtype", "backend")
+            )
+            self._keeper = self._new_keeper(Flattened(None), None)
         super().__setstate__(state)
-        if held is not None:
-            self.state = held
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        self._remember_positions()
+        if states is not None:
+            self._keeper.install_unpickled(states, self.param_groups)
 
-    def _forget_plan(self) -> None:
-        self._plan = None
-        self._unshared = False  # whether accumulators are yet to be made maxima over all ranks
-        self._signature: tuple[Any, ...] = ()
-        self._groups: dict[tuple[int, ...], ProcessGroup] = {}
-        self._positions: dict[tuple[int, int], Tensor] = {}
-
-    def _describe(self, param: Tensor, label: str, cover_block: int | None) -> tuple[LocalShard, ...]:
-        return describe(param, label, self._flattened, self._replicas, cover_block)
-
-    def _labelled_params(self) -> list[tuple[Tensor, str, dict[str, Any]]]:
-        return [
-            (param, label_of(group, g, index), group)
-            for g, group in enumerate(self.param_groups)
-            for index, param in enumerate(group["params"])
-        ]
-
-    def _active_params(self) -> list[Tensor]:
-        """The parameters that can have a gradient, or have state."""
-        return [p for p, _, _ in self._labelled_params() if can_move(p) or p in self._held_state]
-
-    def _check_gradients(self) -> None:
-        if self._replicas is None:
-            return
-        params = [(param, label) for param, label, _ in self._labelled_params() if can_move(param)]
-        refuse_sparse_gradients(params)
-        if self._checks_left:
-            check_same_gradients(params, self._replicas.group)
-            self._checks_left -= 1
+    def _new_keeper(self, flattened: Flattened, replicas: Replicas | None) -> PlanKeeper:
+        launch_list = partial(kernels.launch_list, backend=self.backend)
+        return PlanKeeper(flattened, replicas, self.momentum_dtype, self.shard_covers, launch_list)
 
     def _current_plan(self) -> StepPlan:
-        """The plan, made anew where parameters were added, exchanged, wrapped, frozen or thawed, or their state was."""
-        if self._plan is None or self._signature != self._sign():
-            older = self._plan
-            if older is not None:
-                older.receive()
-            self._plan = self._make_plan()
-            if older is not None:
-                self._plan.carry_over_squares(older)
-            self._signature = self._sign()
-        if self._unshared:
-            self._unshared = False
-            self._plan.send()
-        return self._plan
+        return self._keeper.current(self.param_groups)
 
-    def _sign(self) -> tuple[Any, ...]:
-        """What the plan depends on. ``_fitted`` keeps the states alive, so that no other gets the same id."""
-        held = self._held_state
-        return tuple(
-            (
-                layout_options(group),
-                *map(id, group["params"]),
-                *map(id, map(held.get, group["params"])),
-                *map(can_move, group["params"]),
-                *(p.shape for p in group["params"]),
-            )
-            for group in self.param_groups
-        )
-
-    def _is_blank(self) -> bool:
-        """Whether this is the step that PyTorch's checkpoint code takes to have the state made: it does not count.
-
-        The first of all, at a learning rate of 0, with a gradient of 0 for every parameter.
-        """
-        if self._held_state or any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        grads = [param.grad for group in self.param_groups for param in group["params"] if param.requires_grad]
-        return all(grad is not None and not grad.is_sparse and not local_tensor(grad).count_nonzero() for grad in grads)
-
-    def _make_plan(self) -> StepPlan:
-        self._flattened.read()
-        self._follow_exchanged_params()
-        if self._replicas is not None:
-            self._replicas.include(self._active_params())
-        shards = {
-            param: self._describe(param, label, group["cover_block"]) for param, label, group in self._labelled_params()
-        }
-        numbers = self._flattened.numbered((param, shard.name) for param in shards for shard in shards[param])
-        entries = []
-        for g, group in enumerate(self.param_groups):
-            for index, param in enumerate(group["params"]):
-                if not (can_move(param) or param in self._held_state):
-                    continue
-                state = self._fitting_state(param, shards[param], label_of(group, g, index))
-                fill_state(state, param, shards[param], group, self.momentum_dtype)
-                buffer = local_momentum(state, group)
-                for shard in shards[param]:
-                    accumulators = local_accumulators(state, shard)
-                    label = label_of(group, g, index) + (f" ({shard.name})" if shard.name else "")
-                    squares = local_square_sum(state, shard, group)
-                    number = numbers[param, shard.name]
-                    entries.append(
-                        Entry(param, group, shard, accumulators, buffer, state["step"], squares, label, number)
-                    )
-        self._remember_positions()
-        plans = agreement_lines(entries)
-        if plans:
-            check_agreement(plans)
-        publisher = None
-        if self._replicas is not None:
-            publisher = Publisher(self._replicas.group, self._replicas.partitions, can_move)
-        launch_list = partial(kernels.launch_list, backend=self.backend)
-        return StepPlan(entries, launch_list, self.shard_covers, self._groups, publisher)
-
-    def _fitting_state(self, param: Tensor, shards: tuple[LocalShard, ...], label: str) -> State:
-        """The state of a parameter, if it fits the layout. One that somebody else put there is copied in our types."""
-        state = self._held_state[param]
-        fitted = self._fitted.get(param)
-        if fitted is None or fitted[0] is not state:
-            if state:
-                state = adopt_state(state, param, shards, label, self.momentum_dtype)
-            self._held_state[param] = state
-        elif [shard.signature for shard in fitted[1]] != [shard.signature for shard in shards]:
-            raise ValueError(
-                f"{label} is laid out otherwise than when its state was made: it was {fitted[1][0].signature} and is "
-                f"{shards[0].signature}. Make a new optimizer after wrapping a model or changing its covers, and move "
-                "the state through a checkpoint."
-            )
-        self._fitted[param] = (state, shards)
-        return state
-
-    def _follow_exchanged_params(self) -> None:
-        """Hand on the state of parameters that somebody replaced in ``param_groups``, as accelerate does."""
-        for g, group in enumerate(self.param_groups):
-            for index, param in enumerate(group["params"]):
-                old = self._positions.get((g, index))
-                if old is not None and old is not param and old in self._held_state and param not in self._held_state:
-                    label = label_of(group, g, index)
-                    if self._replicas is not None:
-                        self._replicas.exchange(old, param)
-                    shards = self._describe(param, label, group["cover_block"])
-                    state = adopt_state(self._held_state[old], param, shards, label, self.momentum_dtype)
-                    self._held_state[param] = state
-                    del self._held_state[old]
-
-    def _remember_positions(self) -> None:
-        self._positions = {
-            (g, index): param
-            for g, group in enumerate(self.param_groups)
-            for index, param in enumerate(group["params"])
-            if param in self._held_state
-        }
+    def _check_gradients(self) -> None:
+        replicas = self._keeper.replicas
+        if replicas is None:
+            return
+        params = [(param, label) for param, label, _ in labelled_params(self.param_groups) if can_move(param)]
+        refuse_sparse_gradients(params)
+        if self._checks_left:
+            check_same_gradients(params, replicas.group)
+            self._checks_left -= 1

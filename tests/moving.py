@@ -264,7 +264,7 @@ def spoil(wrapped: Wrapped, weights_too: bool = True) -> None:
     for entry in canonical.entries.values():
         for _, part in weights(entry) if weights_too else []:
             part.fill_(-5)
-        canonical.optimizer._held_state[entry.param]["step"].fill_(-5)
+        canonical.optimizer._keeper.states[entry.param]["step"].fill_(-5)
         for slot in canonical.slots(entry).values():
             for part in slot.parts:
                 part.fill_(-5)

@@ -96,7 +96,7 @@ def sharded_cover_bytes() -> tuple[int, int]:
         optimizer.step()
         accumulators = {
             value.to_local().untyped_storage()
-            for state in optimizer._held_state.values()
+            for state in optimizer._keeper.states.values()
             for key, value in state.items()
             if key.startswith("accumulator")
         }

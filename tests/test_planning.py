@@ -80,7 +80,7 @@ def measured(module: nn.Module, told: dict[str, Any], options: dict[str, Any]) -
         param.grad = torch.zeros_like(param)
     optimizer.step()
     buckets = [bucket for bucket in optimizer._current_plan().buckets if isinstance(bucket, MaxBucket)]
-    state = [value for each in optimizer._held_state.values() for value in each.values()]  # covers left sharded
+    state = [value for each in optimizer._keeper.states.values() for value in each.values()]  # covers left sharded
     state += [bucket._owned for bucket in buckets if bucket._owned is not None]
     sent, kept = sum(bucket.numel * bucket.dtype.itemsize for bucket in buckets), count(state)
     optimizer.state  # noqa: B018  # the collectives of this step end before the next begin

@@ -86,7 +86,7 @@ class Canonical:
     def _originals(self, group: Mapping[str, Any], g: int) -> Iterator[tuple[Tensor, str, LocalShard]]:
         for index, param in enumerate(group["params"]):
             label = f"parameter {index} of param group {g}"
-            for shard in self.optimizer._describe(param, label, group["cover_block"]):
+            for shard in self.optimizer._keeper.describe(param, label, group["cover_block"]):
                 yield param, label, shard
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -150,11 +150,11 @@ class Canonical:
             for box, part in zip(slot.boxes, slot.parts, strict=True):
                 part.copy_(converted(reader.read(box), part.dtype) if key in _MOMENTA else reader.read(box))
         for param, counts in steps.items():
-            self.optimizer._held_state[param]["step"].copy_(torch.stack([c.float().cpu() for c in counts]).max())
+            self.optimizer._keeper.states[param]["step"].copy_(torch.stack([c.float().cpu() for c in counts]).max())
 
     def slots(self, entry: Entry) -> dict[str, Slot]:
         """What this rank holds of the state of one original tensor."""
-        state = self.optimizer._held_state[entry.param]
+        state = self.optimizer._keeper.states[entry.param]
         shard, flat = entry.shard, not (entry.shard.layout == WHOLE or isinstance(entry.param, DTensor))
         speaks, scalar = not flat or shard.numel > 0, entry.param.dim() == 0
         # One for all tensors of a flattened parameter, which may have taken different numbers of steps elsewhere.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sm3_dist.maths.update import Settings
+
+ParamGroup = dict[str, Any]
 
 ADAMW_LIKE: dict[str, Any] = {
     "momentum": 0.9,
@@ -44,6 +46,15 @@ def label_of(group: dict[str, Any], g: int, index: int) -> str:
     if len(names) != len(group["params"]):  # fairscale's OSS gives a rank some of the parameters with all of the names
         return f"parameter {index} of param group {g}"
     return f"parameter {names[index]!r}"
+
+
+def labelled_params(groups: Sequence[ParamGroup]) -> list[tuple[Tensor, str, ParamGroup]]:
+    """All parameters in order, each with what messages call it and its group."""
+    return [
+        (param, label_of(group, g, index), group)
+        for g, group in enumerate(groups)
+        for index, param in enumerate(group["params"])
+    ]
 
 
 def layout_options(group: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,0 +1,260 @@
+"""PlanKeeper: the states of all parameters and the plan made of them, made anew when what it was made of changes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sm3_dist.layout.describe import Flattened, Replicas, describe
+from sm3_dist.layout.shard import LocalShard
+from sm3_dist.ranks.agreement import check_agreement
+from sm3_dist.ranks.weight_gather import Publisher
+from sm3_dist.step.entry import Entry
+from sm3_dist.step.param_groups import ParamGroup, can_move, label_of, labelled_params, layout_options
+from sm3_dist.step.plan import Kernel, StepPlan, agreement_lines
+from sm3_dist.step.state import (
+    State,
+    adopt_state,
+    fill_state,
+    local_accumulators,
+    local_momentum,
+    local_square_sum,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+States = defaultdict[Tensor, State]
+Fitted = dict[Tensor, tuple[State, tuple[LocalShard, ...]]]
+"""States with the layout that each was made for."""
+
+
+class PlanKeeper:
+    """Keeps states and plan of one optimizer.
+
+    Param groups belong to the optimizer, where anybody may change them; so every method is given them as they are.
+
+    Args:
+        flattened: what is known of the model's flattened parameters.
+        replicas: who updates what, where parameters are replicated; else ``None``.
+        momentum_dtype: type of new momentum buffers; ``None`` for that of the accumulators.
+        shard_covers: see :class:`~sm3_dist.ranks.bucket.MaxBucket`.
+        launch_list: makes of entries the kernels that step them.
+
+    Attributes:
+        states: the state of each parameter, as far as it has one. Maxima may still be on their way to it: who looks at
+            values asks :meth:`received`.
+    """
+
+    def __init__(
+        self,
+        flattened: Flattened,
+        replicas: Replicas | None,
+        momentum_dtype: torch.dtype | None,
+        shard_covers: bool,
+        launch_list: Callable[[Sequence[Entry]], list[Kernel]],
+    ) -> None:
+        self.flattened = flattened
+        self.replicas = replicas
+        self.states: States = defaultdict(dict)
+        self._momentum_dtype = momentum_dtype
+        self._shard_covers = shard_covers
+        self._launch_list = launch_list
+        self._plan: StepPlan | None = None
+        self._fitted: Fitted = {}
+        self._unshared = False  # whether accumulators are yet to be made maxima over all ranks
+        self._signature: tuple[Any, ...] = ()
+        self._process_groups: dict[tuple[int, ...], ProcessGroup] = {}
+        self._positions: dict[tuple[int, int], Tensor] = {}
+
+    # ---------------------------------------------------------------------------------------------- the plan
+
+    def current(self, groups: Sequence[ParamGroup]) -> StepPlan:
+        """The plan, made anew where parameters were added, exchanged, wrapped, frozen or thawed, or their state was."""
+        if self._plan is None or self._signature != self._sign(groups):
+            older = self._plan
+            if older is not None:
+                older.receive()
+            self._plan = self._make_plan(groups)
+            if older is not None:
+                self._plan.carry_over_squares(older)
+            self._signature = self._sign(groups)
+        if self._unshared:
+            self._unshared = False
+            self._plan.send()
+        return self._plan
+
+    def _sign(self, groups: Sequence[ParamGroup]) -> tuple[Any, ...]:
+        """What the plan depends on. ``_fitted`` keeps the states alive, so that no other gets the same id."""
+        return tuple(
+            (
+                layout_options(group),
+                *map(id, group["params"]),
+                *map(id, map(self.states.get, group["params"])),
+                *map(can_move, group["params"]),
+                *(p.shape for p in group["params"]),
+            )
+            for group in groups
+        )
+
+    def _make_plan(self, groups: Sequence[ParamGroup]) -> StepPlan:
+        """A new plan, with states for all parameters that can move; compared with those of the other ranks."""
+        self.flattened.read()
+        self._follow_exchanged_params(groups)
+        if self.replicas is not None:
+            self.replicas.include(self._active_params(groups))
+        labelled = labelled_params(groups)
+        shards = {param: self.describe(param, label, group["cover_block"]) for param, label, group in labelled}
+        numbers = self.flattened.numbered((param, shard.name) for param in shards for shard in shards[param])
+        entries = []
+        for param, label, group in labelled:
+            if can_move(param) or param in self.states:
+                entries += self._entries(param, label, group, shards[param], numbers)
+        self._remember_positions(groups)
+        plans = agreement_lines(entries)
+        if plans:
+            check_agreement(plans)
+        publisher = None
+        if self.replicas is not None:
+            publisher = Publisher(self.replicas.group, self.replicas.partitions, can_move)
+        return StepPlan(entries, self._launch_list, self._shard_covers, self._process_groups, publisher)
+
+    def _entries(
+        self,
+        param: Tensor,
+        label: str,
+        group: ParamGroup,
+        shards: tuple[LocalShard, ...],
+        numbers: dict[tuple[Tensor, str], int],
+    ) -> list[Entry]:
+        """The original tensors of one parameter."""
+        state = self._fitting_state(param, shards, label)
+        fill_state(state, param, shards, group, self._momentum_dtype)
+        buffer = local_momentum(state, group)
+        return [
+            Entry(
+                param,
+                group,
+                shard,
+                local_accumulators(state, shard),
+                buffer,
+                state["step"],
+                local_square_sum(state, shard, group),
+                label + (f" ({shard.name})" if shard.name else ""),
+                numbers[param, shard.name],
+            )
+            for shard in shards
+        ]
+
+    def describe(self, param: Tensor, label: str, cover_block: int | None) -> tuple[LocalShard, ...]:
+        """What this rank holds of a parameter; see :func:`sm3_dist.layout.describe.describe`."""
+        return describe(param, label, self.flattened, self.replicas, cover_block)
+
+    def _active_params(self, groups: Sequence[ParamGroup]) -> list[Tensor]:
+        """The parameters that can have a gradient, or have state."""
+        return [p for p, _, _ in labelled_params(groups) if can_move(p) or p in self.states]
+
+    # ---------------------------------------------------------------------------------------------- the states
+
+    def received(self, groups: Sequence[ParamGroup]) -> States:
+        """The states, with the maxima that were on their way."""
+        if self._unshared:
+            self.current(groups)
+        if self._plan is not None:
+            self._plan.receive()
+        return self.states
+
+    def replace(self, states: States) -> None:
+        """Take other states, of which nothing is known. The plan that was made of the old ones goes."""
+        self.states = states
+        self._plan = None
+        self._fitted = {}
+
+    def adopt(
+        self, loaded: dict[str, Any], groups: Sequence[ParamGroup], cover_block: int | None
+    ) -> tuple[States, Fitted]:
+        """Copies of what a ``state_dict()`` holds, for the parameters of these groups. Changes nothing.
+
+        Args:
+            loaded: the state dict.
+            groups: the param groups.
+            cover_block: that of loaded groups that do not say theirs.
+
+        Raises:
+            ValueError: if a tensor does not have the shape that this rank stores.
+        """
+        if self._plan is not None:
+            self._plan.receive()
+        adopted: defaultdict[Any, State] = defaultdict(dict)
+        fitted: Fitted = {}
+        positions = [key for group in loaded["param_groups"] for key in group["params"]]
+        params = dict(zip(positions, labelled_params(groups), strict=False))  # the caller compares the lengths
+        blocks = {
+            key: group.get("cover_block", cover_block) for group in loaded["param_groups"] for key in group["params"]
+        }
+        if self.replicas is not None:
+            self.replicas.include(self._active_params(groups))
+            self.replicas.include(params[key][0] for key in loaded["state"] if key in params)
+        for key, value in loaded["state"].items():
+            if key in params:
+                param, label, _ = params[key]
+                shards = self.describe(param, label, blocks[key])
+                adopted[param] = adopt_state(value, param, shards, label, self._momentum_dtype)
+                fitted[param] = (adopted[param], shards)
+            else:
+                adopted[key] = value
+        return adopted, fitted
+
+    def install(self, states: States, fitted: Fitted, groups: Sequence[ParamGroup]) -> None:
+        """Take the states that :meth:`adopt` made."""
+        self.replace(states)
+        self._fitted = fitted
+        self._unshared = any(param in self.flattened for param, _, _ in labelled_params(groups))
+        self._remember_positions(groups)
+
+    def install_unpickled(self, states: States, groups: Sequence[ParamGroup]) -> None:
+        """Take the states that came with a copy of an optimizer."""
+        self.replace(states)
+        self._remember_positions(groups)
+
+    def _fitting_state(self, param: Tensor, shards: tuple[LocalShard, ...], label: str) -> State:
+        """The state of a parameter, if it fits the layout. One that somebody else put there is copied in our types."""
+        state = self.states[param]
+        fitted = self._fitted.get(param)
+        if fitted is None or fitted[0] is not state:
+            if state:
+                state = adopt_state(state, param, shards, label, self._momentum_dtype)
+            self.states[param] = state
+        elif [shard.signature for shard in fitted[1]] != [shard.signature for shard in shards]:
+            raise ValueError(
+                f"{label} is laid out otherwise than when its state was made: it was {fitted[1][0].signature} and is "
+                f"{shards[0].signature}. Make a new optimizer after wrapping a model or changing its covers, and move "
+                "the state through a checkpoint."
+            )
+        self._fitted[param] = (state, shards)
+        return state
+
+    def _follow_exchanged_params(self, groups: Sequence[ParamGroup]) -> None:
+        """Hand on the state of parameters that somebody replaced in ``param_groups``, as accelerate does."""
+        for g, group in enumerate(groups):
+            for index, param in enumerate(group["params"]):
+                old = self._positions.get((g, index))
+                if old is not None and old is not param and old in self.states and param not in self.states:
+                    label = label_of(group, g, index)
+                    if self.replicas is not None:
+                        self.replicas.exchange(old, param)
+                    shards = self.describe(param, label, group["cover_block"])
+                    self.states[param] = adopt_state(self.states[old], param, shards, label, self._momentum_dtype)
+                    del self.states[old]
+
+    def _remember_positions(self, groups: Sequence[ParamGroup]) -> None:
+        self._positions = {
+            (g, index): param
+            for g, group in enumerate(groups)
+            for index, param in enumerate(group["params"])
+            if param in self.states
+        }
