@@ -13,15 +13,15 @@ from sm3_dist import SM3
 from sm3_dist.layout.box import Box
 from sm3_dist.layout.cover import grid
 from sm3_dist.layout.shard import LocalShard
-from sm3_dist.ranks import weight_gather as publish
+from sm3_dist.ranks import weight_gather
 
 WORLDS = [2, 3, 4]
-PUBLISHING: dict[str, dict[str, Any]] = {
-    "one-bucket": {"BUCKET_BYTES": publish.BUCKET_BYTES},
+BUCKETING: dict[str, dict[str, Any]] = {
+    "one-bucket": {"BUCKET_BYTES": weight_gather.BUCKET_BYTES},
     "small-buckets": {"BUCKET_BYTES": 300, "IN_PLACE_BYTES": 40},  # some in place and some packed
     "in-place": {"BUCKET_BYTES": 300, "IN_PLACE_BYTES": 1},
-    "all-gather": {"Broadcasts": publish.Gather},  # as on a GPU; gloo can do it too
-    "small-all-gathers": {"Broadcasts": publish.Gather, "BUCKET_BYTES": 300},
+    "all-gather": {"Broadcasts": weight_gather.Gather},  # as on a GPU; gloo can do it too
+    "small-all-gathers": {"Broadcasts": weight_gather.Gather, "BUCKET_BYTES": 300},
 }
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -112,13 +112,13 @@ def assert_replicas(digests: list[Any]) -> None:
     assert len(set(digests)) == 1, "the replicas differ"
 
 
-def train_beside_one_process(params: Sequence[nn.Parameter], publishing: dict[str, Any], **keywords: Any) -> str:
-    """Train ``params`` with, and copies of them without, ``shard_over``, where ``publish`` has these attributes."""
+def train_beside_one_process(params: Sequence[nn.Parameter], bucketing: dict[str, Any], **keywords: Any) -> str:
+    """Train ``params`` with, and copies of them without, ``shard_over``, where ``weight_gather`` has these attributes."""
     keywords = {"shard_over": dist.group.WORLD, **keywords}
     alone_keywords = {k: v for k, v in keywords.items() if k not in ("shard_over", "shard_covers")}
     whole = copies(params)
     sharded, alone = SM3(params, **keywords), SM3(whole, **alone_keywords)
-    with patch.multiple(publish, **publishing):
+    with patch.multiple(weight_gather, **bucketing):
         for step in range(5):
             give(params, step)
             give(whole, step)

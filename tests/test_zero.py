@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from harness import Pool
 from replicas import (
+    BUCKETING,
     OPTIONS,
-    PUBLISHING,
     WORLDS,
     assert_replicas,
     assert_same,
@@ -26,16 +26,16 @@ from sm3_dist import SM3
 from sm3_dist.layout.shard import LocalShard
 
 
-def all_options(publishing: dict[str, Any]) -> str:
+def all_options(bucketing: dict[str, Any]) -> str:
     for options in OPTIONS:
-        result = train_beside_one_process(params_of(), publishing, lr=0.3, **options)
+        result = train_beside_one_process(params_of(), bucketing, lr=0.3, **options)
     return result
 
 
-@pytest.mark.parametrize("publishing", list(PUBLISHING.values()), ids=list(PUBLISHING))
+@pytest.mark.parametrize("bucketing", list(BUCKETING.values()), ids=list(BUCKETING))
 @pytest.mark.parametrize("world_size", WORLDS)
-def test_equals_one_process(workers: Pool, world_size: int, publishing: dict[str, Any]) -> None:
-    assert_replicas(workers(world_size).run(all_options, publishing))
+def test_equals_one_process(workers: Pool, world_size: int, bucketing: dict[str, Any]) -> None:
+    assert_replicas(workers(world_size).run(all_options, bucketing))
 
 
 def two_elements_at_a_time() -> str:
@@ -48,7 +48,7 @@ def test_equals_one_process_two_elements_at_a_time(workers: Pool, world_size: in
 
 
 def with_sharded_covers() -> str:
-    return train_beside_one_process(params_of(), PUBLISHING["one-bucket"], momentum=0.9, shard_covers=True)
+    return train_beside_one_process(params_of(), BUCKETING["one-bucket"], momentum=0.9, shard_covers=True)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -56,19 +56,19 @@ def test_equals_one_process_with_sharded_covers(workers: Pool, world_size: int) 
     assert_replicas(workers(world_size).run(with_sharded_covers))
 
 
-def mixed_types(publishing: dict[str, Any]) -> str:
+def mixed_types(bucketing: dict[str, Any]) -> str:
     kinds = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
     params = [p for kind in kinds for p in params_of([(5, 7), (3,), (4, 3, 5)], kind)]
-    return train_beside_one_process(params[::2] + params[1::2], publishing, momentum=0.9)
+    return train_beside_one_process(params[::2] + params[1::2], bucketing, momentum=0.9)
 
 
-@pytest.mark.parametrize("publishing", list(PUBLISHING.values()), ids=list(PUBLISHING))
+@pytest.mark.parametrize("bucketing", list(BUCKETING.values()), ids=list(BUCKETING))
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_types_mix(workers: Pool, world_size: int, publishing: dict[str, Any]) -> None:
-    assert_replicas(workers(world_size).run(mixed_types, publishing))
+def test_types_mix(workers: Pool, world_size: int, bucketing: dict[str, Any]) -> None:
+    assert_replicas(workers(world_size).run(mixed_types, bucketing))
 
 
-def strided(publishing: dict[str, Any]) -> str:
+def strided(bucketing: dict[str, Any]) -> str:
     """Transposed, with gaps, channels last: the ranges are those of the tensors, whatever lies where in memory."""
     params = params_of([(9, 6), (5, 11), (4, 3, 2, 5), (10, 8)])
     transposed, gaps, channels_last, plain = (param.detach() for param in params)
@@ -77,15 +77,15 @@ def strided(publishing: dict[str, Any]) -> str:
     strided = [transposed.t(), wide[:, 3:36:3], channels_last.contiguous(memory_format=torch.channels_last), plain]
     params = [nn.Parameter(tensor) for tensor in strided]
     assert [param.is_contiguous() for param in params] == [False, False, False, True]
-    result = train_beside_one_process(params, publishing, momentum=0.9, beta=0.9)
+    result = train_beside_one_process(params, bucketing, momentum=0.9, beta=0.9)
     assert wide[:, [0, 1, 2, 4, 5, 37]].count_nonzero() == 0
     return result
 
 
-@pytest.mark.parametrize("publishing", list(PUBLISHING.values()), ids=list(PUBLISHING))
+@pytest.mark.parametrize("bucketing", list(BUCKETING.values()), ids=list(BUCKETING))
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_parameters_need_not_be_contiguous(workers: Pool, world_size: int, publishing: dict[str, Any]) -> None:
-    assert_replicas(workers(world_size).run(strided, publishing))
+def test_parameters_need_not_be_contiguous(workers: Pool, world_size: int, bucketing: dict[str, Any]) -> None:
+    assert_replicas(workers(world_size).run(strided, bucketing))
 
 
 def groups_come_and_go() -> str:
@@ -172,7 +172,7 @@ def test_resumes_from_its_state_dict(workers: Pool) -> None:
 
 def on_a_mesh() -> str:
     return train_beside_one_process(
-        params_of(), PUBLISHING["one-bucket"], shard_over=init_device_mesh("cpu", (dist.get_world_size(),))
+        params_of(), BUCKETING["one-bucket"], shard_over=init_device_mesh("cpu", (dist.get_world_size(),))
     )
 
 
@@ -183,7 +183,7 @@ def test_a_mesh_in_place_of_the_group(workers: Pool) -> None:
 def on_subgroups() -> str:
     """Replicated over 4 ranks, sharded over 2 of them."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
-    return train_beside_one_process(params_of(), PUBLISHING["one-bucket"], momentum=0.9, shard_over=mesh["shard"])
+    return train_beside_one_process(params_of(), BUCKETING["one-bucket"], momentum=0.9, shard_over=mesh["shard"])
 
 
 def test_subgroups(workers: Pool) -> None:

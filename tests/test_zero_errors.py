@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from sm3_dist import SM3, PlanMismatchError
-from sm3_dist.ranks import weight_gather as publish
+from sm3_dist.ranks import weight_gather
 
 
 def other_parameters(difference: str) -> None:
@@ -64,7 +64,7 @@ def sparse() -> None:
     table(torch.tensor([1, 3])).sum().backward()
     params = params_of([(20, 9), (12, 12)])
     give(params, 0)
-    with patch.object(publish, "BUCKET_BYTES", 100):
+    with patch.object(weight_gather, "BUCKET_BYTES", 100):
         SM3([*params, *table.parameters()], shard_over=dist.group.WORLD).step()
 
 

@@ -117,11 +117,11 @@ def join() -> Iterator[World]:
     if "RANK" in os.environ:
         store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
         # Under torchrun --max-restarts the store still has the addresses of those that died.
-        meeting = meet(store, "launch", range(size), rank, "", PATIENCE)
-        if rank == 0 and len(meeting.messages) < size:
-            absent = ", ".join(str(other) for other in range(size) if other not in meeting.messages)
+        met = meet(store, "launch", range(size), rank, "", PATIENCE)
+        if rank == 0 and len(met.messages) < size:
+            absent = ", ".join(str(other) for other in range(size) if other not in met.messages)
             raise TimeoutError(f"ranks {absent} of {size} did not start within {PATIENCE}")
-        store = PrefixStore(meeting.token, store)
+        store = PrefixStore(met.token, store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

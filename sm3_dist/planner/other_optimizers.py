@@ -9,7 +9,7 @@ from torch import nn
 
 from sm3_dist.layout.box import Box
 from sm3_dist.planner.planning import RankBytes, check_plan
-from sm3_dist.planner.rank_shards import REPLICATED, pieces
+from sm3_dist.planner.rank_shards import REPLICATED, rank_shards
 
 _FLOAT = 4
 _QUANTIZED, _SMALL = 256, 4096
@@ -83,7 +83,7 @@ def rival(
     check_plan(module, world, wrapper, replicas, tensor_parallel)
     copies = replicas if wrapper == "hsdp" else 1
     weights, gradients, state = ([0] * (world // copies) for _ in range(3))
-    for piece in pieces(module, wrapper, world // copies, units, tensor_parallel):
+    for piece in rank_shards(module, wrapper, world // copies, units, tensor_parallel):
         shape = tuple(piece.param.shape) or (1,)
         for rank, (boxes, extent) in enumerate(zip(piece.boxes, piece.extents, strict=True)):
             elements = sum(box.numel for box in boxes) + (piece.padding[rank] if piece.padding else 0)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sm3_dist.layout.shard import accumulator_dtype
-from sm3_dist.planner.rank_shards import REPLICATED, WRAPPERS, pieces
+from sm3_dist.planner.rank_shards import REPLICATED, WRAPPERS, rank_shards
 
 IN_BACKWARD = ("none", "fsdp2", "hsdp", "tp")
 """Wrappers with which steps may be taken during backward."""
@@ -99,7 +99,7 @@ def plan(
     widest = max(kept.values(), default=0)  # accumulators of several types are sent in one buffer
     parts = [[RankBytes(0, 0, 0, 0, 0)] for _ in range(ranks)]
     gradients: list[dict[int, int]] = [{} for _ in range(ranks)]
-    for number, piece in enumerate(pieces(module, wrapper, ranks, units, tensor_parallel)):
+    for number, piece in enumerate(rank_shards(module, wrapper, ranks, units, tensor_parallel)):
         param, shards = piece.param, piece.shards(cover_block)
         shared = [piece.shared(i, cover_block) for i in range(shards[0].accumulator_count)]
         unit = piece.unit if wrapper in ("fsdp2", "hsdp") else number

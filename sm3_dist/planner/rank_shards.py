@@ -67,7 +67,7 @@ class Pieces:
         return overlaps([touched(extent, i, cover_block) for extent in holding])
 
 
-def pieces(
+def rank_shards(
     module: nn.Module,
     wrapper: str,
     ranks: int,

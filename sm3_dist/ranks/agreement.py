@@ -53,12 +53,12 @@ class _Check:
         digest = hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
         patience = self.timeout if self.rank == leader else self.timeout + SLACK
         try:
-            meeting = meet(self.store, f"sm3_dist/plan/{members}", self.ranks, self.rank, digest, patience)
+            met = meet(self.store, f"sm3_dist/plan/{members}", self.ranks, self.rank, digest, patience)
         except TimeoutError as error:
             raise self._left_alone(leader) from error
-        self.prefix = meeting.token
+        self.prefix = met.token
         if self.rank == leader:
-            self.store.set(f"{self.prefix}/verdict", self._verdict(meeting.messages))
+            self.store.set(f"{self.prefix}/verdict", self._verdict(met.messages))
         verdict = self._read("verdict", leader)
         if verdict == "equal":
             return

@@ -1,4 +1,4 @@
-"""How ranks meet in a key-value store that may still hold what an earlier attempt left there.
+"""Rendezvous: how ranks meet in a key-value store that may still hold what an earlier attempt left there.
 
 ``torchrun --max-restarts`` starts workers anew with the store of those that died, and counts of restarts may differ
 between machines (pytorch/pytorch#135712). So no key is trusted that does not depend on somebody who is here now: each
@@ -19,7 +19,7 @@ _LONGEST_PAUSE = 0.1
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Ranks that have met.
 
     Attributes:
@@ -31,12 +31,12 @@ class Meeting:
     messages: dict[int, str]
 
 
-def meet(store: Store, place: str, ranks: Sequence[int], rank: int, message: str, timeout: timedelta) -> Meeting:
+def meet(store: Store, place: str, ranks: Sequence[int], rank: int, message: str, timeout: timedelta) -> Rendezvous:
     """Wait until all ranks are here. Every one of them calls it; the first of them waits for all others.
 
     Args:
         store: a store that all of them reach.
-        place: the beginning of the keys; one meeting at a time.
+        place: the beginning of the keys; one rendezvous at a time.
         ranks: who is to come.
         rank: this one.
         message: what it has to say.
@@ -62,10 +62,10 @@ def meet(store: Store, place: str, ranks: Sequence[int], rank: int, message: str
         raise TimeoutError(f"rank {ranks[0]} did not answer within {timeout}") from error
     token = store.get(f"{place}/answer/{call}").decode()
     store.set(f"{token}/message/{rank}", message)
-    return Meeting(token, {rank: message})
+    return Rendezvous(token, {rank: message})
 
 
-def _lead(store: Store, place: str, ranks: Sequence[int], message: str, timeout: timedelta) -> Meeting:
+def _lead(store: Store, place: str, ranks: Sequence[int], message: str, timeout: timedelta) -> Rendezvous:
     token = f"{place}/{uuid.uuid4().hex}"
     leader, *absent = ranks
     messages, answered = {leader: message}, set()
@@ -84,4 +84,4 @@ def _lead(store: Store, place: str, ranks: Sequence[int], message: str, timeout:
             break
         time.sleep(pause if absent else 0)
         pause = min(2 * pause, _LONGEST_PAUSE)
-    return Meeting(token, dict(sorted(messages.items())))
+    return Rendezvous(token, dict(sorted(messages.items())))

@@ -1,4 +1,4 @@
-"""Publishing: the weights that each rank updated reach every rank, in buckets of bounded size.
+"""Weight gathering: the weights that each rank updated reach every rank, in buckets of bounded size.
 
 A bucket carries an equal share of each rank's range, so it is what one all-gather moves. It leaves as soon as this rank
 has updated its part, and travels while the next part is being updated.
@@ -23,7 +23,7 @@ from sm3_dist.layout.zero import Partition
 BUCKET_BYTES = 25_000_000
 """Size of a bucket: the parts of all ranks together."""
 IN_FLIGHT = 2
-"""Buckets under way at a time. So many of them are the memory that publishing takes, for the time of a step."""
+"""Buckets under way at a time. So many of them are the memory that gathering weights takes, for the time of a step."""
 IN_PLACE_BYTES = 1 << 16
 """Contiguous elements of at least this size are broadcast from and into the parameter, smaller ones in one message."""
 
@@ -149,7 +149,7 @@ class Broadcasts:
 Parts = list[list[Segment]]
 
 
-class Publisher:
+class WeightGatherer:
     """Sends every rank's new weights to all ranks, bucket by bucket, in the same order on every rank.
 
     Args:

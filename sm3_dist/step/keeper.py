@@ -12,7 +12,7 @@ from torch import Tensor
 from sm3_dist.layout.describe import Flattened, Replicas, describe
 from sm3_dist.layout.shard import LocalShard
 from sm3_dist.ranks.agreement import check_agreement
-from sm3_dist.ranks.weight_gather import Publisher
+from sm3_dist.ranks.weight_gather import WeightGatherer
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.param_groups import ParamGroup, can_move, label_of, labelled_params, layout_options
 from sm3_dist.step.plan import Kernel, StepPlan, agreement_lines
@@ -118,10 +118,10 @@ class PlanKeeper:
         plans = agreement_lines(entries)
         if plans:
             check_agreement(plans)
-        publisher = None
+        gatherer = None
         if self.replicas is not None:
-            publisher = Publisher(self.replicas.group, self.replicas.partitions, can_move)
-        return StepPlan(entries, self._launch_list, self._shard_covers, self._process_groups, publisher)
+            gatherer = WeightGatherer(self.replicas.group, self.replicas.partitions, can_move)
+        return StepPlan(entries, self._launch_list, self._shard_covers, self._process_groups, gatherer)
 
     def _entries(
         self,

@@ -15,7 +15,7 @@ from sm3_dist.layout.shard import Peers
 from sm3_dist.maths.rms import SquareSum
 from sm3_dist.maths.update import Settings
 from sm3_dist.ranks.bucket import MaxBucket, Slot, SumBucket
-from sm3_dist.ranks.weight_gather import Parts, Publisher
+from sm3_dist.ranks.weight_gather import Parts, WeightGatherer
 from sm3_dist.step.entry import Entry
 
 
@@ -38,7 +38,7 @@ class StepPlan:
         launch_list: makes of tensors the kernels that step them.
         shard_covers: see :class:`~sm3_dist.ranks.bucket.MaxBucket`.
         groups: process groups by ranks, made so far; new ones are added.
-        publisher: brings the new weights to the other ranks, where parameters are replicated.
+        gatherer: brings the new weights to the other ranks, where parameters are replicated.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class StepPlan:
         launch_list: Callable[[Sequence[Entry]], list[Kernel]],
         shard_covers: bool,
         groups: dict[tuple[int, ...], ProcessGroup],
-        publisher: Publisher | None = None,
+        gatherer: WeightGatherer | None = None,
     ) -> None:
         self.entries = entries
         self._groups = groups
         self.buckets = _buckets(entries, shard_covers, groups)
-        self.publisher = publisher
-        stages = _stages(entries, publisher)
+        self.gatherer = gatherer
+        stages = _stages(entries, gatherer)
         self._stages = [(launch_list(entries), weights) for entries, weights in stages]
 
     def receive(self) -> None:
@@ -66,8 +66,8 @@ class StepPlan:
         for launches, weights in self._stages:
             for kernel in launches:
                 kernel.update(settings)
-            if self.publisher is not None and weights is not None:
-                self.publisher.start(weights)
+            if self.gatherer is not None and weights is not None:
+                self.gatherer.start(weights)
 
     def carry_over_squares(self, older: StepPlan) -> None:
         """Go on adding squares where another plan was, for steps that are taken before they are sent."""
@@ -98,8 +98,8 @@ class StepPlan:
         """Send the new maxima, and wait for the weights that other ranks updated."""
         for bucket in self.buckets:
             bucket.start()
-        if self.publisher is not None:
-            self.publisher.finish()
+        if self.gatherer is not None:
+            self.gatherer.finish()
 
 
 def agreement_lines(entries: Iterable[Entry]) -> dict[tuple[int, ...], list[str]]:
@@ -115,14 +115,14 @@ def agreement_lines(entries: Iterable[Entry]) -> dict[tuple[int, ...], list[str]
     return lines
 
 
-def _stages(entries: Sequence[Entry], publisher: Publisher | None) -> list[tuple[list[Entry], Parts | None]]:
+def _stages(entries: Sequence[Entry], gatherer: WeightGatherer | None) -> list[tuple[list[Entry], Parts | None]]:
     """Entries to update one after another, each time with the bucket of weights that can leave then."""
-    if publisher is None:
+    if gatherer is None:
         return [(list(entries), None)]
     waiting: list[Entry] = list(entries)
     stages: list[tuple[list[Entry], Parts | None]] = []
-    for bucket in publisher.buckets:
-        needed = publisher.waits_for(bucket)
+    for bucket in gatherer.buckets:
+        needed = gatherer.waits_for(bucket)
         stages.append(([entry for entry in waiting if entry.param in needed], bucket))
         waiting = [entry for entry in waiting if entry.param not in needed]
     return [*stages, (waiting, None)]
