@@ -113,7 +113,7 @@ def assert_replicas(digests: list[Any]) -> None:
 
 
 def train_beside_one_process(params: Sequence[nn.Parameter], bucketing: dict[str, Any], **keywords: Any) -> str:
-    """Train ``params`` with, and copies of them without, ``shard_over``, where ``weight_gather`` has these attributes."""
+    """Train ``params`` with, and copies of them without, ``shard_over``, ``weight_gather`` having these attributes."""
     keywords = {"shard_over": dist.group.WORLD, **keywords}
     alone_keywords = {k: v for k, v in keywords.items() if k not in ("shard_over", "shard_covers")}
     whole = copies(params)
