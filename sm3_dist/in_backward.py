@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sm3_dist import kernels
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.flat_metadata import is_flattened
+from sm3_dist.layout.kinds import is_dtensor
 from sm3_dist.maths.update import Settings
 from sm3_dist.optimizer import SM3
 from sm3_dist.step.param_groups import settings_of
@@ -135,7 +135,7 @@ class StepInBackward:
             return
         grad = param.grad
         assert grad is not None
-        if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
+        if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:
             param.grad = grad = grad.redistribute(param.device_mesh, param.placements)  # only a sum can be cut off
         if grad.is_sparse:
             param.grad = grad = grad.coalesce()

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from sm3_dist.kernels import triton
 from sm3_dist.kernels.c import backend as cpu
 from sm3_dist.kernels.eager import EagerKernel
-from sm3_dist.kernels.triton import backend as triton
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.plan import Kernel
 
@@ -69,5 +69,5 @@ def launch_list(entries: Sequence[Entry], backend: str) -> list[Kernel]:
 
 _FUSED: list[tuple[str, Callable[[Entry], str | None], Callable[[Sequence[Entry]], Kernel]]] = [
     ("c", cpu.refusal, cpu.CKernel),
-    ("triton", triton.refusal, triton.TritonKernel),
+    ("triton", triton.refusal, triton.make),
 ]

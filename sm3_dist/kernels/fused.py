@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sm3_dist.layout.describe import local_tensor
+from sm3_dist.layout.kinds import is_dtensor
 from sm3_dist.step.entry import Entry
 
 DIMS = 8
@@ -74,7 +74,7 @@ class Operands:
         for entry in entries:
             self.entries_of[self.index[id(entry.param)]].append(entry)
         self._retype = retype
-        self._sharded = [i for i, param in enumerate(self.params) if isinstance(param, DTensor)]
+        self._sharded = [i for i, param in enumerate(self.params) if is_dtensor(param)]
         self.survey()
 
     def survey(self) -> None:

@@ -7,10 +7,10 @@ tensor in it. The first that matches is taken.
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from sm3_dist.layout import dtensor, whole
+from sm3_dist.layout import whole
 from sm3_dist.layout.flat import Flattened
+from sm3_dist.layout.kinds import is_dtensor
 from sm3_dist.layout.shard import LocalShard
 from sm3_dist.layout.zero import Replicas
 
@@ -43,20 +43,22 @@ def describe(
             + ("Pass torch.view_as_real(parameter) instead." if param.dtype.is_complex else "Leave it out.")
         )
     if replicas is not None:
-        if isinstance(param, DTensor) or flattened.describe(param, label, cover_block):
+        if is_dtensor(param) or flattened.describe(param, label, cover_block):
             raise ValueError(
                 f"{label} is sharded already (as a DTensor or by FSDP), but shard_over= takes parameters that lie "
                 "whole on every rank. Leave shard_over out: the state is then sharded as the parameters are."
             )
         return replicas.describe(param, cover_block)
-    if isinstance(param, DTensor):
+    if is_dtensor(param):
+        from sm3_dist.layout import dtensor  # imports torch.distributed.tensor: see kinds.py
+
         return dtensor.describe(param, label, cover_block)
     return flattened.describe(param, label, cover_block) or whole.describe(param, cover_block)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The plain tensor that this rank holds of a parameter, a gradient or a state tensor."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tensor
     plain = tensor.to_local()
     return plain.wait() if hasattr(plain, "wait") else plain
@@ -64,4 +66,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 def as_state_tensor(param: Tensor, part: Tensor, shard: LocalShard, i: int) -> Tensor:
     """The state tensor for accumulator ``i`` of ``shard``, of whose entries this rank stores ``part``."""
-    return dtensor.accumulator(param, part, shard, i) if isinstance(param, DTensor) else part
+    if not is_dtensor(param):
+        return part
+    from sm3_dist.layout import dtensor
+
+    return dtensor.accumulator(param, part, shard, i)

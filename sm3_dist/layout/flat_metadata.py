@@ -11,14 +11,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FullyShardedDataParallel
 
+from sm3_dist.layout.kinds import is_fsdp1
 from sm3_dist.layout.shard import Peers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
 # The attributes that are read, by package and by the object that has them.
 _TORCH_MODULE = ("_handle",)
@@ -114,7 +117,7 @@ def flat_tensors(model: nn.Module) -> Iterator[FlatTensor]:
     """
     fairscale = sys.modules.get("fairscale.nn.data_parallel.fully_sharded_data_parallel")
     for path, module in model.named_modules():
-        if isinstance(module, FullyShardedDataParallel):
+        if is_fsdp1(module):
             yield from _of_torch(clean(path), module)
         elif fairscale is not None and isinstance(module, fairscale.FullyShardedDataParallel):
             yield from _of_fairscale(clean(path), module)

@@ -10,17 +10,20 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from sm3_dist.layout import whole
 from sm3_dist.layout.box import flat_boxes
 from sm3_dist.layout.ranges import Range, even_cuts, shared_entries
 from sm3_dist.layout.shard import LocalShard, Peers, in_words
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Partition:
@@ -112,7 +115,7 @@ class Replicas:
 
 
 def _process_group(shard_over: ProcessGroup | DeviceMesh | object) -> ProcessGroup:
-    if isinstance(shard_over, DeviceMesh):
+    if isinstance(shard_over, dist.device_mesh.DeviceMesh):
         if shard_over.ndim != 1:
             raise ValueError(
                 f"shard_over= takes a mesh of one dimension, but this one has shape {tuple(shard_over.mesh.shape)} "
@@ -123,7 +126,7 @@ def _process_group(shard_over: ProcessGroup | DeviceMesh | object) -> ProcessGro
         return shard_over.get_group()
     if shard_over == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("this rank is not part of the process group passed as shard_over=; pass the group it is in")
-    if not isinstance(shard_over, ProcessGroup):
+    if not isinstance(shard_over, dist.ProcessGroup):
         raise TypeError(
             f"shard_over= takes a ProcessGroup, such as torch.distributed.group.WORLD, or a one-dimensional "
             f"DeviceMesh, but got {type(shard_over).__name__}"

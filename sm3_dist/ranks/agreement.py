@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
 
 from sm3_dist.layout.shard import in_words
 from sm3_dist.ranks.rendezvous import meet
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 SLACK = timedelta(seconds=5)
 """How much longer other ranks wait than the one that decides."""

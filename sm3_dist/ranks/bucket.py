@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp
 
 from sm3_dist.layout.box import Box
 from sm3_dist.maths.rms import SquareSum, averaged
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 """The integer type as wide as a floating one."""
@@ -91,10 +94,10 @@ class MaxBucket:
         # Clear the sign: a maximum of squares has none, but the NaN that x86 makes does.
         self._buffer.bitwise_and_(torch.iinfo(self.dtype).max)
         if not self.shard_covers:
-            self._work = dist.all_reduce(self._buffer, op=ReduceOp.MAX, group=self.group, async_op=True)
+            self._work = dist.all_reduce(self._buffer, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
             return
         self._owned = self._buffer.new_empty(self._buffer.numel() // world)
-        dist.reduce_scatter_single(self._owned, self._buffer, op=ReduceOp.MAX, group=self.group)
+        dist.reduce_scatter_single(self._owned, self._buffer, op=dist.ReduceOp.MAX, group=self.group)
         self._buffer = None
         for accumulator in self._releasable:
             accumulator.untyped_storage().resize_(0)
@@ -156,7 +159,7 @@ class SumBucket:
         """Send what this rank has added up."""
         self._sent = True
         if self.group is not None:
-            self._work = dist.all_reduce(self._buffer, op=ReduceOp.SUM, group=self.group, async_op=True)
+            self._work = dist.all_reduce(self._buffer, op=dist.ReduceOp.SUM, group=self.group, async_op=True)
 
     def finish(self) -> None:
         """Bring the moving averages up to date."""

@@ -12,8 +12,10 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-from torch.distributed.distributed_c10d import Store
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 _LONGEST_PAUSE = 0.1
 

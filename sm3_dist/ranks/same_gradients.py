@@ -6,13 +6,16 @@ Each rank of ZeRO-1 updates its range from its own gradients. If they differ, tr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp
 
 from sm3_dist.layout.box import Box
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 18  # elements; their bits as 64-bit integers take 2 MB
@@ -48,7 +51,7 @@ def check_same_gradients(params: Sequence[tuple[Tensor, str]], group: ProcessGro
         return
     sums = torch.stack([checksum(param.grad).to(params[0][0].device) for param, _ in params])
     largest = torch.cat([sums, ~sums])  # the largest complement is the complement of the smallest
-    dist.all_reduce(largest, op=ReduceOp.MAX, group=group)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     top, bottom = largest.chunk(2)
     differ = (top != ~bottom).nonzero().flatten().tolist()
     if differ:

@@ -10,15 +10,18 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from sm3_dist.layout.box import Box, flat_boxes
 from sm3_dist.layout.groups import wait
 from sm3_dist.layout.zero import Partition
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BUCKET_BYTES = 25_000_000
 """Size of a bucket: the parts of all ranks together."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sm3_dist.layout.describe import local_tensor
+from sm3_dist.layout.kinds import is_dtensor
 from sm3_dist.layout.shard import WHOLE, LocalShard
 from sm3_dist.maths.rms import CUT_OFF, SquareSum
 from sm3_dist.maths.rounding import Rounding
@@ -116,8 +116,8 @@ class Entry:
 
     def local_grad(self, grad: Tensor) -> Tensor:
         """The gradient of exactly the elements that this rank holds."""
-        if isinstance(self.param, DTensor):
-            if not isinstance(grad, DTensor):
+        if is_dtensor(self.param):
+            if not is_dtensor(grad):
                 raise TypeError(
                     f"{self.label} is a DTensor, but its gradient is a plain tensor of shape {tuple(grad.shape)}. "
                     "Assign a DTensor with the parameter's mesh and placements."

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.groups import new_group
@@ -17,6 +16,9 @@ from sm3_dist.maths.update import Settings
 from sm3_dist.ranks.bucket import MaxBucket, Slot, SumBucket
 from sm3_dist.ranks.weight_gather import Parts, WeightGatherer
 from sm3_dist.step.entry import Entry
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Kernel(Protocol):

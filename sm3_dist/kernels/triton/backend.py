@@ -7,7 +7,6 @@ scales, is computed on the device. So a step whose gradients stay where they are
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from sm3_dist.kernels import fused
 from sm3_dist.kernels.fused import Operands
-from sm3_dist.kernels.triton import kernel
+from sm3_dist.kernels.triton import interpreting, kernel
 from sm3_dist.kernels.triton.tiling import cut, padded
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.maths.rms import CUT_OFF, scale
@@ -26,23 +25,9 @@ from sm3_dist.step.entry import Entry
 from sm3_dist.step.param_groups import correction, first_rms
 
 
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU: the environment says ``TRITON_INTERPRET=1``."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def unavailable() -> str | None:
-    """Why the Triton kernel cannot be used; ``None`` if it can."""
-    if not kernel.INSTALLED:
-        return "triton is not installed. Install it: pip install 'sm3_dist[triton]'."
-    if not interpreting() and not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device."
-    return None
-
-
 def refusal(entry: Entry) -> str | None:
-    """Why the Triton backend cannot step this tensor; ``None`` if it can."""
-    if (reason := unavailable() or fused.refusal(entry, "cpu" if interpreting() else "cuda")) is not None:
+    """Why this tensor is not for the Triton backend, where that is available; ``None`` if it is."""
+    if (reason := fused.refusal(entry, "cpu" if interpreting() else "cuda")) is not None:
         return reason
     if entry.rounds:
         return "the Triton kernel has no stochastic rounding."

@@ -1,0 +1,29 @@
+"""Kinds of tensors and modules that torch.distributed defines, told apart without importing what defines them.
+
+Those imports cost as much as ``import torch`` itself. Where nobody else has made them, nothing is of these kinds.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
+
+def is_dtensor(value: object) -> TypeIs[DTensor]:
+    """Whether ``value`` is a DTensor."""
+    return _is("torch.distributed.tensor", "DTensor", value)
+
+
+def is_fsdp1(value: object) -> TypeIs[FullyShardedDataParallel]:
+    """Whether ``value`` is a module in torch's FullyShardedDataParallel."""
+    return _is("torch.distributed.fsdp", "FullyShardedDataParallel", value)
+
+
+def _is(module: str, name: str, value: object) -> bool:
+    kind = getattr(sys.modules.get(module), name, None)  # absent while the module is being imported
+    return kind is not None and isinstance(value, kind)
