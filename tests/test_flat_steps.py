@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -116,7 +116,6 @@ def flatten(tensors: list[Tensor], contents: list[Piece], size: int) -> Tensor:
     return flat
 
 
-@settings(deadline=None, max_examples=150)
 @given(st.lists(pieces(), min_size=1, max_size=4), st.integers(1, 5), st.integers(0, 3), options, st.integers(0, 99))
 def test_flat_steps_equal_whole_steps(
     contents: list[Piece], world: int, extra: int, given: dict[str, Any], seed: int
@@ -168,7 +167,6 @@ def boxes_of(tensor: Tensor, shard: LocalShard) -> list[Tensor]:
     return [tensor.view(shard.shape)[box.within(Box.whole(shard.shape))] for box in shard.boxes]
 
 
-@settings(deadline=None)
 @given(st.lists(pieces(), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 3))
 def test_the_parts_hold_every_element_once(contents: list[Piece], world: int, extra: int) -> None:
     ends = list(accumulate(piece.padding + piece.numel for piece in contents))
