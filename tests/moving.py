@@ -295,18 +295,18 @@ def save_all(folder: Path, world: int, some: Sequence[str] | None = None) -> lis
 
 
 @torch.no_grad()
-def load_all(folder: Path, world: int, name: str) -> list[str]:
-    """Load every checkpoint into one layout, compare, train on, compare. What differs."""
+def load_all(folder: Path, world: int, name: str, some: Sequence[str] | None = None) -> list[str]:
+    """Load every checkpoint (or some) into one layout, compare, train on, compare. What differs."""
     found = []
     before, after = expected(STEPS), expected(2 * STEPS)
     wrapped = build(name, world)
     state = TrainState(*wrapped)
-    for source in sorted(folder.iterdir()):
+    for source in some or sorted(path.name for path in folder.iterdir()):
         spoil(wrapped)
-        load({"train": state}, source)
-        found += [f"{source.name} as loaded: {what}" for what in differences(wrapped, before)]
+        load({"train": state}, folder / source)
+        found += [f"{source} as loaded: {what}" for what in differences(wrapped, before)]
         train(wrapped, range(state.step, state.step + STEPS))
-        found += [f"{source.name} three steps later: {what}" for what in differences(wrapped, after)]
+        found += [f"{source} two steps later: {what}" for what in differences(wrapped, after)]
     return found
 
 

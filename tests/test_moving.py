@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from harness import Pool
 from moving import LAYOUTS, PLACES, WORLDS, load_all, save_all, with_recipe, written_once
 
+MOVES = list(itertools.product(PLACES, PLACES))
 
-@pytest.fixture(scope="module")
-def saved(workers: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+
+class Saved(NamedTuple):
     """A checkpoint of the same training from every layout and world size."""
-    folder = tmp_path_factory.mktemp("moving")
+
+    folder: Path
+    recipe: bool
+
+    def run(self, workers: Pool, world: int, what: Callable[..., list[str]], *arguments: Any) -> list[list[str]]:
+        """Call a function on every rank, with the settings that were saved."""
+        with_settings = (with_recipe,) if self.recipe else ()
+        return workers(world, timeout=120).run(*with_settings, what, self.folder, world, *arguments)
+
+
+@pytest.fixture(scope="module", params=["recipe", "paper"])
+def saved(request: pytest.FixtureRequest, workers: Pool, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    saved = Saved(tmp_path_factory.mktemp("moving"), request.param == "recipe")
     for world in WORLDS:
-        found = workers(world).run(save_all, folder, world)
-        assert found == [[]] * world
-    return folder
+        assert saved.run(workers, world, save_all) == [[]] * world
+    return saved
 
 
 @pytest.mark.parametrize(("name", "world"), PLACES)
-def test_loads_what_every_layout_saved(workers: Pool, saved: Path, name: str, world: int) -> None:
-    assert len(list(saved.iterdir())) == len(PLACES)
-    assert workers(world, timeout=120).run(load_all, saved, world, name) == [[]] * world
+def test_loads_what_every_layout_saved(
+    workers: Pool, saved: Saved, name: str, world: int, sampled: Callable[[Any], list[Any]]
+) -> None:
+    sources = [f"{source}-{size}" for (source, size), to in sampled(MOVES) if to == (name, world)]
+    assert sources
+    assert saved.run(workers, world, load_all, name, sources) == [[]] * world
 
 
-def test_the_recipe_moves(workers: Pool, tmp_path: Path) -> None:
-    """Block covers and averages of squares too, between wrappers of each kind."""
-    places = [("single", 1), ("zero", 3), ("fsdp2", 2), ("fsdp2", 3), ("fsdp1", 2), ("fsdp1_flat", 3), ("tp_fsdp2", 4)]
-    for name, world in places:
-        found = workers(world).run(with_recipe, save_all, tmp_path, world, [name])
-        assert found == [[]] * world
-    for name, world in places:
-        found = workers(world, timeout=120).run(with_recipe, load_all, tmp_path, world, name)
-        assert found == [[]] * world
-
-
-def test_every_element_is_written_once(saved: Path) -> None:
-    assert {place.name: written_once(place) for place in saved.iterdir()} == {f"{n}-{w}": [] for n, w in PLACES}
+def test_every_element_is_written_once(saved: Saved) -> None:
+    assert {place.name: written_once(place) for place in saved.folder.iterdir()} == {f"{n}-{w}": [] for n, w in PLACES}
 
 
 def test_the_table_is_complete() -> None:
