@@ -16,7 +16,7 @@ from sm3_dist.layout.kinds import is_dtensor
 from sm3_dist.maths.update import Settings
 from sm3_dist.optimizer import SM3
 from sm3_dist.step.param_groups import settings_of
-from sm3_dist.step.plan import StepPlan
+from sm3_dist.step.plan import StepPlan, mark_changed
 
 
 def step_in_backward(model: nn.Module, optimizer: SM3, *, clip_value: float | None = None) -> StepInBackward:
@@ -119,6 +119,7 @@ class StepInBackward:
         self._clip(param)
         for kernel in self._kernels.get(param, ()):
             kernel.update(self._settings)
+        mark_changed([param])
         self._stepped[param] = None
         param.grad = None
 

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from sm3_dist.layout.box import Box
 from sm3_dist.layout.cover import accumulator_count, maxima
+from sm3_dist.step.state import as_tensor
 
 StateDict = dict[str, Any]
 
@@ -50,7 +51,7 @@ def from_torch_sm3(state_dict: Mapping[str, Any], names: Sequence[str] | None = 
             raise ValueError(f"this is not the state of torch-SM3: it has {sorted(old)}, but no accumulator_0")
         first = old["accumulator_0"]
         scalar = first.dim() == 0
-        state = {"step": torch.as_tensor(old.get("step", 0), dtype=torch.float32)}
+        state = {"step": as_tensor(old.get("step", 0)).float()}
         for i in range(max(1, first.dim())):
             # For sparse gradients there are rows alone: their maximum bounds the entries of the other dimensions.
             cover = old.get(f"accumulator_{i}")
@@ -112,13 +113,13 @@ def from_adamw(
     def convert(old: Mapping[str, Any]) -> dict[str, Tensor]:
         if "exp_avg_sq" not in old:
             raise ValueError(f"this is not the state of Adam: it has {sorted(old)}, but no exp_avg_sq")
-        squares, step = old["exp_avg_sq"], torch.as_tensor(old["step"], dtype=torch.float32)
+        squares, step = old["exp_avg_sq"], as_tensor(old["step"]).float()
         if isinstance(squares, DTensor):
             squares = squares.full_tensor()
         squares = squares.double() if squares.dtype == torch.float64 else squares.float()
         if sums:
             squares = squares * step.to(squares.device)
-        state = {"step": step, "update_square_average": torch.zeros((), dtype=torch.int64)}
+        state = {"step": step, "update_square_average": torch.zeros((), dtype=torch.int64, device="cpu")}
         tensor = squares.reshape(squares.shape or (1,))
         for i in range(accumulator_count(tensor.shape, cover_block)):
             cover = maxima(tensor, Box.whole(tensor.shape), i, cover_block)

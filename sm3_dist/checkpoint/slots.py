@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -120,4 +119,4 @@ class Reader:
             return self._local.reshape(box.shape)
         if isinstance(self._value, BoxedTensor):
             return self._value.read(box)
-        return torch.as_tensor(self._value)[tuple(map(slice, box.start, box.stop))]
+        return self._value[tuple(map(slice, box.start, box.stop))]

@@ -19,6 +19,7 @@ from sm3_dist.checkpoint.canonical import Canonical, flatten, sm3_within, unflat
 from sm3_dist.checkpoint.model import is_flattened, load_model, model_slots
 from sm3_dist.checkpoint.names import canonical_names
 from sm3_dist.checkpoint.slots import values
+from sm3_dist.step.state import as_tensor
 
 StateDict = dict[str, Any]
 
@@ -207,7 +208,7 @@ class _Loaded(NamedTuple):
             state, groups = state_dict.get("state", {}), state_dict.get("param_groups", [])
         else:
             state, groups = unflatten(state_dict)
-        return cls({name: {k: torch.as_tensor(v) for k, v in each.items()} for name, each in state.items()}, groups)
+        return cls({name: {k: as_tensor(v) for k, v in each.items()} for name, each in state.items()}, groups)
 
 
 class _Form(NamedTuple):

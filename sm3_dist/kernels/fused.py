@@ -85,7 +85,7 @@ class Operands:
         self.dtypes = [weight.dtype for weight in weights]
         self.strides = [grad_strides(weight) for weight in weights]
         self._contiguous = [
-            torch.empty_strided(weight.shape, strides, device="meta").is_contiguous()
+            torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device="meta").is_contiguous()
             for weight, strides in zip(weights, self.strides, strict=True)
         ]
 
@@ -150,6 +150,6 @@ def views(entry: Entry, weight: Tensor, strides: tuple[int, ...]) -> list[tuple[
     The gradient is stood in for by a tensor without memory. Without momentum the weight takes its place.
     """
     shard, momentum = entry.shard, entry.momentum_buffer
-    grad = torch.empty_strided(weight.shape, strides, device="meta")
+    grad = torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device="meta")
     whole = [(weight, shard.views(weight)), (grad, shard.views(grad))]
     return [*whole, whole[0] if momentum is None else (momentum, shard.state_views(momentum))]

@@ -118,7 +118,7 @@ def overlaps(boxes: Sequence[Box]) -> tuple[Box, ...]:
     ndim = len(boxes[0].start)
     cuts = [sorted({side[d] for box in times for side in (box.start, box.stop)}) for d in range(ndim)]
     # How often each cell between the cuts is covered: a difference in every dimension, then the running sums.
-    count = torch.zeros([len(cut) for cut in cuts], dtype=torch.int64)
+    count = torch.zeros([len(cut) for cut in cuts], dtype=torch.int64, device="cpu")
     at = [{cut: k for k, cut in enumerate(cut)} for cut in cuts]
     for box, repeated in times.items():
         for corner in product(*zip(box.start, box.stop, strict=True)):

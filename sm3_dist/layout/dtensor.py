@@ -85,7 +85,7 @@ def accumulator(param: DTensor, part: Tensor, shard: LocalShard, i: int) -> Tens
         placements, shape = list(param.placements), grid(shard.shape, i, block)
     else:
         return part
-    stride = torch.empty(shape, device="meta").stride()
+    stride = torch.empty(shape, dtype=param.dtype, device="meta").stride()
     return DTensor.from_local(
         part, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )

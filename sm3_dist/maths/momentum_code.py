@@ -90,9 +90,10 @@ def decode(codes: Tensor) -> Tensor:
 @functools.cache
 def _table(device: torch.device) -> Tensor:
     """The values of the codes from 0 to 127, and of those from -128 to -1."""
-    codes = torch.arange(128, dtype=torch.int32)
+    codes = torch.arange(128, dtype=torch.int32, device="cpu")
     values = torch.where(codes < 8, codes * 2.0**-15, (codes + _BIAS << _DROPPED).view(torch.float32))
-    return torch.cat([values, torch.tensor([torch.nan]), -values[1:].flip(0)]).to(device)
+    nan = values.new_tensor([torch.nan])
+    return torch.cat([values, nan, -values[1:].flip(0)]).to(device)
 
 
 def converted(momentum: Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,7 +46,8 @@ class ReferenceState:
             shapes = [(*blocks[:i], n, *blocks[i + 1 :]) for i, n in enumerate(weight.shape)]
             shapes += [tuple(blocks)] if weight.dim() > 1 else []
         return cls(
-            [torch.zeros(s, dtype=dtype) for s in shapes], torch.zeros(weight.shape, dtype=momentum_dtype or dtype)
+            [weight.new_zeros(s, dtype=dtype, requires_grad=False) for s in shapes],
+            torch.zeros_like(weight, dtype=momentum_dtype or dtype, requires_grad=False),
         )
 
 
@@ -128,11 +129,11 @@ def reference_step(
                 average - average // 10 + total // 10 if average > 0 else total if average < 0 else -1
             )
         longest = 5 * update_rms
-        u = (u * torch.tensor(1 / math.sqrt(mean) * update_rms, dtype=dtype)).clamp(-longest, longest)
+        u = (u * u.new_tensor(1 / math.sqrt(mean) * update_rms)).clamp(-longest, longest)
     if momentum > 0:
         m = state.momentum_buffer.to(dtype)
         if state.momentum_buffer.dtype == torch.int8:
-            m = torch.tensor(code_values(), dtype=dtype)[state.momentum_buffer.long()]
+            m = u.new_tensor(code_values())[state.momentum_buffer.long()]
         m = m * momentum + u * (1 - momentum)
         u = u * (1 - momentum) + m * momentum if nesterov else m
         state.momentum_buffer = _rounded(m, state.momentum_buffer.dtype, rounding, state.step - 1, stream=1)
@@ -152,7 +153,7 @@ def _rounded(x: Tensor, dtype: torch.dtype, rounding: tuple[int, int] | None, st
     noise = [_noise(*rounding, step, stream, row, lines.shape[1]) for row in range(len(lines))]
     rounded = _bfloat16 if dtype == torch.bfloat16 else _code
     values = [list(map(rounded, *pair)) for pair in zip(lines.tolist(), noise, strict=True)]
-    return torch.tensor(values).view(x.shape).to(dtype)
+    return x.new_tensor(values, dtype=torch.float32).view(x.shape).to(dtype)
 
 
 @functools.cache

@@ -93,9 +93,9 @@ class Rounding:
         """
         rows = torch.zeros((), dtype=torch.int64, device=device)
         for n, a, b in zip(self.shape[:-1], box.start[:-1], box.stop[:-1], strict=True):
-            rows = (rows * n).unsqueeze(-1) + torch.arange(a, b, device=device)
+            rows = (rows * n).unsqueeze(-1) + torch.arange(a, b, dtype=torch.int64, device=device)
         first, last = box.start[-1] // LANES, -(-box.stop[-1] // LANES)
-        groups = torch.arange(first, last, device=device)
+        groups = torch.arange(first, last, dtype=torch.int64, device=device)
         counter = (groups, rows.view(-1, 1) & _WORD, self.number | stream << 31, self.step & _WORD)
         words = philox(counter, (self.seed & _WORD, self.seed >> 32 & _WORD))
         halves = torch.stack([half.int() for word in words for half in (word & 0xFFFF, word >> 16)], -1)

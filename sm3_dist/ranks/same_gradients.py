@@ -88,7 +88,7 @@ def checksum(grad: Tensor | None) -> Tensor:
         True
     """
     if grad is None:
-        return torch.tensor(torch.iinfo(torch.int64).min)
+        return torch.tensor(torch.iinfo(torch.int64).min, dtype=torch.int64, device="cpu")
     grad, total = grad.detach(), torch.zeros((), dtype=torch.int64, device=grad.device)
     whole, kind = Box.whole(grad.shape), _BITS[grad.element_size()]
     for chunk in whole.chunks(_CHUNK):

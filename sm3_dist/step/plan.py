@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.groups import new_group
@@ -55,6 +57,7 @@ class StepPlan:
         self._groups = groups
         self.buckets = _buckets(entries, shard_covers, groups)
         self.gatherer = gatherer
+        self._params = list(dict.fromkeys(entry.param for entry in entries))
         stages = _stages(entries, gatherer)
         self._stages = [(launch_list(entries), weights) for entries, weights in stages]
 
@@ -70,6 +73,8 @@ class StepPlan:
                 kernel.update(settings)
             if self.gatherer is not None and weights is not None:
                 self.gatherer.start(weights)
+        # (Where ranks send one another their weights, all of them have the same gradients.)
+        mark_changed([param for param in self._params if param.grad is not None])
 
     def carry_over_squares(self, older: StepPlan) -> None:
         """Go on adding squares where another plan was, for steps that are taken before they are sent."""
@@ -91,7 +96,7 @@ class StepPlan:
         for ranks in sorted(holders, key=lambda ranks: (len(ranks), ranks)):  # smaller sets lie within larger ones
             if ranks not in self._groups:
                 self._groups[ranks] = new_group(ranks)
-            flag = torch.tensor(float(found), device=local_tensor(holders[ranks].param).device)
+            flag = torch.tensor(int(found), dtype=torch.int32, device=local_tensor(holders[ranks].param).device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups[ranks])
             found = bool(flag)
         return found
@@ -102,6 +107,18 @@ class StepPlan:
             bucket.start()
         if self.gatherer is not None:
             self.gatherer.finish()
+
+
+def mark_changed(params: Iterable[Tensor]) -> None:
+    """Tell autograd that weights were overwritten: kernels and communication libraries write past its knowledge.
+
+    A backward pass that still needs the old ones then raises an error, as after any step of PyTorch's own.
+
+    Args:
+        params: parameters; of a DTensor the local tensor counts too, for the graph may have seen either.
+    """
+    params = list(params)
+    increment_version([*params, *(local_tensor(param) for param in params if isinstance(param, DTensor))])
 
 
 def agreement_lines(entries: Iterable[Entry]) -> dict[tuple[int, ...], list[str]]:

@@ -90,8 +90,8 @@ def adopt_state(
         ValueError: if a tensor does not have the shape that this rank stores.
     """
     dtype = accumulator_dtype(param.dtype)
-    step = torch.as_tensor(loaded.get("step", 0), dtype=torch.float32).detach()
-    state: State = {"step": step.to(step_device(param), copy=True)}
+    step = as_tensor(loaded.get("step", 0)).detach()
+    state: State = {"step": step.to(step_device(param), torch.float32, copy=True)}
     minimum = loaded.get("cover_minimum")
     if minimum is not None:
         plain = local_tensor(_zeros(param, shards, dtype))
@@ -114,8 +114,8 @@ def adopt_state(
             state[key] = as_state_tensor(param, part, shard, i)
         average = loaded.get(square_average_key(shard))
         if average is not None:
-            average = torch.as_tensor(average, dtype=torch.int64, device=local_tensor(param).device)
-            state[square_average_key(shard)] = average.detach().clone()
+            average = as_tensor(average).detach()
+            state[square_average_key(shard)] = average.to(local_tensor(param).device, torch.int64, copy=True)
     for key in (MOMENTUM_BUFFER, MOMENTUM_CODE):
         buffer = loaded.get(key)
         if isinstance(buffer, Tensor):
@@ -149,6 +149,18 @@ def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard], 
         if key in state:
             shaped[MOMENTUM_BUFFER] = converted(state[key], minimum.dtype)
     return shaped
+
+
+def as_tensor(value: Tensor | float) -> Tensor:
+    """A tensor as it is, a number as a tensor on the CPU that holds it exactly.
+
+    Example:
+        >>> as_tensor(3), as_tensor(0.5).dtype
+        (tensor(3), torch.float64)
+    """
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64, device="cpu")
 
 
 def step_device(param: Tensor) -> torch.device:

@@ -217,7 +217,7 @@ class CKernel:
         self._table[3::PARAM_FIELDS] = array("q", array("d", [1.0] * len(first)).tobytes())
         # (A Python float costs less to read this way than from a tensor.)
         self._steps = [(entry.group, ctypes.c_float.from_address(entry.step.data_ptr())) for entry in first]
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._scratch_threads = 0
         self._write_list()
 
@@ -304,7 +304,7 @@ class CKernel:
         count = len(self._tensors)
         if threads != self._scratch_threads:
             size = library.sm3_scratch_bytes(self._tensors, count, threads)
-            self._scratch = torch.empty(size, dtype=torch.uint8)
+            self._scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
             self._scratch_threads = threads
         table, params = self._table.buffer_info()[0], len(self._operands.params)
         library.sm3_step(

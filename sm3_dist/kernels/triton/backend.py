@@ -106,7 +106,7 @@ class TritonKernel:
             for box_index, tiles in members:
                 boxes[box_index][kernel.BOX_FIRST_TILE] = first
                 first += tiles
-            numbers, counts = torch.tensor(members).unbind(1)
+            numbers, counts = torch.tensor(members, dtype=torch.int64, device="cpu").unbind(1)
             self._launches.append((kind, torch.repeat_interleave(numbers.int(), counts).to(self._device)))
         self._boxes = torch.tensor(boxes, dtype=torch.int64, device=self._device).view(-1, int(kernel.BOX_FIELDS))
         self._tensors = torch.tensor(tensors, dtype=torch.int64, device=self._device)
@@ -115,10 +115,12 @@ class TritonKernel:
         self._addresses: list[int] = []
         self._written: list[list[float]] = []
         self._address_table = torch.zeros(2 * len(self._operands.params), dtype=torch.int64, device=self._device)
-        self._settings = torch.zeros(len(self._groups), int(kernel.GROUP_FIELDS), device=self._device)
+        self._settings = torch.zeros(
+            (len(self._groups), int(kernel.GROUP_FIELDS)), dtype=torch.float32, device=self._device
+        )
         self._where = self._released_addresses()
         units = [(1.0, 1) if e.squares is None else (e.squares.per_one, e.squares.cap) for e in self.entries]
-        self._factors = torch.tensor([[1.0, 1.0, *each] for each in units], device=self._device)
+        self._factors = torch.tensor([[1.0, 1.0, *each] for each in units], dtype=torch.float32, device=self._device)
         self._made_of: list[list[float]] = []
         self._make_of = torch.zeros(4, len(self.entries), dtype=torch.float64, device=self._device)
 
@@ -180,7 +182,7 @@ class TritonKernel:
 
     def _write_addresses(self, addresses: list[int]) -> None:
         if addresses != self._addresses:
-            self._address_table.copy_(torch.tensor(addresses, dtype=torch.int64))
+            self._address_table.copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu"))
             self._addresses = addresses
 
     def _write_settings(self, settings: Sequence[Settings]) -> None:
@@ -193,7 +195,7 @@ class TritonKernel:
             limit = math.inf if group["update_rms"] is None else CUT_OFF * group["update_rms"]
             numbers.append([*on_host, s.momentum, fresh, *averages, s.eps, unscale, limit])
         if numbers != self._written:
-            self._settings.copy_(torch.tensor(numbers))
+            self._settings.copy_(torch.tensor(numbers, dtype=torch.float32, device="cpu"))
             self._written = numbers
         for row, s in zip(self._settings, settings, strict=True):  # what is on the device stays there
             if isinstance(s.lr, Tensor):
@@ -215,7 +217,7 @@ class TritonKernel:
         if (made_of := list(of_group.values())) != self._made_of:
             units = [1.0 if e.squares is None else e.squares.per_one * e.squares.numel for e in self.entries]
             rows = [[*of_group[id(e.group)], unit] for e, unit in zip(self.entries, units, strict=True)]
-            self._make_of.copy_(torch.tensor(rows, dtype=torch.float64).t())
+            self._make_of.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu").t())
             self._made_of = made_of
         beta, update_rms, first_square, unit = self._make_of
         self._factors[:, int(kernel.CORRECTION)].copy_(correction(beta, torch.stack([e.step for e in self.entries])))
