@@ -118,7 +118,7 @@ def mark_changed(params: Iterable[Tensor]) -> None:
         params: parameters; of a DTensor the local tensor counts too, for the graph may have seen either.
     """
     params = list(params)
-    increment_version([*params, *(local_tensor(param) for param in params if isinstance(param, DTensor))])
+    increment_version([*params, *(local_tensor(param) for param in params if is_dtensor(param))])
 
 
 def agreement_lines(entries: Iterable[Entry]) -> dict[tuple[int, ...], list[str]]:
