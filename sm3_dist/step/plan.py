@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.groups import new_group
+from sm3_dist.layout.kinds import is_dtensor
 from sm3_dist.layout.shard import Peers
 from sm3_dist.maths.rms import SquareSum
 from sm3_dist.maths.update import Settings
