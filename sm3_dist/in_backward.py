@@ -17,6 +17,7 @@ from sm3_dist.maths.update import Settings
 from sm3_dist.optimizer import SM3
 from sm3_dist.step.param_groups import settings_of
 from sm3_dist.step.plan import StepPlan, mark_changed
+from sm3_dist.step.scheduled import check_lr
 
 
 def step_in_backward(model: nn.Module, optimizer: SM3, *, clip_value: float | None = None) -> StepInBackward:
@@ -80,6 +81,8 @@ class StepInBackward:
         self._kernels: dict[Tensor, list[kernels.Kernel]] = {}
         self._settings: dict[int, Settings] = {}
         self._stepped: dict[Tensor, None] = {}
+        # a GradScaler then leaves the gradients, which are gone, to step(), where it is refused
+        self._unscaled_in_step, optimizer._step_supports_amp_scaling = optimizer._step_supports_amp_scaling, True
         optimizer._current_plan()  # compared across ranks here, and not in the midst of backward
         params = [param for param in _params(optimizer) if param.requires_grad]
         self._handles: list[Any] = [param.register_post_accumulate_grad_hook(self._step) for param in params]
@@ -89,6 +92,8 @@ class StepInBackward:
 
     def remove(self) -> None:
         """Leave gradients where they are again, for ``optimizer.step()`` to use. May be called more than once."""
+        if self._handles:
+            self.optimizer._step_supports_amp_scaling = self._unscaled_in_step
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -145,6 +150,7 @@ class StepInBackward:
 
     def _begin(self) -> None:
         optimizer = self.optimizer
+        check_lr(optimizer.param_groups)
         plan = optimizer._current_plan()
         plan.receive()
         if plan is not self._plan:

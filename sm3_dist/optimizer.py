@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from sm3_dist import kernels
 from sm3_dist.layout.describe import Flattened, Replicas
-from sm3_dist.ranks.same_gradients import check_same_gradients, refuse_sparse_gradients
+from sm3_dist.ranks.same_gradients import GradientCheck
 from sm3_dist.step.blank_step import is_blank
 from sm3_dist.step.keeper import PlanKeeper, States
 from sm3_dist.step.param_groups import (
@@ -25,6 +25,7 @@ from sm3_dist.step.param_groups import (
     validate,
 )
 from sm3_dist.step.plan import StepPlan
+from sm3_dist.step.scheduled import check_lr, warn_of_cycled_momentum
 from sm3_dist.step.state import parameter_shaped
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ class SM3(Optimizer):
         rounding_seed: another seed gives other random numbers; 64 bits.
         check_gradients: with ``shard_over``, in how many first steps to check that gradients are the same to the bit on
             every rank, as DistributedDataParallel leaves them; 0 for never.
+        unscale_in_step: under ``torch.amp.GradScaler``, unscale gradients on their way into the update and not in a
+            pass of their own. ``param.grad`` stays scaled, so it cannot be clipped by its norm. Nobody takes a step if
+            a gradient of any rank is not finite, whether or not the scaler asks the other ranks.
         backend: ``"auto"``, ``"eager"``, ``"c"`` or ``"triton"``.
 
     Raises:
@@ -138,12 +142,9 @@ class SM3(Optimizer):
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
         check_gradients: int = 3,
+        unscale_in_step: bool = False,
         backend: str = "auto",
     ) -> None:
-        if momentum_dtype not in (None, torch.float32, torch.bfloat16, torch.int8):
-            raise ValueError(
-                f"momentum_dtype must be torch.float32, torch.bfloat16, torch.int8 or None, but is {momentum_dtype}"
-            )
         if backend not in kernels.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, kernels.BACKENDS))}, but is {backend!r}")
         if check_gradients < 0:
@@ -151,8 +152,11 @@ class SM3(Optimizer):
         self.shard_covers = shard_covers
         self.momentum_dtype = momentum_dtype
         self.backend = backend
-        self._checks_left = 0 if shard_over is None else check_gradients
-        self._keeper = self._new_keeper(Flattened(model), None if shard_over is None else Replicas(shard_over))
+        self._step_supports_amp_scaling = unscale_in_step
+        replicas = None if shard_over is None else Replicas(shard_over)
+        self._keeper = self._new_keeper(Flattened(model), replicas)
+        self._gradient_check = None if replicas is None else GradientCheck(replicas.group, check_gradients)
+        self._without_momentum: set[int] = set()  # positions of param groups
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -201,9 +205,25 @@ class SM3(Optimizer):
         """
         return cls(params, lr, **adamw_like_options(options))
 
-    # torch.amp.GradScaler looks for this. It then does not unscale the gradients, but sets ``grad_scale`` and
-    # ``found_inf`` for the time of a step.
-    _step_supports_amp_scaling = True
+    def attach(self, model: nn.Module) -> None:
+        """Say which model the parameters are of, now that it is wrapped; as ``model=`` does before.
+
+        For frameworks that wrap it in FullyShardedDataParallel after the optimizer was made. Others flatten nothing.
+
+        Args:
+            model: the wrapped root module.
+
+        Raises:
+            ValueError: in the next step, if the state was made under another layout.
+
+        Example:
+            >>> import torch
+            >>> from sm3_dist import SM3
+            >>> model = torch.nn.Linear(4, 3)
+            >>> optimizer = SM3.adamw_like(model.parameters())
+            >>> optimizer.attach(model)  # after model, optimizer = accelerator.prepare(model, optimizer)
+        """
+        self._keeper.attach(model)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -215,28 +235,33 @@ class SM3(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
-        Every rank must call it, whatever its gradients: the ranks exchange maxima in each step. Under
-        ``torch.amp.GradScaler`` gradients are unscaled on the way, ``param.grad`` stays scaled, and nobody takes a step
-        if a gradient of any rank is not finite.
+        Every rank must call it, whatever its gradients: the ranks exchange maxima in each step.
 
         Args:
             closure: reevaluates the model and returns the loss.
 
         Returns:
             What the closure returned.
+
+        Raises:
+            ValueError: for a learning rate that is negative or not finite; nothing is updated then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._keeper.flattened.check_sharded()
+        check_lr(self.param_groups)
+        warn_of_cycled_momentum(self.param_groups, self._without_momentum)
         blank = is_blank(self.param_groups, self._keeper.states)
         plan = self._current_plan()
         if self._overflowed(plan):
             return loss
         # 1. Receive: the maxima that were on their way since the end of the last step.
         plan.receive()
-        self._check_gradients()
+        if self._gradient_check is not None:
+            params = [(param, label) for param, label, _ in labelled_params(self.param_groups) if can_move(param)]
+            self._gradient_check(params)
         # 2. Update: every box from its slices of the accumulators.
         unscale = inverse_of(getattr(self, "grad_scale", None))
         try:
@@ -292,6 +317,8 @@ class SM3(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        if not group["momentum"]:
+            self._without_momentum.add(len(self.param_groups) - 1)
 
     def _validate(self, group: dict[str, Any]) -> None:
         try:
@@ -345,13 +372,15 @@ class SM3(Optimizer):
             "shard_covers": self.shard_covers,
             "momentum_dtype": self.momentum_dtype,
             "backend": self.backend,
+            "_step_supports_amp_scaling": self._step_supports_amp_scaling,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         states = state.pop("state", None)
         if "_keeper" not in self.__dict__:  # unpickled or copied
-            self._checks_left = 0
+            self._gradient_check = None
+            self._without_momentum = set()
             self.shard_covers, self.momentum_dtype, self.backend = (
                 state[key] for key in ("shard_covers", "momentum_dtype", "backend")
             )
@@ -369,13 +398,3 @@ class SM3(Optimizer):
 
     def _current_plan(self) -> StepPlan:
         return self._keeper.current(self.param_groups)
-
-    def _check_gradients(self) -> None:
-        replicas = self._keeper.replicas
-        if replicas is None:
-            return
-        params = [(param, label) for param, label, _ in labelled_params(self.param_groups) if can_move(param)]
-        refuse_sparse_gradients(params)
-        if self._checks_left:
-            check_same_gradients(params, replicas.group)
-            self._checks_left -= 1

@@ -1,5 +1,6 @@
-"""torch.amp.GradScaler: gradients unscaled within the step, and no step on any rank where one rank overflowed."""
+"""torch.amp.GradScaler: gradients unscaled by it or, on demand, within the step; no step where one rank overflowed."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def losses(model: nn.Module, steps: int):
 def test_the_step_unscales_as_the_scaler_would_have(backend: str, options: dict[str, Any]) -> None:
     expected, actual = two_layers(), two_layers()
     plain = SM3(expected.parameters(), backend="eager", **options)
-    fused = SM3(actual.parameters(), backend=backend, **options)
+    fused = SM3(actual.parameters(), backend=backend, unscale_in_step=True, **options)
     first, second = (GradScaler("cpu", init_scale=3e4 / 7) for _ in range(2))  # not a power of 2: rounding shows
     for one, other in zip(losses(expected, 4), losses(actual, 4), strict=True):
         first.scale(one).backward()
@@ -53,21 +54,52 @@ def test_the_step_unscales_as_the_scaler_would_have(backend: str, options: dict[
             assert torch.equal(fused.state[q][key], value), key
 
 
+def test_gradients_may_be_clipped_unless_the_step_unscales_them() -> None:
+    expected, actual = two_layers(), two_layers()
+    plain, optimizer = SM3.adamw_like(expected.parameters()), SM3.adamw_like(actual.parameters())
+    scaler = GradScaler("cpu", init_scale=8.0)
+    for one, other in zip(losses(expected, 3), losses(actual, 3), strict=True):
+        one.backward()
+        nn.utils.clip_grad_norm_(expected.parameters(), 0.1)
+        plain.step()
+        scaler.scale(other).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(actual.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+        plain.zero_grad()
+        optimizer.zero_grad()
+    assert all(torch.equal(q, p) for p, q in zip(expected.parameters(), actual.parameters(), strict=True))
+
+
+in_step = pytest.mark.parametrize("unscale_in_step", [False, True])
+
+
+@in_step
+def test_where_gradients_are_unscaled_survives_a_copy(unscale_in_step: bool) -> None:
+    optimizer = copy.deepcopy(SM3(two_layers().parameters(), unscale_in_step=unscale_in_step))
+    assert optimizer._step_supports_amp_scaling is unscale_in_step  # what torch and Lightning look at
+
+
+@in_step
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_that_the_scaler_has_unscaled_are_not_unscaled_again(backend: str) -> None:
+def test_gradients_that_the_scaler_has_unscaled_are_not_unscaled_again(backend: str, unscale_in_step: bool) -> None:
     weight = nn.Parameter(torch.ones(4, 4))
-    optimizer, scaler = SM3([weight], backend=backend), GradScaler("cpu", init_scale=8.0)
+    optimizer = SM3([weight], backend=backend, unscale_in_step=unscale_in_step)
+    scaler = GradScaler("cpu", init_scale=8.0)
     scaler.scale((weight * 0.5).sum()).backward()
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
     assert torch.equal(optimizer.state[weight]["accumulator_0"], torch.full((4,), 0.25))
 
 
+@in_step
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_a_gradient_that_is_not_finite_skips_the_step(backend: str, value: float) -> None:
+def test_a_gradient_that_is_not_finite_skips_the_step(backend: str, value: float, unscale_in_step: bool) -> None:
     model = two_layers()
-    optimizer, scaler = SM3(model.parameters(), backend=backend, momentum=0.9), GradScaler("cpu", init_scale=8.0)
+    optimizer = SM3(model.parameters(), backend=backend, momentum=0.9, unscale_in_step=unscale_in_step)
+    scaler = GradScaler("cpu", init_scale=8.0)
     for loss in losses(model, 2):
         before = {
             p: [p.detach().clone(), *(v.clone() for v in optimizer.state[p].values())] for p in model.parameters()
@@ -84,11 +116,11 @@ def test_a_gradient_that_is_not_finite_skips_the_step(backend: str, value: float
         assert all(torch.equal(new, old) for new, old in zip(optimizer.state[p].values(), state, strict=True))
 
 
-def overflow_on_one_rank(wrap: bool) -> list[tuple[float, float, float]]:
+def overflow_on_one_rank(unscale_in_step: bool) -> list[tuple[float, float, float]]:
     model = two_layers()
-    if wrap:
-        fully_shard(model)
-    optimizer, scaler = SM3(model.parameters()), GradScaler("cpu", init_scale=8.0)
+    fully_shard(model)
+    optimizer = SM3(model.parameters(), unscale_in_step=unscale_in_step)
+    scaler = GradScaler("cpu", init_scale=8.0)
     seen = []
     for number, loss in enumerate(losses(model, 3)):
         scaler.scale(loss).backward()
@@ -104,8 +136,9 @@ def overflow_on_one_rank(wrap: bool) -> list[tuple[float, float, float]]:
     return seen
 
 
-def test_an_overflow_on_one_rank_skips_the_step_on_every_rank(workers: Pool) -> None:
-    first, *others = workers(2).run(overflow_on_one_rank, True)
+@in_step
+def test_an_overflow_on_one_rank_skips_the_step_on_every_rank(workers: Pool, unscale_in_step: bool) -> None:
+    first, *others = workers(2).run(overflow_on_one_rank, unscale_in_step)
     assert others == [first]
     weights, steps, scales = zip(*first, strict=True)
     assert weights[0] == weights[1] != weights[2]

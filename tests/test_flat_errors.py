@@ -58,7 +58,7 @@ def wrapped_anew(name: str) -> None:
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_after_wrapping_anew(workers: Pool, name: str) -> None:
-    workers(2).run_raises(ValueError, wrapped_anew, name, match="make a new optimizer of its parameters")
+    workers(2).run_raises(ValueError, wrapped_anew, name, match=r"call optimizer.attach\(model\)")
 
 
 def wrapped_after_a_step() -> None:

@@ -102,12 +102,13 @@ class Flattened:
         if self.model is None:
             return (
                 f"{label} was flattened by FullyShardedDataParallel, so its original shape is not known here. "
-                "Pass the wrapped root module: SM3(model.parameters(), model=model)."
+                "Pass the wrapped root module: SM3(model.parameters(), model=model), or, if the model was wrapped "
+                "after the optimizer was made, optimizer.attach(model)."
             )
         return (
             f"{label} was flattened by FullyShardedDataParallel, but is no parameter of the "
             f"{type(self.model).__name__} that was passed as model=. Pass the wrapped root module that it belongs to; "
-            "if the model was wrapped anew, make a new optimizer of its parameters."
+            "if it was wrapped after the optimizer was made, call optimizer.attach(model) with the wrapped model."
         )
 
 

@@ -25,6 +25,26 @@ class GradientMismatchError(RuntimeError):
     """Ranks that are to be replicas of one another have different gradients."""
 
 
+class GradientCheck:
+    """What a step asks of the gradients of replicated parameters.
+
+    Args:
+        group: the ranks over which they are replicated.
+        steps: in how many first steps to compare them across ranks.
+    """
+
+    def __init__(self, group: ProcessGroup, steps: int) -> None:
+        self.group = group
+        self.steps_left = steps
+
+    def __call__(self, params: Sequence[tuple[Tensor, str]]) -> None:
+        """Raise if one is sparse, or, in the first steps, differs between ranks; see the functions below."""
+        refuse_sparse_gradients(params)
+        if self.steps_left:
+            check_same_gradients(params, self.group)
+            self.steps_left -= 1
+
+
 def check_same_gradients(params: Sequence[tuple[Tensor, str]], group: ProcessGroup) -> None:
     """Raise on every rank unless every rank of the group has the same gradients, to the bit.
 

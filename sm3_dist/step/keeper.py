@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sm3_dist.layout.describe import Flattened, Replicas, describe
 from sm3_dist.layout.shard import LocalShard
@@ -58,6 +58,10 @@ class PlanKeeper:
         shard_covers: bool,
         launch_list: Callable[[Sequence[Entry]], list[Kernel]],
     ) -> None:
+        if momentum_dtype not in (None, torch.float32, torch.bfloat16, torch.int8):
+            raise ValueError(
+                f"momentum_dtype must be torch.float32, torch.bfloat16, torch.int8 or None, but is {momentum_dtype}"
+            )
         self.flattened = flattened
         self.replicas = replicas
         self.states: States = defaultdict(dict)
@@ -70,6 +74,11 @@ class PlanKeeper:
         self._signature: tuple[Any, ...] = ()
         self._process_groups: dict[tuple[int, ...], ProcessGroup] = {}
         self._positions: dict[tuple[int, int], Tensor] = {}
+
+    def attach(self, model: nn.Module) -> None:
+        """Read flattened parameters in this model from now on, and plan anew."""
+        self.flattened = Flattened(model)
+        self._signature = ()
 
     # ---------------------------------------------------------------------------------------------- the plan
 

@@ -1,0 +1,52 @@
+"""What a scheduler may have written into param groups since the last step, looked at before they are used."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sm3_dist.step.param_groups import ParamGroup
+
+
+def check_lr(groups: Sequence[ParamGroup]) -> None:
+    """Refuse a learning rate that no step can be taken with. One on a GPU is not looked at: the host would wait for it.
+
+    Raises:
+        ValueError: says which, of which group, and who writes it.
+
+    Example:
+        >>> check_lr([{"lr": 0.1}, {"lr": -1e-3}])
+        Traceback (most recent call last):
+        ValueError: lr of param group 1 must be at least 0 and finite, but is -0.001...
+    """
+    for g, group in enumerate(groups):
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            continue
+        if not 0.0 <= float(lr) < math.inf:
+            raise ValueError(
+                f"lr of param group {g} must be at least 0 and finite, but is {float(lr)}. It was set after the "
+                "optimizer was made, most often by a scheduler: look at its arguments, and at how often its step() is "
+                "called. Nothing was updated."
+            )
+
+
+def warn_of_cycled_momentum(groups: Sequence[ParamGroup], without: set[int]) -> None:
+    """Warn where ``OneCycleLR`` or ``CyclicLR`` switched on the momentum of a group that was made without it.
+
+    Args:
+        groups: the param groups.
+        without: positions of groups that were made with ``momentum=0``; those that have momentum now are taken out.
+    """
+    for g in [g for g in without if groups[g]["momentum"] > 0]:
+        without.remove(g)
+        if "max_momentum" in groups[g]:  # both schedulers leave it there
+            warnings.warn(
+                f"OneCycleLR or CyclicLR set the momentum of param group {g} to {groups[g]['momentum']:g}, but SM3 was "
+                "made with momentum=0: from now on it keeps one more value per element. Pass cycle_momentum=False to "
+                "the scheduler, or, if momentum is wanted, momentum=0.9 to SM3.",
+                stacklevel=2,
+            )
