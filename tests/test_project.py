@@ -60,3 +60,11 @@ def test_every_header_of_the_kernel_compiles_it_anew():
     listed = (ROOT / "pyproject.toml").read_text()
     assert headers
     assert [name for name in headers if f'"sm3_dist/kernels/c/{name}"' not in listed] == []
+
+
+def test_no_source_is_longer_than_400_lines():
+    folders = [ROOT / folder for folder in ("sm3_dist", "launch", "tests", "docs")]
+    sources = [path for folder in folders for kind in ("py", "c", "h") for path in folder.rglob(f"*.{kind}")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources}
+    assert len(lengths) > 100
+    assert {name: length for name, length in lengths.items() if length > 400} == {}

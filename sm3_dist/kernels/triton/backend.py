@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sm3_dist.kernels import fused
 from sm3_dist.kernels.fused import Operands
-from sm3_dist.kernels.triton import interpreting, kernel
+from sm3_dist.kernels.triton import kernel
+from sm3_dist.kernels.triton.availability import interpreting
 from sm3_dist.kernels.triton.tiling import cut, padded
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.maths.rms import CUT_OFF, scale
