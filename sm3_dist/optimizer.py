@@ -253,7 +253,7 @@ class SM3(Optimizer):
         self._keeper.flattened.check_sharded()
         check_lr(self.param_groups)
         warn_of_cycled_momentum(self.param_groups, self._without_momentum)
-        blank = is_blank(self.param_groups, self._keeper.states)
+        blank = is_blank(self._keeper.states)
         plan = self._current_plan()
         if self._overflowed(plan):
             return loss

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from sm3_dist.layout.box import Box
+from sm3_dist.layout.groups import group_of
 
 _aten = torch.ops.aten
 
@@ -29,11 +30,13 @@ class BoxedTensor(Tensor):
         owned: for each box whether this rank is the one that writes it.
         dtype: of the elements.
         device: of the parts.
+        ranks: global ranks that hold the tensor together; all of them if none are given.
     """
 
     boxes: list[Box]
     parts: list[Tensor]
     owned: list[bool]
+    ranks: tuple[int, ...]
 
     @staticmethod
     def __new__(
@@ -44,10 +47,12 @@ class BoxedTensor(Tensor):
         owned: Sequence[bool],
         dtype: torch.dtype,
         device: torch.device,
+        ranks: Sequence[int] = (),
     ) -> BoxedTensor:
         """Make the shell."""
         shell = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
         shell.boxes, shell.parts, shell.owned = list(boxes), list(parts), list(owned)
+        shell.ranks = tuple(ranks)
         return shell
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -61,12 +66,12 @@ class BoxedTensor(Tensor):
             return first.with_parts(first.parts)
         if func is _aten.new_empty.default:  # staging for asynchronous saving; it copies the attributes next
             device = (kwargs or {}).get("device") or first.device
-            return cls(args[1], [], [], [], first.dtype, torch.device(device))
+            return cls(args[1], [], [], [], first.dtype, torch.device(device), first.ranks)
         if func is _aten._to_copy.default:
             copies = [func(part, **(kwargs or {})) for part in first.parts]
             device = (kwargs or {}).get("device") or first.device
             dtype = (kwargs or {}).get("dtype") or first.dtype
-            return cls(first.shape, first.boxes, copies, first.owned, dtype, torch.device(device))
+            return cls(first.shape, first.boxes, copies, first.owned, dtype, torch.device(device), first.ranks)
         raise NotImplementedError(
             f"{func} on a tensor of shape {tuple(first.shape) if isinstance(first, Tensor) else '?'} of which this "
             "rank holds only some boxes. Ask for full_state_dict=True to get whole tensors. To save asynchronously, "
@@ -76,7 +81,7 @@ class BoxedTensor(Tensor):
 
     def with_parts(self, parts: Sequence[Tensor]) -> BoxedTensor:
         """The same boxes with other values."""
-        return BoxedTensor(self.shape, self.boxes, parts, self.owned, self.dtype, self.device)
+        return BoxedTensor(self.shape, self.boxes, parts, self.owned, self.dtype, self.device, self.ranks)
 
     def read(self, box: Box) -> Tensor:
         """The elements of one box, all of which this rank must hold.
@@ -100,14 +105,15 @@ class BoxedTensor(Tensor):
         return result
 
     def full(self) -> Tensor:
-        """The whole tensor, on every rank. A collective over all ranks, each of which holds its boxes."""
+        """The whole tensor, on every rank that holds some of it. A collective over these ranks."""
         whole = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         for box, part in zip(self.boxes, self.parts, strict=True):
             whole[tuple(map(slice, box.start, box.stop))] = part
-        if dist.is_initialized() and dist.get_world_size() > 1 and whole.numel():
+        group = holders(self.ranks)
+        if group is not None and dist.get_world_size(group) > 1 and whole.numel():
             # Zero bytes where nothing is held, the same bytes where several ranks hold an entry: a maximum of bytes
             # puts it together whatever the type, NaN and -0 included.
-            dist.all_reduce(whole.view(-1).view(torch.uint8), op=dist.ReduceOp.MAX)
+            dist.all_reduce(whole.view(-1).view(torch.uint8), op=dist.ReduceOp.MAX, group=group)
         return whole
 
     # What torch.distributed.checkpoint asks.
@@ -135,3 +141,10 @@ class BoxedTensor(Tensor):
             if torch.Size(box.start) == index.offset:
                 return part
         raise ValueError(f"no box of {index.fqn} begins at {index.offset}; there are {self.boxes}")
+
+
+def holders(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+    """The group of these ranks, or of all; ``None`` where there is only this process."""
+    if not dist.is_initialized():
+        return None
+    return group_of(ranks) if ranks else dist.group.WORLD

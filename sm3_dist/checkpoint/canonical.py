@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -60,6 +61,7 @@ class Canonical:
         # OSS knows all parameters; the optimizer in it has those of this rank, which nobody else has.
         self.groups_of_all = optimizer.param_groups
         self.apart = optimizer is not inner
+        self.ranks = tuple(dist.get_process_group_ranks(optimizer.group)) if self.apart else ()  # type: ignore[attr-defined]
         self._names = canonical_names(model)
         self._refresh()
 
@@ -100,9 +102,9 @@ class Canonical:
                     name = self._name(param, shard, label)
                     if name in self.entries:
                         mine = self.slots(self.entries[name])
-                        slots[name] = {key: replace(slot, whole=False) for key, slot in mine.items()}
+                        slots[name] = {key: replace(slot, whole=False, ranks=self.ranks) for key, slot in mine.items()}
                     elif param.requires_grad:
-                        slots[name] = _absent(param, shard, group, self.optimizer.momentum_dtype)
+                        slots[name] = _absent(param, shard, group, self.optimizer.momentum_dtype, self.ranks)
         result: dict[str, dict[str, Tensor]] = {name: {} for name in slots}
         together = {(name, key): slot for name, mine in slots.items() for key, slot in mine.items()}
         for (name, key), value in values(together).items():
@@ -159,7 +161,7 @@ class Canonical:
         speaks, scalar = not flat or shard.numel > 0, entry.param.dim() == 0
         # One for all tensors of a flattened parameter, which may have taken different numbers of steps elsewhere.
         step = state["step"].clone() if flat else state["step"]
-        slots = {"step": Slot((), [SCALAR], [step], step, not flat, speaks)}
+        slots = {"step": Slot((), [SCALAR], [step], step, not flat, speaks, shard.ranks)}
         for i, part in enumerate(entry.accumulators):
             shape, stored = _canonical(shard, i)
             slots[f"accumulator_{i}"] = _slot(shape, [stored], [part], state[accumulator_key(shard, i)], shard, scalar)
@@ -168,7 +170,7 @@ class Canonical:
             slots[key] = _slot(shard.shape, shard.boxes, parts, state[key], shard, scalar)
         if entry.squares is not None:
             average = entry.squares.average
-            slots["update_square_average"] = Slot((), [SCALAR], [average], average, not flat, speaks)
+            slots["update_square_average"] = Slot((), [SCALAR], [average], average, not flat, speaks, shard.ranks)
         return slots
 
     def _matching_options(self, groups: Sequence[Mapping[str, Any]], strict: bool) -> list[dict[str, Any]]:
@@ -240,7 +242,11 @@ def sm3_within(optimizer: Optimizer) -> SM3 | None:
 
 
 def _absent(
-    param: Tensor, shard: LocalShard, group: Mapping[str, Any], momentum_dtype: torch.dtype | None
+    param: Tensor,
+    shard: LocalShard,
+    group: Mapping[str, Any],
+    momentum_dtype: torch.dtype | None,
+    ranks: tuple[int, ...],
 ) -> dict[str, Slot]:
     """The slots of a tensor of which this rank holds no state at all."""
     like = param.new_empty(0, dtype=accumulator_dtype(param.dtype), requires_grad=False)
@@ -253,7 +259,7 @@ def _absent(
         forms[momentum_key(dtype)] = (tuple(param.shape), like.to(dtype))
     if group["update_rms"] is not None:
         forms["update_square_average"] = ((), like.to(torch.int64))
-    return {key: Slot(shape, [], [], tensor, whole=False) for key, (shape, tensor) in forms.items()}
+    return {key: Slot(shape, [], [], tensor, whole=False, ranks=ranks) for key, (shape, tensor) in forms.items()}
 
 
 def _canonical(shard: LocalShard, i: int) -> tuple[tuple[int, ...], Box]:
@@ -279,7 +285,7 @@ def _slot(
         shape, boxes = (), [SCALAR for box in boxes if box.numel]
     held = [(box, part.view(box.shape)) for box, part in zip(boxes, parts, strict=True) if box.numel]
     whole = shard.layout == WHOLE or isinstance(tensor, DTensor)
-    return Slot(shape, [box for box, _ in held], [part for _, part in held], tensor, whole)
+    return Slot(shape, [box for box, _ in held], [part for _, part in held], tensor, whole, ranks=shard.ranks)
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def load_model(
 def _flattened(parameter: Tensor, shard: LocalShard) -> Slot:
     shape = shard.shape
     parts = shard.views(local_tensor(parameter))
-    return Slot(shape, list(shard.boxes), parts, parameter, whole=False)
+    return Slot(shape, list(shard.boxes), parts, parameter, whole=False, ranks=shard.ranks)
 
 
 def _unflattened(tensor: Tensor) -> Slot:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sm3_dist.checkpoint.boxed import BoxedTensor
+from sm3_dist.checkpoint.boxed import BoxedTensor, holders
 from sm3_dist.layout.box import Box
 from sm3_dist.layout.describe import local_tensor
 
@@ -29,6 +29,7 @@ class Slot:
         parts: for each box its elements, views of what the model or the optimizer holds.
         tensor: what it is held in.
         whole: whether that has the canonical shape already, as whole tensors and DTensors have.
+        ranks: the ranks that hold it together, where they hold parts; all ranks if none are given.
         speaks: whether what this rank holds is to be relied on. Not so for scalars where it holds no elements.
     """
 
@@ -38,15 +39,21 @@ class Slot:
     tensor: Tensor
     whole: bool
     speaks: bool = True
+    ranks: tuple[int, ...] = ()
 
 
 def values(slots: Mapping[Key, Slot]) -> dict[Key, Tensor]:
     """The values: live tensors and DTensors, and where a rank holds boxes :class:`BoxedTensor` with views of them.
 
-    A collective over all ranks, unless every slot is whole.
+    A collective over the ranks that hold parts of the same slots; none for those that are whole.
     """
-    cut = {key: slot for key, slot in slots.items() if not slot.whole}
-    pieces = _share_out({key: slot.boxes if slot.speaks else [] for key, slot in cut.items()})
+    cut: dict[tuple[int, ...], dict[Key, Boxes]] = defaultdict(dict)
+    for key, slot in slots.items():
+        if not slot.whole:
+            cut[slot.ranks][key] = slot.boxes if slot.speaks else []
+    pieces: dict[Key, list[tuple[Box, bool]]] = {}
+    for ranks in sorted(cut, key=lambda ranks: (len(ranks), ranks)):  # smaller sets lie within larger ones
+        pieces |= _share_out(cut[ranks], ranks)
     result: dict[Key, Tensor] = {}
     for key, slot in slots.items():
         if slot.whole:
@@ -67,20 +74,20 @@ def _boxed(slot: Slot, pieces: Sequence[tuple[Box, bool]]) -> BoxedTensor:
         if (piece & box) == piece
     ]
     boxes, parts, owned = zip(*held, strict=True) if held else ((), (), ())
-    return BoxedTensor(slot.shape, boxes, parts, owned, slot.tensor.dtype, slot.tensor.device)
+    return BoxedTensor(slot.shape, boxes, parts, owned, slot.tensor.dtype, slot.tensor.device, slot.ranks)
 
 
-def _share_out(held: dict[Key, Boxes]) -> dict[Key, list[tuple[Box, bool]]]:
+def _share_out(held: dict[Key, Boxes], ranks: Sequence[int]) -> dict[Key, list[tuple[Box, bool]]]:
     """Cut what this rank holds into pieces that it owns and pieces that a lower rank owns.
 
-    Each entry is owned by the lowest rank that holds it, so that it is written once. A collective over all
-    ranks, unless there is nothing to cut.
+    Each entry is owned by the lowest rank that holds it, so that it is written once. A collective over these ranks.
     """
     below: dict[Key, Boxes] = defaultdict(list)
-    if held and dist.is_initialized() and dist.get_world_size() > 1:
-        everyone: list[dict[Key, Boxes]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(everyone, {at: boxes for at, boxes in held.items() if boxes})
-        for theirs in everyone[: dist.get_rank()]:
+    group = holders(ranks)
+    if group is not None and dist.get_world_size(group) > 1:
+        everyone: list[dict[Key, Boxes]] = [{}] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, {at: boxes for at, boxes in held.items() if boxes}, group=group)
+        for theirs in everyone[: dist.get_rank(group)]:
             for at, boxes in theirs.items():
                 below[at] += boxes
     return {at: [piece for box in boxes for piece in _cut(box, below[at])] for at, boxes in held.items()}

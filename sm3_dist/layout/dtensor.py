@@ -24,7 +24,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from sm3_dist.layout.box import Box, overlaps
 from sm3_dist.layout.cover import accumulator_count, grid, touched
-from sm3_dist.layout.groups import new_group
+from sm3_dist.layout.groups import group_of
 from sm3_dist.layout.shard import LocalShard, Peers, Shared, in_words
 
 Run = tuple[int, int]
@@ -247,4 +247,4 @@ def _peers(mesh: DeviceMesh, dims: tuple[int, ...]) -> Peers:
     members = _members(mesh, dims, tuple(here))
     if len(dims) == 1:
         return Peers(members, partial(mesh.get_group, dims[0]))
-    return Peers(members, partial(new_group, members))
+    return Peers(members, partial(group_of, members))

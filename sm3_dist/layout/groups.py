@@ -1,21 +1,52 @@
-"""Process groups that this package makes for itself, and waiting for collectives."""
+"""Process groups by their ranks: those that exist already, and those made here; and waiting for collectives."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 
-def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """A group of ranks that this rank is one of. Its members alone call it, all of them.
+def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """The group of these ranks, this one among them: the first that exists, else a new one.
+
+    A new one has the timeout of the default group, and not the half hour that ``torch.distributed`` gives it. Every one
+    of the ranks calls it, and nobody else need.
 
     Args:
-        ranks: global ranks.
+        ranks: global ranks, in the order of the group.
+
+    Example:
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> group_of([0]) is dist.group.WORLD
+        True
+        >>> dist.destroy_process_group()
     """
-    group = dist.new_group(ranks, use_local_synchronization=True)
+    wanted, world = list(ranks), _world()
+    for group in (world, *dist.distributed_c10d._world.pg_map):
+        if dist.get_process_group_ranks(group) == wanted and dist.get_backend(group) == dist.get_backend(world):
+            return group
+    group = dist.new_group(wanted, timeout=timeout_of(world), use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)  # those who do not belong to it get a number
     return group
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """How long a collective of a group may take; ``None`` where that cannot be read: then PyTorch's default holds."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(torch.device(device)), "options", None)
+        if isinstance(timeout := getattr(options, "_timeout", None), timedelta):
+            return timeout
+    return None
+
+
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    if world is None:
+        raise RuntimeError("torch.distributed is not initialized, but parameters are sharded over ranks")
+    return world
 
 
 def wait(works: Iterable[dist.Work | None]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sm3_dist.layout.describe import local_tensor
-from sm3_dist.layout.groups import new_group
+from sm3_dist.layout.groups import group_of
 from sm3_dist.layout.kinds import is_dtensor
 from sm3_dist.layout.shard import Peers
 from sm3_dist.maths.rms import SquareSum
@@ -96,7 +96,7 @@ class StepPlan:
         holders = {tuple(sorted(entry.shard.ranks)): entry for entry in self.entries if entry.shard.ranks}
         for ranks in sorted(holders, key=lambda ranks: (len(ranks), ranks)):  # smaller sets lie within larger ones
             if ranks not in self._groups:
-                self._groups[ranks] = new_group(ranks)
+                self._groups[ranks] = group_of(ranks)
             flag = torch.tensor(int(found), dtype=torch.int32, device=local_tensor(holders[ranks].param).device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups[ranks])
             found = bool(flag)
