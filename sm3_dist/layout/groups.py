@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,9 +32,33 @@ def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
     for group in (world, *dist.distributed_c10d._world.pg_map):
         if dist.get_process_group_ranks(group) == wanted and dist.get_backend(group) == dist.get_backend(world):
             return group
-    group = dist.new_group(wanted, timeout=timeout_of(world), use_local_synchronization=True)
+    with _name_for(tuple(wanted)):
+        group = dist.new_group(wanted, timeout=timeout_of(world), use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)  # those who do not belong to it get a number
     return group
+
+
+_made: Counter[tuple[int, ...]] = Counter()
+
+
+@contextmanager
+def _name_for(ranks: tuple[int, ...]) -> Iterator[None]:
+    """Let the members alone choose the name under which they find one another.
+
+    PyTorch's has the number of groups that a rank is in, and ranks in different numbers of them never meet.
+    """
+    c10d: Any = dist.distributed_c10d
+    _made[ranks] += 1
+    name = f"sm3_dist_{zlib.crc32(repr(ranks).encode()):08x}_{_made[ranks]}"
+    before = getattr(c10d, "_process_group_name", None)
+    if before is None:  # a version that names groups in another way
+        yield
+        return
+    c10d._process_group_name = lambda ranks, use_hashed_name: c10d.GroupName(name)
+    try:
+        yield
+    finally:
+        c10d._process_group_name = before
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
