@@ -9,7 +9,7 @@ from harness import Pool
 
 pytest.register_assert_rewrite("against_eager", "against_reference", "replicas", "steps")  # they assert for tests
 
-pytest_plugins = ["sampling"]
+pytest_plugins = ["sampling", "worlds"]
 collect_ignore = ["data"]  # scripts that made recorded values, and need more than the tests do
 
 

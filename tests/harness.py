@@ -31,6 +31,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -55,6 +56,7 @@ PRELOAD = [
 # Of the server, which must stay single-threaded to be forked, and of the workers.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
 START_TIMEOUT = 120.0
+JOBS: Counter[int] = Counter()  # how many runs this process has started, by world size
 GRACE = 5.0  # how long the other ranks may go on after one has failed
 SLACK = datetime.timedelta(minutes=10)  # gloo must not give up before the harness does
 
@@ -122,6 +124,7 @@ class Pool:
         message = pickle.dumps((payload, store, world_size, datetime.timedelta(seconds=timeout) + SLACK, sys.path))
         try:
             self._start(world_size)
+            JOBS[world_size] += 1
             for worker in self.workers[:world_size]:
                 worker.connection.send_bytes(message)
             outcomes = self._collect(world_size, timeout, grace)

@@ -84,8 +84,9 @@ def pytest_configure(config: pytest.Config) -> None:
     for mark in MARKS:
         config.addinivalue_line("markers", mark)
     all_rows = takes_all(config)
-    examples = {"max_examples": 1000 if all_rows else 100, "derandomize": not all_rows}
-    hypothesis.settings.register_profile("sm3_dist", deadline=None, **examples)
+    hypothesis.settings.register_profile(
+        "sm3_dist", deadline=None, max_examples=1000 if all_rows else 100, derandomize=not all_rows
+    )
     hypothesis.settings.load_profile("sm3_dist")
 
 

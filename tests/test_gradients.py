@@ -101,7 +101,7 @@ def test_sparse_gradients_of_an_embedding_train_it() -> None:
 def test_sparse_gradients_of_several_sparse_dimensions() -> None:
     param = nn.Parameter(torch.zeros(3, 4))
     indices = torch.tensor([[2, 0, 2], [1, 3, 3]])
-    param.grad = torch.sparse_coo_tensor(indices, torch.tensor([3.0, 1.0, 2.0]), (3, 4))
+    param.grad = torch.sparse_coo_tensor(indices, torch.tensor([3.0, 1.0, 2.0]), (3, 4), check_invariants=True)
     optimizer = SM3([param], lr=1.0)
     optimizer.step()
     assert torch.equal(optimizer.state[param]["accumulator_0"], torch.tensor([1.0, 0.0, 9.0]))

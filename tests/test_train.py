@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Pool
+from harness import JOBS, Pool
 from rich.console import Console
 
 import launch
@@ -55,6 +55,7 @@ def figures(arguments: str, data: Path) -> dict[str, Any]:
 def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TRAIN)]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    JOBS[2] += 1
     return subprocess.run(
         [*command, *FAST.split(), *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environment
     )
