@@ -1,5 +1,6 @@
 """Promises of the package as a whole."""
 
+import re
 import subprocess
 import sys
 from importlib.metadata import packages_distributions, requires
@@ -68,3 +69,16 @@ def test_no_source_is_longer_than_400_lines():
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources}
     assert len(lengths) > 100
     assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_documents_name_files_that_are_there():
+    """Paths in the running text, in commands and in links."""
+    missing, seen = [], 0
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        text = document.read_text()
+        links = [document.parent / link for link in re.findall(r"\]\((?!\w+:)([^)#]+)", text)]
+        paths = [ROOT / path for path in re.findall(r"(?<![\w./-])(?:sm3_dist|launch|tests|docs)/[\w./-]*\w", text)]
+        seen += len(links) + len(paths)
+        missing += [f"{document.name}: {path}" for path in [*links, *paths] if not path.exists()]
+    assert seen > 50
+    assert missing == []
