@@ -34,13 +34,13 @@ def test_who_stays():
 
 def test_worlds_are_counted_and_a_process_that_stays_is_an_error(pytester: pytest.Pytester) -> None:
     pytester.makeini(f"[pytest]\npythonpath = {Path(__file__).parent}")
-    pytester.makeconftest("import worlds; worlds.PATIENCE = 0.5\npytest_plugins = ['worlds']")
+    pytester.makeconftest("import worlds; worlds.PATIENCE = 1.0\npytest_plugins = ['worlds']")
     pytester.makepyfile(test_some=TESTS)
     result = pytester.runpytest_subprocess("-n", "2", "-W", "ignore")
     result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines(["distributed worlds: 2 of 1 rank, 1 of 2 ranks"])
     if sys.platform == "linux":
-        result.stdout.fnmatch_lines(["processes left: 1, which is an error; killed", "  *time.sleep(600)*"])
+        result.stdout.fnmatch_lines(["processes left: *, which is an error; killed", "  *time.sleep(600)*"])
         assert result.ret == pytest.ExitCode.TESTS_FAILED
         pid = next(int(line.split(":")[0]) for line in result.outlines if "time.sleep(600)" in line)
         assert pid not in [process.pid for process in running("")]

@@ -19,7 +19,7 @@ import pytest
 from harness import JOBS
 
 MARK = "SM3_DIST_TEST_SESSION"
-PATIENCE = 10.0  # seconds in which whoever is about to end may do so
+PATIENCE = 30.0  # seconds in which whoever is about to end may do so
 total: pytest.StashKey[Counter[int]] = pytest.StashKey()
 left: pytest.StashKey[list[Process] | None] = pytest.StashKey()
 """None where there is no /proc to look at."""
