@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from harness import JOBS
 
 MARK = "SM3_DIST_TEST_SESSION"
 PATIENCE = 30.0  # seconds in which whoever is about to end may do so
@@ -68,6 +67,11 @@ def is_worker(config: pytest.Config) -> bool:
     return hasattr(config, "workerinput")
 
 
+def jobs_of_this_process() -> dict[int, int]:
+    """How many worlds of each size; where no test needed the harness, nobody has imported it."""
+    return dict(getattr(sys.modules.get("harness"), "JOBS", {}))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[total] = Counter()
@@ -83,9 +87,9 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if is_worker(session.config):
-        session.config.workeroutput["worlds"] = dict(JOBS)  # type: ignore[attr-defined]
+        session.config.workeroutput["worlds"] = jobs_of_this_process()  # type: ignore[attr-defined]
         return
-    session.config.stash[total].update(JOBS)
+    session.config.stash[total].update(jobs_of_this_process())
     session.config.stash[left] = None
     if sys.platform == "linux":
         session.config.stash[left] = found = wait_for_the_last(os.environ[MARK].rpartition(":")[2])
