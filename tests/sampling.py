@@ -100,6 +100,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for mark in metafunc.definition.iter_markers("sampled"):
         names, rows, options = *mark.args, mark.kwargs
         params = [row if hasattr(row, "marks") else pytest.param(*row) for row in rows]
+        if not params:
+            raise pytest.UsageError(
+                f"{metafunc.definition.nodeid}: no rows (of an iterator only the first reader has any)"
+            )
         taken = set(sample([param.values for param in params], seed_of(metafunc.config)))
         marks = [pytest.mark.exhaustive(in_sample=number in taken) for number in range(len(params))]
         rows = [pytest.param(*p.values, marks=[*p.marks, mark], id=p.id) for p, mark in zip(params, marks, strict=True)]

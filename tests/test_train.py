@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -110,29 +111,33 @@ def alone(workers: Pool, text: Path) -> dict[str, dict[str, Any]]:
     return {name: workers(1).run(figures, f"{FAST} {optimizer}", text)[0] for name, optimizer in OPTIMIZERS.items()}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "sm3"])
-@pytest.mark.parametrize(
-    ("size", "parallel"),
-    [
-        (1, "fsdp2"),
-        (2, "ddp"),
-        (2, "fsdp2"),
-        (2, "hsdp"),
-        (2, "fsdp1"),
-        (2, "fsdp1-flat --reshard"),
-        (2, "fairscale"),
-        (2, "oss"),
-        (2, "tp"),
-        (4, "fsdp2 --reshard"),
-        (4, "hsdp --replicas 2"),
-        (4, "fsdp1"),
-        (4, "fairscale --reshard"),
-        (4, "tp --tp-size 2"),
-    ],
+LAYOUTS = [
+    (1, "fsdp2"),
+    (2, "ddp"),
+    (2, "fsdp2"),
+    (2, "hsdp"),
+    (2, "fsdp1"),
+    (2, "fsdp1-flat --reshard"),
+    (2, "fairscale"),
+    (2, "oss"),
+    (2, "tp"),
+    (4, "fsdp2 --reshard"),
+    (4, "hsdp --replicas 2"),
+    (4, "fsdp1"),
+    (4, "fairscale --reshard"),
+    (4, "tp --tp-size 2"),
+]
+
+
+@pytest.mark.sampled(
+    "layout, optimizer",
+    list(itertools.product(LAYOUTS, OPTIMIZERS)),
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value,
 )
 def test_every_layout_trains_like_one_process(
-    workers: Pool, text: Path, alone: dict[str, dict[str, Any]], size: int, parallel: str, optimizer: str
+    workers: Pool, text: Path, alone: dict[str, dict[str, Any]], layout: tuple[int, str], optimizer: str
 ) -> None:
+    size, parallel = layout
     results = workers(size).run(figures, f"{FAST} {OPTIMIZERS[optimizer]} --parallel {parallel}", text)
     losses = [result["validation_loss"] for result in results]
     assert losses == [losses[0]] * size
