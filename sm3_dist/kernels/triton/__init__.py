@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from sm3_dist.kernels.triton.backend import TritonKernel
 
 
+__all__ = ["make", "refusal", "unavailable"]
+
+
 def refusal(entry: Entry) -> str | None:
     """Why the Triton backend cannot step this tensor; ``None`` if it can."""
     if (reason := unavailable()) is not None:
