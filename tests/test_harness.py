@@ -123,8 +123,8 @@ def test_rank_waiting_for_a_failed_one_is_ended(workers, capsys):
 
 def test_hang_prints_every_stack_and_is_ended(workers, capsys):
     pids = workers(3).run(process_id)
-    with pytest.raises(WorkersError, match=r"(?s)rank 1: returned None.*rank 0: .*did not return within 10 s"):
-        workers(3, timeout=10).run(hang_on, [0, 2])
+    with pytest.raises(WorkersError, match=r"(?s)rank 1: returned None.*rank 0: .*did not return within 5 s"):
+        workers(3, timeout=5).run(hang_on, [0, 2])
     printed = capsys.readouterr().out.splitlines()
     for rank in (0, 2):
         assert any(line.startswith(f"[rank {rank}]") and "in hang_on" in line for line in printed)
@@ -157,8 +157,8 @@ def test_run_raises_wants_every_rank(workers, expected, function, match, said):
 
 
 def test_run_raises_does_not_take_a_hang_for_an_error(workers):
-    with pytest.raises(WorkersError, match=r"(?s)rank 1: .*bad input.*rank 0: .*did not return within 10 s"):
-        workers(2, timeout=10).run_raises(ValueError, raise_on, [1])
+    with pytest.raises(WorkersError, match=r"(?s)rank 1: .*bad input.*rank 0: .*did not return within 5 s"):
+        workers(2, timeout=5).run_raises(ValueError, raise_on, [1])
 
 
 def test_output_of_the_ranks_is_shown(workers, capsys):

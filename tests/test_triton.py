@@ -4,13 +4,16 @@ Whether Triton interprets is decided when it is imported, so both run in process
 with what to do as its argument.
 """
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,14 +21,16 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'sm3_
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = (80, 90, 100)
+KINDS = 7
+"""How many kernels are compiled for them, see ``check_compile``."""
 
 
-def run(what: str, interpret: str) -> str:
+def run(what: str, interpret: str, *arguments: str) -> str:
     environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     with tempfile.TemporaryDirectory() as cache:
         environment["TRITON_CACHE_DIR"] = cache
-        command = [sys.executable, __file__, what]
+        command = [sys.executable, __file__, what, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -35,12 +40,14 @@ def test_the_interpreted_kernel_gives_the_bits_of_eager() -> None:
     assert run("interpret", "1") == "compared dtypes, options, memory, boxes; the host read nothing\n"
 
 
-def test_the_kernel_compiles_for_each_architecture_without_spills() -> None:
+def test_the_kernel_compiles_for_each_architecture_without_spills(sampled: Callable[[Any], list[Any]]) -> None:
     """And into exact operations: nothing fused, approximated or flushed to zero."""
-    report = run("compile", "0")
+    rows = sampled(itertools.product(ARCHITECTURES, range(KINDS)))
+    report = run("compile", "0", *(f"{architecture}:{kind}" for architecture, kind in rows))
     print(report)
     lines = [line.split() for line in report.splitlines()[1:]]
     assert {int(line[0]) for line in lines} == set(ARCHITECTURES)
+    assert len(lines) == len(rows)
     for *_, registers, _, spills, operations in lines:
         assert 0 < int(registers) <= 255
         assert spills == "0"
@@ -169,7 +176,7 @@ def check_that_the_host_reads_nothing() -> None:
     assert [float(entry.step) for entry in works[1].entries] == [3.0, 3.0]
 
 
-def check_compile() -> None:
+def check_compile(rows: list[str]) -> None:
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -193,42 +200,44 @@ def check_compile() -> None:
     ]
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     print("sm weight grad momentum dimensions tile block registers shared spills operations")
-    for architecture in ARCHITECTURES:
-        for kind in kinds if architecture == 90 else (kinds[0], kinds[5]):  # the parts in common, and the most
-            source = ASTSource(kernel.step_tiles, signature, constexprs=dict(zip(names, kind, strict=True)))
-            target = GPUTarget("cuda", architecture, 32)
-            compiled = triton.compile(source, target=target, options=kernel.OPTIONS)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-                cubin.write(compiled.asm["cubin"])
-                cubin.flush()
-                command = [str(tools / "cuobjdump"), "--dump-resource-usage", cubin.name]
-                usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            found = re.search(r"Function step_tiles:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-            assert found is not None, usage
-            registers, stack, _, local = map(int, found.groups())
-            shared = compiled.metadata.shared
-            names_of = r"\b(?:fma|mad|div|sqrt|rsqrt|rcp|mul|add|sub)\.[\w.]*f32"
-            operations = {each.removesuffix(".f32") for each in re.findall(names_of, compiled.asm["ptx"])}
-            weight, grad, moment, ndim, _, tall, wide, _, _, _, block, *_ = kind
-            print(
-                architecture,
-                weight,
-                grad,
-                moment,
-                ndim,
-                f"{tall}x{wide}",
-                block,
-                registers,
-                shared,
-                stack + local,
-                end=" ",
-            )
-            print(",".join(sorted(operations)))
+    assert len(kinds) == KINDS
+    for row in rows:
+        architecture, number = map(int, row.split(":"))
+        kind = kinds[number]
+        source = ASTSource(kernel.step_tiles, signature, constexprs=dict(zip(names, kind, strict=True)))
+        target = GPUTarget("cuda", architecture, 32)
+        compiled = triton.compile(source, target=target, options=kernel.OPTIONS)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            command = [str(tools / "cuobjdump"), "--dump-resource-usage", cubin.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.search(r"Function step_tiles:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+        assert found is not None, usage
+        registers, stack, _, local = map(int, found.groups())
+        shared = compiled.metadata.shared
+        names_of = r"\b(?:fma|mad|div|sqrt|rsqrt|rcp|mul|add|sub)\.[\w.]*f32"
+        operations = {each.removesuffix(".f32") for each in re.findall(names_of, compiled.asm["ptx"])}
+        weight, grad, moment, ndim, _, tall, wide, _, _, _, block, *_ = kind
+        print(
+            architecture,
+            weight,
+            grad,
+            moment,
+            ndim,
+            f"{tall}x{wide}",
+            block,
+            registers,
+            shared,
+            stack + local,
+            end=" ",
+        )
+        print(",".join(sorted(operations)))
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "compile":
-        check_compile()
+        check_compile(sys.argv[2:])
     else:
         import against_eager
 
