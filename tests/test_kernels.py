@@ -40,13 +40,14 @@ def test_the_c_backend_gives_the_bits_of_eager(dtype, settings):
 
 @needs_c
 @pytest.mark.parametrize("settings", [{"momentum": 0.9}, RECIPE | {"cover_block": 32, "cover_product": True}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_stochastic_rounding(dtype, settings):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("momentum_dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_stochastic_rounding(dtype, momentum_dtype, settings):
     generator = torch.Generator().manual_seed(0)
-    shapes = [s for s in SHAPES if len(s) < 2 or 1 not in s]  # dimensions of length 1 are moved to the end
-    weights = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    grads = [[gradient(s, dtype, generator, special) for s in shapes] for special in (False, False, True)]
-    narrow = {"momentum_dtype": torch.bfloat16, "stochastic_rounding": True, "rounding_seed": (1 << 63) + 12345}
+    weights = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    grads = [[gradient(s, dtype, generator, special) for s in SHAPES] for special in (False, False, True)]
+    narrow = {"momentum_dtype": momentum_dtype, "rounding_seed": (1 << 63) + 12345}
+    narrow["stochastic_rounding"] = dtype != torch.float16  # which it does not take
     compare(weights, grads, **settings, **narrow)
 
 
@@ -60,17 +61,21 @@ def test_gradients_may_be_missing_in_any_step():
 
 
 @needs_c
-def test_memory_may_be_misaligned_strided_or_permuted():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_may_be_misaligned_strided_or_permuted(dtype):
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(dtype)
 
     weights = [
         randn(101)[1:],
         randn(40 * 33 + 3)[3:].view(40, 33),
         randn(40, 50).t(),
         randn(40, 50)[:, 3:40],
+        randn(80)[::2],
+        randn(50, 40)[::2, ::3],
+        randn(30, 5, 10, 4)[::2, :, 3:6, ::2],
         randn(8, 6, 5, 4).to(memory_format=torch.channels_last),
         randn(30, 20, 10).permute(1, 2, 0),
     ]
@@ -81,7 +86,9 @@ def test_memory_may_be_misaligned_strided_or_permuted():
     grads.append([randn(*w.shape) for w in weights])  # not the strides of the weights: copied
     grads.append([randn(*w.shape[::-1]).permute(*range(w.dim() - 1, -1, -1)) for w in weights])
     grads.append([randn(*w.shape[:-1], 1).expand(w.shape) for w in weights])
-    for settings in ({}, {"momentum": 0.9}, {"cover_block": 3}, RECIPE | {"cover_block": 4, "cover_product": True}):
+    product = RECIPE | {"cover_block": 4, "cover_product": True}
+    narrow = {"momentum_dtype": torch.int8, "stochastic_rounding": True, "rounding_seed": 3}
+    for settings in ({}, {"momentum": 0.9}, {"cover_block": 3}, product, product | narrow, {"momentum": 0.9} | narrow):
         compare_views(weights, grads, **settings)
 
 

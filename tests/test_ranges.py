@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sm3_dist.layout.box import Box, bounding, flat_boxes
-from sm3_dist.layout.cover import touched
+from sm3_dist.layout.cover import cell, touched
 from sm3_dist.layout.ranges import even_cuts, shared_entries
 from sm3_dist.layout.shard import Peers
 
@@ -71,19 +71,20 @@ def test_shared_entries_are_those_that_several_ranks_store(
     ranges = list(pairwise([0, *sorted(place % (numel + 1) for place in places), numel]))
     boxes = [flat_boxes(shape, *run) for run in ranges]
     for i, shared in enumerate(shared_entries(shape, ranges, PEERS, cover_block)):
-        touching = [{c for box in held for c in cells(touched(box, i, cover_block))} for held in boxes]
-        stored = [cells(touched(bounding(held, len(shape)), i, cover_block)) if held else set() for held in boxes]
-        regions = [cell for region in shared.regions for cell in cells(region)] if shared else []
+        sets = cell(shape, i, cover_block)
+        touching = [{c for box in held for c in points(touched(box, sets))} for held in boxes]
+        stored = [points(touched(bounding(held, len(shape)), sets)) if held else set() for held in boxes]
+        regions = [point for region in shared.regions for point in points(region)] if shared else []
         assert in_several(touching) <= in_several(stored) == set(regions)
         assert len(regions) == len(set(regions))
 
 
 def in_several(sets: list[set[tuple[int, ...]]]) -> set[tuple[int, ...]]:
-    return {cell for one, other in combinations(sets, 2) for cell in one & other}
+    return {point for one, other in combinations(sets, 2) for point in one & other}
 
 
-def cells(box: Box) -> set[tuple[int, ...]]:
+def points(box: Box) -> set[tuple[int, ...]]:
     found: list[tuple[int, ...]] = [()]
     for start, stop in zip(box.start, box.stop, strict=True):
-        found = [(*cell, k) for cell in found for k in range(start, stop)]
+        found = [(*point, k) for point in found for k in range(start, stop)]
     return set(found)

@@ -286,9 +286,3 @@ def test_sparse_gradients_are_refused() -> None:
     embedding(torch.tensor([1, 3])).sum().backward()
     with pytest.raises(NotImplementedError, match="stochastic_rounding=False"):
         optimizer.step()
-
-
-def test_the_c_backend_declines_permuted_memory() -> None:
-    weight = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16).t())
-    with pytest.raises(ValueError, match="do not lie in memory in their order"):
-        SM3([weight], stochastic_rounding=True, backend="c").step()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sm3_dist.layout.box import Box
-from sm3_dist.layout.cover import accumulator_count, maxima
+from sm3_dist.layout.cover import accumulator_count, cell, maxima
 from sm3_dist.step.state import as_tensor
 
 StateDict = dict[str, Any]
@@ -122,7 +122,7 @@ def from_adamw(
         state = {"step": step, "update_square_average": torch.zeros((), dtype=torch.int64, device="cpu")}
         tensor = squares.reshape(squares.shape or (1,))
         for i in range(accumulator_count(tensor.shape, cover_block)):
-            cover = maxima(tensor, Box.whole(tensor.shape), i, cover_block)
+            cover = maxima(tensor, Box.whole(tensor.shape), cell(tuple(tensor.shape), i, cover_block))
             state[f"accumulator_{i}"] = (
                 cover if cover_block and squares.dim() else cover.reshape(squares.shape[i : i + 1])
             )

@@ -20,17 +20,23 @@ EMPTY = 1
 """Stands for the address of a gradient without elements: not null, for its parameter takes a step."""
 
 
-def refusal(entry: Entry, device: str) -> str | None:
+def refusal(entry: Entry, device: str, moment_types: Sequence[torch.dtype] = MOMENT_TYPES) -> str | None:
     """Why no backend for this type of device can step a tensor; ``None`` if it can."""
     weight, momentum = local_tensor(entry.param), entry.momentum_buffer
     if weight.device.type != device:
         return f"it is on {weight.device}."
     if weight.dtype not in TYPES:
         return f"it is {weight.dtype}."
-    if momentum is not None and momentum.dtype not in MOMENT_TYPES:
+    if momentum is not None and momentum.dtype not in moment_types:
         return f"its momentum is {momentum.dtype}."
     if len(entry.shard.shape) > DIMS:
         return f"it has more than {DIMS} dimensions."
+    return None
+
+
+def strided_refusal(entry: Entry) -> str | None:
+    """Why a backend that walks along contiguous memory cannot step a tensor; ``None`` if it can."""
+    weight, momentum = local_tensor(entry.param), entry.momentum_buffer
     last = memory_order(entry, weight)[-1]
     for view in [*entry.shard.views(weight), *([] if momentum is None else entry.shard.state_views(momentum))]:
         if view.shape[last] > 1 and view.stride(last) != 1:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from sm3_dist.layout.box import Box, overlaps
-from sm3_dist.layout.cover import accumulator_count, grid, touched
+from sm3_dist.layout.cover import accumulator_count, cell, grid, touched
 from sm3_dist.layout.groups import group_of
 from sm3_dist.layout.shard import LocalShard, Peers, Shared, in_words
 
@@ -119,8 +119,8 @@ class _Cut:
 @lru_cache(maxsize=4096)
 def _blocks_follow_shards(cut: _Cut, i: int, block: int) -> bool:
     """Whether a grid cut like the tensor gives every rank exactly the entries that its elements need."""
-    blocks = replace(cut, shape=grid(cut.shape, i, block))
-    return all(touched(_box(cut, here), i, block) == _box(blocks, here) for here in cut.coordinates())
+    cells, blocks = cell(cut.shape, i, block), replace(cut, shape=grid(cut.shape, i, block))
+    return all(touched(_box(cut, here), cells) == _box(blocks, here) for here in cut.coordinates())
 
 
 def _along(placement: Placement, i: int) -> Placement:
@@ -197,13 +197,14 @@ def _merged(runs: Sequence[Run]) -> list[Run]:
 
 
 def _shared(cut: _Cut, i: int, block: int | None, mesh: DeviceMesh) -> Shared | None:
-    """Accumulator ``i`` is a maximum over the mesh dimensions that shard another tensor dimension."""
-    dims = cut.dims_that_shard(lambda dim: dim != i)
+    """Accumulator ``i`` is a maximum over the mesh dimensions that shard what it does not tell apart."""
+    cells = cell(cut.shape, i, block)
+    dims = cut.dims_that_shard(lambda dim: cells[dim] != 1)
     if not dims:
         return None
     here = tuple(mesh.get_coordinate() or ())
     if block is None:  # the peers hold the same indices of dimension i, so they touch the same entries
-        whole = touched(_box(cut, here), i)
+        whole = touched(_box(cut, here), cells)
         regions: tuple[Box, ...] = (whole,) if whole.numel else ()
     else:
         regions = _overlaps(cut, i, block, _among(cut, dims, here))
@@ -217,7 +218,7 @@ def _among(cut: _Cut, dims: tuple[int, ...], here: tuple[int, ...]) -> tuple[tup
 
 @lru_cache(maxsize=4096)
 def _overlaps(cut: _Cut, i: int, block: int | None, peers: tuple[tuple[int, ...], ...]) -> tuple[Box, ...]:
-    return overlaps([touched(_box(cut, peer), i, block) for peer in peers])
+    return overlaps([touched(_box(cut, peer), cell(cut.shape, i, block)) for peer in peers])
 
 
 # A mesh may have thousands of ranks, and a model hundreds of tensors on it: the ranks are written down once. Their

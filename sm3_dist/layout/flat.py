@@ -8,14 +8,14 @@ the other dimensions of tensors that are cut at all. A tensor that lies whole on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
 from sm3_dist.layout.box import Box, flat_boxes
 from sm3_dist.layout.flat_metadata import FlatTensor, Original, clean, flat_tensors, held, is_flattened
-from sm3_dist.layout.ranges import Range, shared_entries
-from sm3_dist.layout.shard import LocalShard, Peers, Shared, in_words
+from sm3_dist.layout.ranges import reordered, shared_entries
+from sm3_dist.layout.shard import LocalShard, in_words
 
 
 class Flattened:
@@ -138,11 +138,11 @@ def shard_of(tensor: FlatTensor, original: Original, cover_block: int | None = N
     cut = tensor.peers if len(everywhere) > 1 else None
     return LocalShard(
         shape,
-        tuple(_restored(box, order) for box in flat_boxes([shape[d] for d in order], start, stop)),
+        tuple(reordered(box, order) for box in flat_boxes([shape[d] for d in order], start, stop)),
         flat_start=0 if separate else max(0, original.start - tensor.rank * tensor.part),
         flat_numel=stop - start if separate else tensor.part,
         order=original.order,
-        shared=_shared(shape, order, everywhere, cut, cover_block) if cut is not None else (),
+        shared=shared_entries(shape, everywhere, cut, cover_block, order) if cut is not None else (),
         ranks=ranks,
         layout=f"at {original.start} of a flat tensor in parts of {tensor.part} over ranks {in_words(ranks)}",
         name="" if separate else original.name,
@@ -156,18 +156,3 @@ def _holders(tensor: FlatTensor, original: Original) -> range:
     if original.numel == 0:
         return range(0)
     return range(original.start // tensor.part, (original.start + original.numel - 1) // tensor.part + 1)
-
-
-def _shared(
-    shape: Sequence[int], order: Sequence[int], ranges: Sequence[Range], peers: Peers, cover_block: int | None
-) -> tuple[Shared | None, ...]:
-    """For each accumulator the entries that two or more of the ranges touch."""
-    shared = shared_entries([shape[d] for d in order], ranges, peers, cover_block)
-    in_order = (shared[order.index(i)] if i in order else shared[i] for i in range(len(shared)))
-    return tuple(s and Shared(s.peers, tuple(_restored(box, order) for box in s.regions)) for s in in_order)
-
-
-def _restored(box: Box, order: Sequence[int]) -> Box:
-    """A box of the tensor with dimensions ``order`` as a box of the tensor with dimensions ``0, 1, …``."""
-    place = [order.index(d) for d in range(len(order))]
-    return Box(tuple(box.start[p] for p in place), tuple(box.stop[p] for p in place))

@@ -11,8 +11,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from sm3_dist.layout.box import bounding, flat_boxes, overlaps
-from sm3_dist.layout.cover import accumulator_count, touched
+from sm3_dist.layout.box import Box, bounding, flat_boxes, overlaps
+from sm3_dist.layout.cover import accumulator_count, cell, touched
 from sm3_dist.layout.shard import Peers, Shared
 
 Range = tuple[int, int]
@@ -23,7 +23,11 @@ SLACK = 200
 
 
 def shared_entries(
-    shape: Sequence[int], ranges: Sequence[Range], peers: Peers, cover_block: int | None = None
+    shape: tuple[int, ...],
+    ranges: Sequence[Range],
+    peers: Peers,
+    cover_block: int | None = None,
+    order: Sequence[int] | None = None,
 ) -> tuple[Shared | None, ...]:
     """The accumulator entries of one tensor that several ranks touch.
 
@@ -32,6 +36,7 @@ def shared_entries(
         ranges: the elements of the flattened tensor that each of the peers holds.
         peers: the ranks over which the tensor is cut.
         cover_block: indices per block of the covers, ``None`` for whole slices.
+        order: the dimensions in the order in which the tensor was flattened; ``None`` for ``0, 1, …``.
 
     Returns:
         for each accumulator the shared entries, ``None`` where each entry is touched by at most one rank.
@@ -52,10 +57,23 @@ def shared_entries(
         >>> rows is None, columns.regions
         (True, (Box(start=(0, 0), stop=(1, 5)),))
     """
-    extents = [bounding(flat_boxes(shape, start, stop), len(shape)) for start, stop in ranges if start < stop]
-    count = accumulator_count(shape, cover_block)
-    regions = [overlaps([touched(extent, i, cover_block) for extent in extents]) for i in range(count)]
+    order = range(len(shape)) if order is None else order
+    flat = [flat_boxes([shape[d] for d in order], start, stop) for start, stop in ranges if start < stop]
+    extents = [reordered(bounding(boxes, len(shape)), order) for boxes in flat]
+    cells = [cell(shape, i, cover_block) for i in range(accumulator_count(shape, cover_block))]
+    regions = [overlaps([touched(extent, each) for extent in extents]) for each in cells]
     return tuple(Shared(peers, boxes) if boxes else None for boxes in regions)
+
+
+def reordered(box: Box, order: Sequence[int]) -> Box:
+    """A box of the tensor with dimensions ``order`` as a box of the tensor with dimensions ``0, 1, …``.
+
+    Example:
+        >>> reordered(Box((1, 2, 3), (4, 5, 6)), (2, 0, 1))
+        Box(start=(2, 3, 1), stop=(5, 6, 4))
+    """
+    place = [order.index(d) for d in range(len(order))]
+    return Box(tuple(box.start[p] for p in place), tuple(box.stop[p] for p in place))
 
 
 def even_cuts(shapes: Sequence[Sequence[int]], parts: int) -> list[int]:

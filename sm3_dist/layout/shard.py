@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sm3_dist.layout.box import Box, bounding
-from sm3_dist.layout.cover import accumulator_count, touched
+from sm3_dist.layout.cover import Cell, accumulator_count, cell, touched
 
 if TYPE_CHECKING:  # the maths does without torch.distributed
     from torch.distributed import ProcessGroup
@@ -124,13 +124,18 @@ class LocalShard:
         return accumulator_count(self.shape, self.cover_block)
 
     @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells of each accumulator, see :func:`~sm3_dist.layout.cover.cell`."""
+        return tuple(cell(self.shape, i, self.cover_block) for i in range(self.accumulator_count))
+
+    @cached_property
     def stored(self) -> tuple[Box, ...]:
         """For each accumulator the rectangle of its grid that this rank stores."""
         return tuple(self.touched(self.extent, i) for i in range(self.accumulator_count))
 
     def touched(self, box: Box, i: int) -> Box:
         """The rectangle of the grid of accumulator ``i`` that ``box`` touches."""
-        return touched(box, i, self.cover_block)
+        return touched(box, self.cells[i])
 
     def views(self, local: Tensor) -> list[Tensor]:
         """The boxes as views of the local parameter or gradient, each of its box's shape."""

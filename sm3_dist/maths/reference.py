@@ -6,7 +6,9 @@ import functools
 import math
 import struct
 from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import truediv
 
 import torch
 from torch import Tensor
@@ -21,8 +23,7 @@ class ReferenceState:
 
     Attributes:
         accumulators: ``mu_i`` of shape ``(n_i,)`` for each dimension; the tensor's own shape for ``k <= 1``. With
-            blocks of ``B`` it has ``k`` dimensions: ``n_i``, and ``ceil(n_d / B)`` in every other dimension ``d``; and
-            there is one for the tiles, number ``k``, of length ``ceil(n_d / B)`` in every dimension.
+            blocks three of ``k`` dimensions, of the rows, the columns and the tiles, see :func:`cover_sets`.
         momentum_buffer: the tensor's shape; zero at first. int8: codes, see :func:`code_values`.
         step: number of steps taken.
         update_square_average: a moving average of the sum of squares of the updates before momentum that were not all
@@ -42,9 +43,8 @@ class ReferenceState:
         dtype = accumulator_dtype(weight.dtype)
         shapes: list[tuple[int, ...]] = [(n,) for n in weight.shape] or [()]
         if cover_block is not None and weight.dim():
-            blocks = [math.ceil(n / cover_block) for n in weight.shape]
-            shapes = [(*blocks[:i], n, *blocks[i + 1 :]) for i, n in enumerate(weight.shape)]
-            shapes += [tuple(blocks)] if weight.dim() > 1 else []
+            sets = cover_sets(weight.shape, cover_block)
+            shapes = [tuple(map(math.ceil, map(truediv, weight.shape, lengths))) for lengths in sets]
         return cls(
             [weight.new_zeros(s, dtype=dtype, requires_grad=False) for s in shapes],
             torch.zeros_like(weight, dtype=momentum_dtype or dtype, requires_grad=False),
@@ -105,16 +105,12 @@ def reference_step(
     dtype = state.accumulators[0].dtype
     state.step += 1
     g = -grad.to(dtype) if maximize else grad.to(dtype)
-    smallest = _along(state.accumulators[0], 0, weight.shape, cover_block)
-    for i in range(1, k):
-        smallest = torch.minimum(smallest, _along(state.accumulators[i], i, weight.shape, cover_block))
+    covers = [_along(mu, i, weight.shape, cover_block) for i, mu in enumerate(state.accumulators)]
+    smallest = functools.reduce(torch.minimum, covers)
     if cover_product and k > 1:
         limits = torch.finfo(dtype)  # of what may be infinite, the square of a finite gradient
-        tile = _along(state.accumulators[k], k, weight.shape, cover_block).clamp(limits.tiny, limits.max)
-        smallest = _along(state.accumulators[0], 0, weight.shape, cover_block).clamp(max=limits.max)
-        for i in range(1, k):
-            side = _along(state.accumulators[i], i, weight.shape, cover_block).clamp(max=limits.max)
-            smallest = smallest * (side / tile)
+        row, column, tile = (cover.clamp(max=limits.max) for cover in covers)
+        smallest = row * (column / tile.clamp(min=limits.tiny))
     nu = g * g + smallest if beta == 0 else g * g * (1 - beta) + smallest * beta
     corrected = nu * (1 / (1 - beta**state.step)) if bias_correction else nu
     u = torch.rsqrt(corrected + eps) * g
@@ -149,7 +145,7 @@ def _rounded(x: Tensor, dtype: torch.dtype, rounding: tuple[int, int] | None, st
     """``x`` in the type in which it is kept. Each element takes 16 random bits of its own, see :class:`Rounding`."""
     if rounding is None or dtype not in (torch.bfloat16, torch.int8) or not x.numel():
         return x.to(dtype)
-    lines = x.float().contiguous().view(-1, x.shape[-1] if x.dim() else 1)
+    lines = x.float().contiguous().view(math.prod(x.shape[: split(x.shape)]), -1)
     noise = [_noise(*rounding, step, stream, row, lines.shape[1]) for row in range(len(lines))]
     rounded = _bfloat16 if dtype == torch.bfloat16 else _code
     values = [list(map(rounded, *pair)) for pair in zip(lines.tolist(), noise, strict=True)]
@@ -208,23 +204,53 @@ def square_unit(numel: int) -> tuple[float, float]:
     return largest / 32**2, largest
 
 
+def split(shape: Sequence[int]) -> int:
+    """How many dimensions count the rows, where the others count the columns: the shorter side is then longest.
+
+    Example:
+        >>> split((8, 100, 200)), split((100, 8, 200)), split((200, 100, 3, 3)), split((5,))
+        (2, 2, 1, 0)
+    """
+    return max(range(len(shape)), key=lambda s: min(math.prod(shape[:s]), math.prod(shape[s:])) if s else -1, default=0)
+
+
+def cover_sets(shape: Sequence[int], block: int) -> list[list[int]]:
+    """The elements that an entry covers are a box: its lengths, for accumulators of rows, of columns and of tiles.
+
+    Rows and columns are cut into blocks of ``B`` at most, in boxes: of whole last dimensions as far as they go, then of
+    as many indices of the next one as there is room for. Of less than two dimensions each element has an entry.
+
+    Example:
+        >>> cover_sets((100, 200), 64), cover_sets((90, 80, 3, 3), 64), cover_sets((9, 100, 90), 64)[2]
+        ([[1, 64], [64, 1], [64, 64]], [[1, 7, 3, 3], [64, 1, 1, 1], [64, 7, 3, 3]], [1, 64, 64])
+    """
+    k, s = len(shape), split(shape)
+    if k < 2:
+        return [[1] * k]
+    tile = [1] * k
+    for side in (range(s), range(s, k)):
+        room = block
+        for d in reversed(side):
+            tile[d] = max(1, min(shape[d], room))
+            room //= tile[d]
+    return [[1] * s + tile[s:], tile[:s] + [1] * (k - s), tile]
+
+
 def _along(accumulator: Tensor, i: int, shape: torch.Size, block: int | None) -> Tensor:
-    """``mu_i``, broadcast over the other ``k - 1`` dimensions."""
+    """The entry of ``mu_i`` that covers each element, or what broadcasts to it."""
     if block is None:
         return accumulator.view([-1 if d == i else 1 for d in range(len(shape))])
-    for d, n in enumerate(shape):
-        if d != i:
-            accumulator = accumulator.repeat_interleave(block, d).narrow(d, 0, n)
+    for d, (n, length) in enumerate(zip(shape, cover_sets(shape, block)[i], strict=True)):
+        accumulator = accumulator.repeat_interleave(length, d).narrow(d, 0, n)
     return accumulator
 
 
 def _maximum(nu: Tensor, i: int, block: int | None) -> Tensor:
-    """``mu_i(r)``: the largest ``nu(j)`` with ``j_i = r``; with blocks, within each block."""
+    """``mu_i(r)``: the largest ``nu(j)`` with ``j_i = r``; with blocks, in each set that it covers."""
     if nu.dim() < 2:
         return nu
     if block is not None:
-        for d in range(nu.dim()):
-            if d != i:
-                nu = torch.stack([part.amax(d) for part in nu.split(block, d)], d)
+        for d, length in enumerate(cover_sets(nu.shape, block)[i]):
+            nu = torch.stack([part.amax(d) for part in nu.split(length, d)], d)
         return nu
     return nu.movedim(i, 0).flatten(1).amax(1)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sm3_dist.layout.box import Box
+from sm3_dist.layout.cover import split
 from sm3_dist.maths.momentum_code import encode
 
 WEIGHT, MOMENTUM = 0, 1
@@ -61,10 +62,10 @@ def philox(counter: Sequence[Word | int], key: tuple[int, int]) -> tuple[Word, W
 class Rounding:
     """How one tensor is rounded in one step.
 
-    Element ``(j_1, …, j_k)`` of a tensor of shape ``(n_1, …, n_k)`` lies in row ``r``, its place in the first ``k - 1``
-    dimensions in row-major order, and column ``j_k``. With ``c = j_k // 8`` its number is 16 bits, at ``j_k % 8``, of
-    ``philox((c, r, number + 2^31 * stream, step), seed)``, lower half of each word first. Words are taken modulo
-    ``2^32``.
+    A tensor of any number of dimensions counts as a matrix, see :func:`~sm3_dist.layout.cover.split`: an element lies
+    in row ``r``, its place in the first dimensions in row-major order, and column ``c``, its place in the others. Its
+    number is 16 bits, at ``c % 8``, of ``philox((c // 8, r, number + 2^31 * stream, step), seed)``, lower half of each
+    word first. Words are taken modulo ``2^32``.
 
     Attributes:
         seed: 64 bits.
@@ -91,15 +92,17 @@ class Rounding:
             >>> torch.equal(rounding.noise(whole, WEIGHT)[part.within(whole)], rounding.noise(part, WEIGHT))
             True
         """
-        rows = torch.zeros((), dtype=torch.int64, device=device)
-        for n, a, b in zip(self.shape[:-1], box.start[:-1], box.stop[:-1], strict=True):
-            rows = (rows * n).unsqueeze(-1) + torch.arange(a, b, dtype=torch.int64, device=device)
-        first, last = box.start[-1] // LANES, -(-box.stop[-1] // LANES)
-        groups = torch.arange(first, last, dtype=torch.int64, device=device)
-        counter = (groups, rows.view(-1, 1) & _WORD, self.number | stream << 31, self.step & _WORD)
+        if not box.numel:
+            return torch.empty(box.shape, dtype=torch.int32, device=device)
+        s = split(self.shape)
+        rows = _places(self.shape[:s], box.start[:s], box.stop[:s], device)
+        columns = _places(self.shape[s:], box.start[s:], box.stop[s:], device)
+        first, last = (_place(self.shape[s:], at[s:]) // LANES for at in (box.start, [b - 1 for b in box.stop]))
+        groups = torch.arange(first, last + 1, dtype=torch.int64, device=device)
+        counter = (groups & _WORD, rows.view(-1, 1) & _WORD, self.number | stream << 31, self.step & _WORD)
         words = philox(counter, (self.seed & _WORD, self.seed >> 32 & _WORD))
-        halves = torch.stack([half.int() for word in words for half in (word & 0xFFFF, word >> 16)], -1)
-        return halves.flatten(1).narrow(1, box.start[-1] - first * LANES, box.shape[-1]).reshape(box.shape)
+        halves = torch.stack([half.int() for word in words for half in (word & 0xFFFF, word >> 16)], -1).flatten(1)
+        return halves.index_select(1, columns - first * LANES).view(box.shape)
 
     def store(self, target: Tensor, values: Tensor, box: Box, stream: int) -> None:
         """Write values of a box into a tensor: rounded stochastically to codes and to bfloat16, else to the nearest.
@@ -115,6 +118,21 @@ class Rounding:
         elif target.dtype == torch.bfloat16 and self.bfloat16:
             values = round_to_bfloat16(values, self.noise(box, stream, values.device))
         target.copy_(values)
+
+
+def _places(shape: Sequence[int], start: Sequence[int], stop: Sequence[int], device: torch.device | str) -> Tensor:
+    """The places of a box's indices in a tensor of this shape, in row-major order."""
+    places = torch.zeros((), dtype=torch.int64, device=device)
+    for n, a, b in zip(shape, start, stop, strict=True):
+        places = (places * n).unsqueeze(-1) + torch.arange(a, b, dtype=torch.int64, device=device)
+    return places.flatten()
+
+
+def _place(shape: Sequence[int], index: Sequence[int]) -> int:
+    place = 0
+    for n, i in zip(shape, index, strict=True):
+        place = place * n + i
+    return place
 
 
 def round_to_bfloat16(values: Tensor, noise: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sm3_dist.layout.box import Box
-from sm3_dist.layout.cover import maxima, spread
+from sm3_dist.layout.cover import blocks, maxima, spread
 from sm3_dist.layout.shard import LocalShard
 from sm3_dist.maths.momentum_code import decode
 from sm3_dist.maths.rms import SquareSum
@@ -179,13 +179,15 @@ def update_shard(
     """
     limit = CHUNK_BYTES // accumulators[0].element_size()
     block = shard.cover_block
-    axis = 0 if block is not None else _sweep_axis(shard.extent.shape, limit)
+    axis, multiple = _sweep_axis(shard.extent.shape, limit), 1
+    if block is not None:
+        axis, multiple = 0, blocks(shard.shape, block)[0]
     weights, grads = shard.views(weight), shard.views(grad)
     moments: Sequence[Tensor | None] = [None] * len(shard.boxes)
     if momentum_buffer is not None:
         moments = shard.state_views(momentum_buffer)
     aside = {} if block is not None else {i: torch.zeros_like(a) for i, a in enumerate(accumulators) if i != axis}
-    for strip in _strips(shard.extent, axis, limit, block or 1):
+    for strip in _strips(shard.extent, axis, limit, multiple):
         swept = [shard.touched(strip, i) for i in range(len(accumulators))]
         new = [aside[i] if i in aside else a.new_zeros(swept[i].shape) for i, a in enumerate(accumulators)]
         for box, w, g, m in zip(shard.boxes, weights, grads, moments, strict=True):
@@ -193,12 +195,13 @@ def update_shard(
                 at = chunk.within(box)
                 rects = [shard.touched(chunk, i) for i in range(len(accumulators))]
                 covers = [
-                    spread(acc[rects[i].within(shard.stored[i])], chunk, i, block) for i, acc in enumerate(accumulators)
+                    spread(acc[rects[i].within(shard.stored[i])], chunk, shard.cells[i])
+                    for i, acc in enumerate(accumulators)
                 ]
                 nu = update_box(w[at], g[at], covers, None if m is None else m[at], settings, squares, chunk)
                 for i, maximum in enumerate(new):
                     part = maximum[rects[i].within(swept[i])]
-                    torch.maximum(part, maxima(nu, chunk, i, block), out=part)
+                    torch.maximum(part, maxima(nu, chunk, shard.cells[i]), out=part)
         for i, acc in enumerate(accumulators):
             if i not in aside:
                 acc[swept[i].within(shard.stored[i])] = new[i]

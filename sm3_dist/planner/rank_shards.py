@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sm3_dist.layout.box import Box, bounding, flat_boxes, overlaps
-from sm3_dist.layout.cover import touched
+from sm3_dist.layout.cover import cell, touched
 from sm3_dist.layout.flat_metadata import Original, held
 from sm3_dist.layout.ranges import Range
 from sm3_dist.layout.shard import LocalShard
@@ -61,10 +61,11 @@ class Pieces:
 
     def shared(self, i: int, cover_block: int | None) -> tuple[Box, ...]:
         """The entries of accumulator ``i`` that several ranks touch, where they do not compute the same thing."""
-        if self.replicated or i == self.axis:
+        if self.replicated or (cover_block is None and i == self.axis):
             return ()
         holding = [e for e, b in zip(self.extents, self.boxes, strict=True) if self.axis is not None or b]
-        return overlaps([touched(extent, i, cover_block) for extent in holding])
+        cells = cell(_shape(self.param), i, cover_block)
+        return overlaps([touched(extent, cells) for extent in holding])
 
 
 def rank_shards(

@@ -45,7 +45,7 @@ def write_minimum(shard: LocalShard, accumulators: Sequence[Tensor], minimum: Te
         lowest.fill_(torch.iinfo(lowest.dtype).max)
         for i, accumulator in enumerate(accumulators):
             covers = accumulator[shard.touched(box, i).within(shard.stored[i])].view(lowest.dtype)
-            torch.minimum(lowest, spread(covers, box, i, shard.cover_block), out=lowest)
+            torch.minimum(lowest, spread(covers, box, shard.cells[i]), out=lowest)
 
 
 def read_minimum(shard: LocalShard, minimum: Tensor) -> list[Tensor]:
@@ -63,5 +63,5 @@ def read_minimum(shard: LocalShard, minimum: Tensor) -> list[Tensor]:
         values = view.view(BITS[view.dtype])
         for i, accumulator in enumerate(found):
             part = accumulator.view(values.dtype)[shard.touched(box, i).within(shard.stored[i])]
-            torch.maximum(part, maxima(values, box, i, shard.cover_block), out=part)
+            torch.maximum(part, maxima(values, box, shard.cells[i]), out=part)
     return found

@@ -19,10 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sm3_dist.kernels import fused
 from sm3_dist.kernels.fused import DIMS, Operands
+from sm3_dist.kernels.matrices import matrices, sides
+from sm3_dist.layout.cover import split
 from sm3_dist.layout.describe import local_tensor
+from sm3_dist.layout.shard import LocalShard
 from sm3_dist.maths.rms import CUT_OFF
 from sm3_dist.maths.update import Settings
 from sm3_dist.step.entry import Entry
@@ -31,7 +35,8 @@ from sm3_dist.step.param_groups import correction_of, first_rms
 WEIGHT, GRAD, MOMENT, OPERANDS, MAX_THREADS = 0, 1, 2, 3, 256
 PARAM_FIELDS = 4
 """Of struct param, 64 bits each."""
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 4}
+MOMENT_TYPES = (torch.float32, torch.bfloat16, torch.int8)
 NO_MOMENTUM = 3
 MOST_ASIDE = 1 << 20
 """Most accumulator entries whose maxima a thread gathers aside."""
@@ -59,6 +64,20 @@ class _Box(ctypes.Structure):
     )
 
 
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "first_row", "first_column", "block")),
+        *((name, ctypes.c_int64) for name in ("column_length", "column_phase", "row_place", "column_place")),
+        ("offset", ctypes.c_int64 * OPERANDS),
+        ("stride", ctypes.c_int64 * OPERANDS),
+        ("table", ctypes.c_void_p),
+    )
+
+
+class _Side(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("outer", "length", "blocks", "block", "phase"))
+
+
 class _Tensor(ctypes.Structure):
     _fields_ = (
         ("param", ctypes.c_int64),
@@ -72,11 +91,12 @@ class _Tensor(ctypes.Structure):
         ("stored", _integers),
         ("order", _integers),
         ("extent_start", _integers),
-        ("extent", _integers),
-        ("shape", _integers),
+        ("place", _integers * 2),
+        ("side", _Side * 2),
+        ("strided", ctypes.c_int64),
         ("rounds", ctypes.c_int64),
         ("number", ctypes.c_int64),
-        ("accumulator", ctypes.c_void_p * (DIMS + 1)),
+        ("accumulator", ctypes.c_void_p * DIMS),
         ("moment", ctypes.c_void_p),
         ("whole_numel", ctypes.c_double),
         ("cap", ctypes.c_double),
@@ -108,7 +128,8 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(built[0]))
     except OSError as error:
         return f"the compiled C kernel does not load: {error}. Install sm3_dist again on this machine."
-    layout = sum(ctypes.sizeof(struct) << 16 * i for i, struct in enumerate((_Param, _Tensor, _Box, _Settings)))
+    sizes = ((_Param, 0), (_Matrix, 8), (_Tensor, 16), (_Box, 32), (_Settings, 48))
+    layout = sum(ctypes.sizeof(struct) << shift for struct, shift in sizes)
     if not hasattr(library, "sm3_layout") or _layout_of(library) != layout:
         return "the C kernel was compiled from other sources than are installed. Install sm3_dist again."
     library.sm3_width.restype = ctypes.c_char_p
@@ -118,7 +139,7 @@ def _library() -> ctypes.CDLL | str:
     library.sm3_step.restype = None
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.sm3_step.argtypes = (
-        *(pointer, integer, pointer, pointer, integer, pointer),
+        *(pointer, integer, pointer, pointer, pointer, integer, pointer),
         *(integer, integer, pointer, pointer),
     )
     return library
@@ -171,29 +192,17 @@ def _warn_once(reason: str) -> None:
 
 def refusal(entry: Entry) -> str | None:
     """Why the C backend cannot step this tensor; ``None`` if it can."""
-    reason = fused.refusal(entry, "cpu")
-    if reason is None and entry.rounds:
-        order = fused.memory_order(entry, local_tensor(entry.param))
-        if order != sorted(order):
-            reason = "it is rounded stochastically, and its dimensions do not lie in memory in their order."
-    if reason is None and _aside(entry) > MOST_ASIDE:
+    reason = fused.refusal(entry, "cpu", MOMENT_TYPES)
+    if reason is None and not _in_blocks(entry.shard) and sum(box.numel for box in entry.shard.stored[1:]) > MOST_ASIDE:
         reason = f"more than {MOST_ASIDE} entries of its accumulators would have to be gathered at a time."
     if reason is None and (reason := unavailable()) is not None:
         _warn_once(reason)
     return reason
 
 
-def _aside(entry: Entry) -> int:
-    """About how many new accumulator entries are gathered until they can be written."""
-    shard = entry.shard
-    if shard.cover_block is None or len(shard.shape) == 1:
-        return sum(box.numel for box in shard.stored[1:])
-    first = fused.memory_order(entry, local_tensor(entry.param))[0]
-    rows = [shard.cover_block if i == first else 1 for i in range(shard.accumulator_count)]
-    return sum(
-        box.numel // max(1, box.shape[first]) * min(n, box.shape[first])
-        for n, box in zip(rows, shard.stored, strict=True)
-    )
+def _in_blocks(shard: LocalShard) -> bool:
+    """Whether it is a list of matrices to the library, and not of boxes."""
+    return shard.cover_block is not None and len(shard.shape) > 1
 
 
 class CKernel:
@@ -224,14 +233,18 @@ class CKernel:
     def _write_list(self) -> None:
         """Write down where everything lies in memory."""
         self._tensors = (_Tensor * len(self.entries))()
-        self._boxes = (_Box * sum(len(entry.shard.boxes) for entry in self.entries))()
         groups = {id(group): i for i, group in enumerate(self._groups)}
-        first_box = 0
+        boxes: list[Any] = []
+        parts_in_blocks: list[Any] = []
+        self._tables: list[Tensor] = []
         for tensor, entry in zip(self._tensors, self.entries, strict=True):
             tensor.param, tensor.group = self._operands.index[id(entry.param)], groups[id(entry.group)]
-            tensor.first_box = first_box
+            parts, target = (self._matrices_of, parts_in_blocks) if _in_blocks(entry.shard) else (self._boxes_of, boxes)
             self._describe(tensor, entry)
-            first_box += len(entry.shard.boxes)
+            tensor.first_box = len(target)
+            target += parts(tensor, entry)
+            tensor.boxes = len(target) - tensor.first_box
+        self._boxes, self._matrices = (_Box * len(boxes))(*boxes), (_Matrix * len(parts_in_blocks))(*parts_in_blocks)
         # shard_covers releases the memory of shared accumulators between steps.
         pairs = zip(self._tensors, self.entries, strict=True)
         self._released = [(tensor, entry) for tensor, entry in pairs if any(entry.shard.shared)]
@@ -243,27 +256,59 @@ class CKernel:
         tensor.type[WEIGHT], tensor.type[GRAD] = TYPES[weight.dtype], TYPES[self._operands.dtypes[tensor.param]]
         tensor.type[MOMENT] = NO_MOMENTUM if momentum is None else TYPES[momentum.dtype]
         tensor.moment = 0 if momentum is None else momentum.data_ptr()
-        tensor.dims, tensor.boxes, tensor.numel = len(order), len(shard.boxes), shard.numel
-        tensor.rounds, tensor.number = entry.rounds, entry.number
-        tensor.block = (shard.cover_block or 0) if len(order) > 1 else 0
+        tensor.dims, tensor.numel = len(order), shard.numel
+        tensor.rounds, tensor.number = bool(entry.group["stochastic_rounding"]), entry.number
+        s = split(shard.shape)
         for i, dim in enumerate(order):
-            tensor.shape[i] = shard.shape[dim]
-            tensor.order[i], tensor.stored[i] = dim, shard.stored[dim].numel
-            tensor.extent_start[i], tensor.extent[i] = shard.extent.start[dim], shard.extent.shape[dim]
+            tensor.stored[i] = shard.stored[dim].numel if not _in_blocks(shard) else 0
+            tensor.extent_start[i] = shard.extent.start[dim]
+            side, end = (0, s) if dim < s else (1, len(order))
+            tensor.place[side][i] = math.prod(shard.shape[dim + 1 : end])
+        if _in_blocks(shard):
+            tensor.block = shard.cover_block
+            for target, side in zip(tensor.side, sides(shard), strict=True):
+                for name, number in vars(side).items():
+                    setattr(target, name, number)
         if (squares := entry.squares) is not None:
             tensor.whole_numel, tensor.cap = squares.numel, squares.cap
             tensor.partial, tensor.average = squares.partial.data_ptr(), squares.average.data_ptr()
-        _point(tensor, entry, order)
-        operands = fused.views(entry, weight, self._operands.strides[tensor.param])
+        _point(tensor, entry)
+
+    def _operands_of(self, tensor: Any, entry: Entry) -> list[tuple[Tensor, list[Tensor]]]:
+        return fused.views(entry, local_tensor(entry.param), self._operands.strides[tensor.param])
+
+    def _boxes_of(self, tensor: Any, entry: Entry) -> list[Any]:
+        shard, operands, boxes = entry.shard, self._operands_of(tensor, entry), []
+        order = fused.memory_order(entry, local_tensor(entry.param))
         for b, box in enumerate(shard.boxes):
-            target = self._boxes[tensor.first_box + b]
+            target = _Box()
             for operand, (local, views) in enumerate(operands):
                 target.offset[operand] = views[b].storage_offset() - local.storage_offset()
                 for i, dim in enumerate(order):
                     target.stride[operand][i] = views[b].stride(dim)
+                tensor.strided |= box.shape[order[-1]] > 1 and views[b].stride(order[-1]) != 1
             for i, dim in enumerate(order):
                 target.shape[i] = box.shape[dim]
                 target.start[i] = box.start[dim] - shard.extent.start[dim]
+            boxes.append(target)
+        return boxes
+
+    def _matrices_of(self, tensor: Any, entry: Entry) -> list[Any]:
+        operands, found = self._operands_of(tensor, entry), []
+        starts = [[view.storage_offset() - local.storage_offset() for view in views] for local, views in operands]
+        for matrix in matrices(entry.shard, [views for _, views in operands]):
+            rows, columns = matrix.rows, matrix.columns
+            target = _Matrix(
+                *(rows.count, columns.count, rows.first, columns.first, columns.block),
+                *(columns.length, columns.phase, rows.place, columns.place),
+            )
+            target.offset[:] = [of[matrix.box] + n for of, n in zip(starts, matrix.offsets, strict=True)]
+            target.stride[:] = matrix.strides
+            if matrix.table is not None:
+                self._tables.append(matrix.table)
+                target.table = matrix.table.data_ptr()
+            found.append(target)
+        return found
 
     def _retype(self, param: int, dtype: torch.dtype) -> None:
         for tensor in self._tensors:
@@ -283,7 +328,7 @@ class CKernel:
         if any(group["bias_correction"] for group in self._groups):
             self._table[3::PARAM_FIELDS] = self._corrections()
         for tensor, entry in self._released:
-            _point(tensor, entry, fused.memory_order(entry, local_tensor(entry.param)))
+            _point(tensor, entry)
         for target, group in zip(self._group_settings, self._groups, strict=True):
             _write(target, settings[id(group)], group)
         self._step()
@@ -308,14 +353,15 @@ class CKernel:
             self._scratch_threads = threads
         table, params = self._table.buffer_info()[0], len(self._operands.params)
         library.sm3_step(
-            *(self._tensors, count, self._boxes, table, params, self._group_settings),
+            *(self._tensors, count, self._boxes, self._matrices, table, params, self._group_settings),
             *(threads, self._width, self._scratch.data_ptr(), _parallel(os.getpid())),
         )
 
 
-def _point(tensor: Any, entry: Entry, order: Sequence[int]) -> None:
-    for i, dim in enumerate([*order, *range(len(order), len(entry.accumulators))]):
-        tensor.accumulator[i] = entry.accumulators[dim].data_ptr()
+def _point(tensor: Any, entry: Entry) -> None:
+    order = fused.memory_order(entry, local_tensor(entry.param))
+    for i, a in enumerate(range(3) if _in_blocks(entry.shard) else order):
+        tensor.accumulator[i] = entry.accumulators[a].data_ptr()
 
 
 def _write(target: Any, s: Settings, group: Mapping[str, Any]) -> None:

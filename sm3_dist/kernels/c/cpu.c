@@ -44,6 +44,7 @@ struct team { /* of the threads of one step */
     const struct step *step;
     struct share *shares;
     char *workspaces;
+    int64_t workspace;     /* bytes of each */
     int64_t joined, taken; /* how many threads there are so far, and how many shares they took */
 };
 
@@ -61,10 +62,10 @@ static int64_t share_start(const struct step *step, int64_t index) {
     return step->numel - rest + part * (index % threads) / threads;
 }
 
-/* Sizes of the structs that cpu.py declares as well: a library compiled from other sources is told by them. */
+/* Sizes of the structs that backend.py declares as well: a library compiled from other sources is told by them. */
 EXPORT int64_t sm3_layout(void) {
     return (int64_t)((sizeof(struct settings) << 48) + (sizeof(struct box) << 32) + (sizeof(struct tensor) << 16) +
-                     sizeof(struct param));
+                     (sizeof(struct matrix) << 8) + sizeof(struct param));
 }
 
 /* Name of vector width number i, or null if there are fewer or this processor lacks it. */
@@ -77,19 +78,26 @@ EXPORT const char *sm3_width(int i) {
 static int64_t largest_aside(const struct tensor *tensors, int64_t count, int64_t shares) {
     int64_t most = 0;
     for (const struct tensor *t = tensors; t < tensors + count; t++) {
-        int64_t n = t->dims == 1 ? 0 : aside(t, first_aside(t, shares), t->dims);
-        if (t->block) n = strip_entries(t);
+        int64_t n = t->dims == 1 || t->block ? 0 : aside(t, first_aside(t, shares), t->dims);
         if (n > most) most = n;
     }
     return (most + GAP - 1) / GAP * GAP * (int64_t)sizeof(int32_t);
 }
 
-static const int64_t workspace_bytes = (BLOCK_WORKSPACE > 2 * LONG_ROW ? BLOCK_WORKSPACE : 2 * LONG_ROW) * sizeof(float);
+/* Bytes of workspace for some rows, or a panel. */
+static int64_t workspace_bytes(const struct tensor *tensors, int64_t count) {
+    int64_t most = 2 * LONG_ROW;
+    for (const struct tensor *t = tensors; t < tensors + count; t++) {
+        int64_t n = t->block && t->numel ? panel_entries(t) : 0;
+        if (n > most) most = n;
+    }
+    return (most + GAP - 1) / GAP * GAP * (int64_t)sizeof(float);
+}
 
 /* A share needs room for the maxima of two tensors, the first and the last in it; a thread, for some rows. */
 EXPORT int64_t sm3_scratch_bytes(const struct tensor *tensors, int64_t count, int64_t threads) {
     int64_t shares = shares_for(threads);
-    return shares * 2 * largest_aside(tensors, count, shares) + threads * workspace_bytes;
+    return shares * 2 * largest_aside(tensors, count, shares) + threads * workspace_bytes(tensors, count);
 }
 
 /* The strip of a tensor with block covers at which it may be cut, for element e. */
@@ -105,8 +113,7 @@ static void work_on(const struct step *step, struct share *share, int64_t index,
         if (!step->params[t->param].grad || !t->numel) continue;
         if (before + t->numel > start && t->block) {
             int64_t from = strip_at(t, start - before), to = strip_at(t, stop - before);
-            int32_t *maxima = (int32_t *)(scratch + (before >= start) * step->room);
-            sweep_blocks(step, t, from, to, maxima, (float *)workspace);
+            sweep_blocks(step, t, from, to, (float *)workspace);
         } else if (before + t->numel > start) {
             struct piece from = cut_at(t, step->boxes, start - before, step->shares);
             struct piece to = cut_at(t, step->boxes, smaller(stop - before, t->numel), step->shares);
@@ -127,7 +134,7 @@ static void work_on(const struct step *step, struct share *share, int64_t index,
 
 static void work(void *argument) {
     struct team *team = argument;
-    char *workspace = team->workspaces + __atomic_fetch_add(&team->joined, 1, __ATOMIC_RELAXED) * workspace_bytes;
+    char *workspace = team->workspaces + __atomic_fetch_add(&team->joined, 1, __ATOMIC_RELAXED) * team->workspace;
     for (;;) {
         int64_t index = __atomic_fetch_add(&team->taken, 1, __ATOMIC_RELAXED);
         if (index >= team->step->shares) return;
@@ -178,16 +185,17 @@ static void merge(const struct share *shares, int64_t count) {
  * scratch: sm3_scratch_bytes() bytes, aligned to 64, with the same number of threads.
  * parallel: how to have PyTorch's threads, which would otherwise be in the way: idle ones spin for milliseconds, in wait of
  *     its next operation. Null: threads are made that live only as long as this call. */
-EXPORT void sm3_step(const struct tensor *tensors, int64_t count, const struct box *boxes, const struct param *params,
-                     int64_t param_count, const struct settings *settings, int64_t threads, int64_t width, char *scratch,
-                     parallel_function *parallel) {
-    struct step step = {tensors, boxes, params, settings, count, &widths[width], shares_for(threads), 0, 0, scratch};
+EXPORT void sm3_step(const struct tensor *tensors, int64_t count, const struct box *boxes, const struct matrix *matrices,
+                     const struct param *params, int64_t param_count, const struct settings *settings, int64_t threads,
+                     int64_t width, char *scratch, parallel_function *parallel) {
+    struct step step = {.tensors = tensors, .boxes = boxes, .matrices = matrices, .params = params, .settings = settings,
+                        .count = count, .width = &widths[width], .shares = shares_for(threads), .scratch = scratch};
     struct share shares[MAX_THREADS * ROUNDS];
     for (const struct tensor *t = tensors; t < tensors + count; t++)
         if (params[t->param].grad) step.numel += t->numel;
     step.room = largest_aside(tensors, count, step.shares);
     memset(shares, 0, (size_t)step.shares * sizeof *shares);
-    struct team team = {&step, shares, scratch + step.shares * 2 * step.room, 0, 0};
+    struct team team = {&step, shares, scratch + step.shares * 2 * step.room, workspace_bytes(tensors, count), 0, 0};
     work_together(&team, threads, parallel);
     merge(shares, step.shares);
     for (const struct param *p = params; p < params + param_count; p++)

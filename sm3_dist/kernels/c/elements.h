@@ -7,7 +7,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { FLOAT32, BFLOAT16, FLOAT16, NONE }; /* element types; NONE: no momentum */
+enum { FLOAT32, BFLOAT16, FLOAT16, NONE, CODE }; /* element types; NONE: no momentum; CODE: see momentum_code.py */
 
 union bits {
     float f;
@@ -56,8 +56,29 @@ INLINE uint16_t to_float16(float x) {
     return (uint16_t)(u | sign);
 }
 
+/* Upper bits of a float32 that a code has not; the value of code 8, from where on its bits are those of a float32. */
+enum { CODE_BIAS = ((127 - 12) << 3) - 8, DROPPED = 20 };
+#define NORMAL 0x1p-12f
+
+INLINE float from_code(int8_t c) {
+    int32_t length = c < 0 ? -c : c;
+    float value = length < 8 ? (float)length * 0x1p-15f : float_of((length + CODE_BIAS) << DROPPED);
+    return c == -128 ? NAN : c < 0 ? -value : value;
+}
+
+/* Of the neighbours of x the longer one, if the noise, 16 bits, carries over. */
+INLINE int8_t to_code(float x, uint32_t noise) {
+    float length = fabsf(x);
+    int32_t fixed = (int32_t)((length < NORMAL ? length : NORMAL) * 0x1p31f) << 4;
+    int32_t code = length < NORMAL ? fixed : bits_of(length) - (CODE_BIAS << DROPPED);
+    code = (code + (int32_t)(noise << (DROPPED - 16))) >> DROPPED;
+    code = code < 127 ? code : 127;
+    return (int8_t)(x != x ? -128 : bits_of(x) < 0 ? -code : code);
+}
+
 INLINE float load(const void *p, int64_t j, int type) {
     if (type == FLOAT32) return ((const float *)p)[j];
+    if (type == CODE) return from_code(((const int8_t *)p)[j]);
     uint16_t h = ((const uint16_t *)p)[j];
     return type == BFLOAT16 ? from_bfloat16(h) : from_float16(h);
 }
@@ -69,7 +90,7 @@ INLINE void store(void *p, int64_t j, float x, int type) {
         ((uint16_t *)p)[j] = type == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
 }
 
-INLINE int64_t size_of(int64_t type) { return type == FLOAT32 ? 4 : 2; }
+INLINE int64_t size_of(int64_t type) { return type == FLOAT32 ? 4 : type == CODE ? 1 : 2; }
 
 enum { LINE = 64, AHEAD = 4096 }; /* bytes */
 

@@ -1,4 +1,4 @@
-/* Stochastic rounding to bfloat16, by the random numbers of rounding.py. */
+/* Stochastic rounding to bfloat16 and to codes, by the random numbers of rounding.py. */
 
 struct philox { /* counter and key of one row */
     uint32_t row, tensor, step;
@@ -26,10 +26,17 @@ INLINE void random_words(int64_t groups, uint32_t first, const struct philox *p,
 }
 
 /* Away from zero if the noise, added to the bits that are dropped, carries over. */
-INLINE void round_randomly(int64_t n, uint16_t *restrict to, const float *restrict from,
-                           const uint32_t *restrict noise) {
+INLINE uint16_t to_bfloat16_randomly(float x, uint32_t noise) {
+    uint32_t rounded = ((union bits){.f = x}).u + noise;
+    return (uint16_t)(x != x ? 0x7fc0 : rounded >> 16);
+}
+
+INLINE void round_randomly(int64_t n, void *restrict to, const float *restrict from, const uint32_t *restrict noise,
+                           int type) {
     for (int64_t j = 0; j < n; j++) {
-        uint32_t rounded = ((union bits){.f = from[j]}).u + noise[j];
-        to[j] = (uint16_t)(from[j] != from[j] ? 0x7fc0 : rounded >> 16);
+        if (type == CODE)
+            ((int8_t *)to)[j] = to_code(from[j], noise[j]);
+        else
+            ((uint16_t *)to)[j] = to_bfloat16_randomly(from[j], noise[j]);
     }
 }

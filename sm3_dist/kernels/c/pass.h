@@ -3,6 +3,7 @@
 struct step { /* what all threads share */
     const struct tensor *tensors;
     const struct box *boxes;
+    const struct matrix *matrices;
     const struct param *params;
     const struct settings *settings;
     int64_t count;
@@ -28,7 +29,7 @@ static struct pass pass_over(const struct step *step, const struct tensor *t) {
     struct settings *s = &p.settings;
     s->correction = (float)p.param->correction;
     s->scale = 1;
-    s->shaped |= t->rounds != 0;
+    s->shaped |= t->rounds || t->type[MOMENT] == CODE || t->strided;
     if (t->partial) {
         double per_one = t->cap / (32 * 32);
         double mean = *t->average > 0 ? (double)*t->average / (per_one * t->whole_numel) : s->first_square;
@@ -63,14 +64,30 @@ static void advance(struct stretch *x) {
     x->peaks += x->n;
 }
 
-/* The noise of n <= TILE elements of a box, from number `skip` after element `at` on. Dimensions lie in memory in their
- * order, so the distance from the first element of the box tells the indices. */
-static void make_noise(const struct pass *p, const struct box *b, int64_t at, int64_t skip, int64_t n, int stream,
-                       uint32_t *noise) {
+/* Where elements that follow one another lie, in the memory of the operands and in the original tensor. */
+struct place {
+    int64_t offset[OPERANDS];       /* of the first */
+    int64_t step[OPERANDS];         /* from one to the next, */
+    const int64_t *table[OPERANDS]; /* but if there is one, by this instead */
+    int64_t row, column;            /* of the first in the original tensor; the others are the next columns, */
+    const struct box *box;          /* but if there is one, whatever follows in its memory */
+};
+
+/* 16 random bits for each of the elements of a row from a column on. */
+static void row_noise(const struct pass *p, int64_t row, int64_t column, int64_t n, int stream, uint32_t *noise) {
+    uint32_t words[TILE / 2 + 8];
+    int64_t phase = column % 8;
+    struct philox philox = {(uint32_t)row, (uint32_t)p->t->number | (uint32_t)stream << 31, (uint32_t)*p->param->step,
+                            p->settings.seed};
+    p->width->words((phase + n + 7) / 8, (uint32_t)(column / 8), &philox, words);
+    for (int64_t j = 0; j < n; j++) noise[j] = words[(phase + j) / 2] >> 16 * ((phase + j) % 2) & 0xffff;
+}
+
+/* Likewise for n elements of a box, from number `skip` after element `at` of its memory on. */
+static void box_noise(const struct pass *p, const struct box *b, int64_t at, int64_t skip, int64_t n, int stream,
+                      uint32_t *noise) {
     const struct tensor *t = p->t;
     int64_t last = t->dims - 1, index[DIMS], rest = at - b->offset[WEIGHT];
-    uint32_t words[TILE / 2 + 8];
-    struct philox philox = {0, (uint32_t)t->number | (uint32_t)stream << 31, (uint32_t)*p->param->step, p->settings.seed};
     for (int64_t e = 0; e <= last; e++) {
         index[e] = b->shape[e] == 1 ? 0 : rest / b->stride[WEIGHT][e];
         rest -= index[e] * b->stride[WEIGHT][e];
@@ -80,56 +97,91 @@ static void make_noise(const struct pass *p, const struct box *b, int64_t at, in
             index[e - 1] += index[e] / b->shape[e];
             index[e] %= b->shape[e];
         }
-        int64_t row = 0;
-        for (int64_t e = 0; e < last; e++) row = row * t->shape[e] + t->extent_start[e] + b->start[e] + index[e];
-        philox.row = (uint32_t)row;
-        int64_t column = t->extent_start[last] + b->start[last] + index[last];
-        int64_t length = smaller(n, b->shape[last] - index[last]), phase = column % 8;
-        p->width->words((phase + length + 7) / 8, (uint32_t)(column / 8), &philox, words);
-        for (int64_t j = 0; j < length; j++)
-            noise[j] = words[(phase + j) / 2] >> 16 * ((phase + j) % 2) & 0xffff;
+        int64_t row = 0, column = 0, length = smaller(n, b->shape[last] - index[last]);
+        for (int64_t e = 0; e <= last; e++) {
+            int64_t in_tensor = t->extent_start[e] + b->start[e] + index[e];
+            row += in_tensor * t->place[0][e];
+            column += in_tensor * t->place[1][e];
+        }
+        if (t->place[1][last] == 1) {
+            row_noise(p, row, column, length, stream, noise);
+        } else {
+            for (int64_t j = 0; j < length; j++)
+                row_noise(p, row + j * t->place[0][last], column + j * t->place[1][last], 1, stream, noise + j);
+        }
         noise += length;
         n -= length;
         index[last] += length;
     }
 }
 
-/* A stretch from element `at` on. What is not float32 is brought there and back, as much at a time as stays in cache. */
-static void step_stretch(struct pass *p, const struct box *b, const int64_t *at, struct stretch x) {
-    const struct tensor *t = p->t;
+static void make_noise(const struct pass *p, const struct place *at, int64_t skip, int64_t n, int stream, uint32_t *to) {
+    if (at->box)
+        box_noise(p, at->box, at->offset[WEIGHT], skip, n, stream, to);
+    else
+        row_noise(p, at->row, at->column + skip, n, stream, to);
+}
+
+/* Elements of an operand from number `skip` on: where they lie, if side by side. */
+static char *operand(const struct pass *p, const struct place *at, int o, int64_t skip) {
+    char *base = o == WEIGHT ? p->param->weight : o == GRAD ? p->param->grad : p->t->moment;
+    int64_t first = at->offset[o] + (at->table[o] ? at->table[o][skip] : skip * at->step[o]);
+    return base + first * size_of(p->t->type[o]);
+}
+
+static int is_dense(const struct place *at, int o) { return !at->table[o] && at->step[o] == 1; }
+
+/* Bring n elements of an operand together, or the other way. */
+static void gather(const struct pass *p, const struct place *at, int o, int64_t skip, int64_t n, char *to, int back) {
+    int64_t size = size_of(p->t->type[o]);
+    for (int64_t j = 0; j < n; j++) {
+        char *there = operand(p, at, o, skip + j), *here = to + j * size;
+        memcpy(back ? there : here, back ? here : there, (size_t)size);
+    }
+}
+
+/* Elements that follow one another. What is not float32, or not side by side, is brought there and back, as much at a time as
+ * stays in cache. */
+static void step_stretch(struct pass *p, const struct place *at, struct stretch x) {
     const struct width *width = p->width;
-    int64_t type = t->type[WEIGHT], grad_type = t->type[GRAD], moment_type = t->type[MOMENT], rest = x.n, done = 0;
-    int rounds_weight = t->rounds && type == BFLOAT16, rounds_moment = t->rounds && moment_type == BFLOAT16;
-    char *w = p->param->weight + at[WEIGHT] * size_of(type), *m = t->moment + at[MOMENT] * size_of(moment_type);
-    const char *g = p->param->grad + at[GRAD] * size_of(grad_type);
-    int direct = type == FLOAT32 && grad_type == FLOAT32 && !rounds_moment;
-    int kind = kind_of_stretch(rounds_moment ? FLOAT32 : moment_type, p->settings.product && t->block);
-    float weights[TILE], grads[TILE], moments[TILE];
+    const int64_t *type = p->t->type;
+    int64_t moment = type[MOMENT], rest = x.n, done = 0;
+    int random[OPERANDS] = {p->t->rounds && type[WEIGHT] == BFLOAT16, 0, moment == CODE || (p->t->rounds && moment == BFLOAT16)};
+    int direct = type[WEIGHT] == FLOAT32 && type[GRAD] == FLOAT32 && !random[MOMENT];
+    int kind = kind_of_stretch(random[MOMENT] ? FLOAT32 : moment, p->settings.product && p->t->block);
+    float wide[OPERANDS][TILE];
+    char narrow[OPERANDS][TILE * sizeof(float)];
     uint32_t noise[TILE];
+    for (int o = 0; o < OPERANDS; o++) direct &= type[o] == NONE || is_dense(at, o);
     x.settings = &p->settings;
-    for (; rest > 0; rest -= x.n) {
+    for (; rest > 0; rest -= x.n, done += x.n) {
+        char *from[OPERANDS] = {0};
         x.n = direct ? rest : smaller(rest, TILE);
-        x.w = type == FLOAT32 ? (float *)w : weights;
-        x.g = grad_type == FLOAT32 ? (const float *)g : grads;
-        x.m = rounds_moment ? (char *)moments : m;
-        if (type != FLOAT32) width->widen(x.n, weights, w, type);
-        if (grad_type != FLOAT32) width->widen(x.n, grads, g, grad_type);
-        if (rounds_moment) width->widen(x.n, moments, m, BFLOAT16);
+        for (int o = 0; o < OPERANDS; o++) {
+            if (type[o] == NONE) continue;
+            from[o] = is_dense(at, o) ? operand(p, at, o, done) : narrow[o];
+            if (!is_dense(at, o)) gather(p, at, o, done, x.n, narrow[o], 0);
+        }
+        char *to[OPERANDS] = {from[0], from[1], from[2]};
+        for (int o = 0; o < OPERANDS; o++) {
+            if (type[o] == FLOAT32 || type[o] == NONE || (o == MOMENT && !random[o])) continue;
+            width->widen(x.n, wide[o], from[o], type[o]);
+            to[o] = (char *)wide[o];
+        }
+        x.w = (float *)to[WEIGHT];
+        x.g = (const float *)to[GRAD];
+        x.m = to[MOMENT];
         width->stretch(kind, &x);
-        if (rounds_moment) {
-            make_noise(p, b, at[WEIGHT], done, x.n, 1, noise);
-            width->scatter(x.n, (uint16_t *)m, moments, noise);
+        for (int o = 0; o < OPERANDS; o += MOMENT) {
+            if (type[o] == NONE) continue;
+            if (random[o]) {
+                make_noise(p, at, done, x.n, o == MOMENT, noise);
+                width->scatter(x.n, from[o], wide[o], noise, type[o]);
+            } else if (to[o] != from[o]) {
+                width->narrow(x.n, from[o], wide[o], type[o]);
+            }
+            if (!is_dense(at, o)) gather(p, at, o, done, x.n, narrow[o], 1);
         }
-        if (rounds_weight) {
-            make_noise(p, b, at[WEIGHT], done, x.n, 0, noise);
-            width->scatter(x.n, (uint16_t *)w, weights, noise);
-        } else if (type != FLOAT32) {
-            width->narrow(x.n, w, weights, type);
-        }
-        w += x.n * size_of(type);
-        g += x.n * size_of(grad_type);
-        m += x.n * size_of(moment_type);
-        done += x.n;
         advance(&x);
     }
     p->squares += x.squares;

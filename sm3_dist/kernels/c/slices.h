@@ -21,7 +21,12 @@ static int32_t run(struct sweep *s, int64_t n, const int64_t *at, float floor, c
     int32_t top = 0;
     if (s->pass.settings.shaped) {
         struct stretch x = {.n = n, .block = n, .covers = &floor, .floors = floors, .peaks = peaks, .tops = &top};
-        step_stretch(&s->pass, s->b, at, x);
+        struct place place = {.box = s->b};
+        for (int o = 0; o < OPERANDS; o++) {
+            place.offset[o] = at[o];
+            place.step[o] = s->b->shape[s->t->dims - 1] == 1 ? 1 : s->b->stride[o][s->t->dims - 1];
+        }
+        step_stretch(&s->pass, &place, x);
         return top;
     }
     for (int64_t j = 0; j < n; j += TILE) {
@@ -48,7 +53,7 @@ static void sweep_vector(struct sweep *s, int64_t from, int64_t to) {
     const struct box *b = s->b;
     for (int64_t j = from * TILE; j < smaller(to * TILE, b->shape[0]); j += TILE) {
         int64_t n = smaller(TILE, b->shape[0] - j), at[OPERANDS];
-        for (int o = 0; o < OPERANDS; o++) at[o] = b->offset[o] + j;
+        for (int o = 0; o < OPERANDS; o++) at[o] = b->offset[o] + j * (b->shape[0] == 1 ? 1 : b->stride[o][0]);
         float *accumulator = s->t->accumulator[0] + b->start[0] + j;
         memset(s->row_peaks, 0, (size_t)n * sizeof(int32_t));
         run(s, n, at, INFINITY, accumulator, s->row_peaks);

@@ -12,19 +12,37 @@ struct box {
     int64_t offset[OPERANDS];       /* of its first element in the local tensors */
 };
 
+struct side { /* the rows, or columns, of accumulators with block covers; see matrices.py, for this and the next */
+    int64_t outer, length; /* how often a pattern repeats, and rows of one */
+    int64_t blocks, block; /* of one pattern; rows of a block */
+    int64_t phase;         /* rows of the first block that come before */
+};
+
+struct matrix { /* consecutive rows and columns of a box */
+    int64_t rows, columns;
+    int64_t first_row, first_column;     /* among those stored */
+    int64_t block;                       /* of columns in which it begins, among those stored */
+    int64_t column_length, column_phase; /* columns of a block, and of the first one those that come before */
+    int64_t row_place, column_place;     /* in the original tensor */
+    int64_t offset[OPERANDS], stride[OPERANDS]; /* in the local tensors: where it begins, and from row to row */
+    const int64_t *table; /* where its columns lie, for one operand after another; null: side by side */
+};
+
 struct tensor {
     int64_t param, group;
     int64_t type[OPERANDS];
     int64_t dims;
-    int64_t block; /* of the covers; 0 for whole slices */
-    int64_t first_box, boxes;
+    int64_t block;            /* of the covers; 0 for whole slices */
+    int64_t first_box, boxes; /* with block covers, of the matrices */
     int64_t numel;
     int64_t stored[DIMS]; /* entries of each accumulator */
     int64_t order[DIMS];  /* dimension of the original tensor that each one is; in memory the last changes fastest */
-    int64_t extent_start[DIMS], extent[DIMS]; /* the smallest box that contains all, in the original tensor */
-    int64_t shape[DIMS];                      /* of the original tensor */
-    int64_t rounds, number;                   /* whether to round to bfloat16 stochastically; the tensor's number */
-    float *accumulator[DIMS + 1];             /* by dimension, then of the tiles */
+    int64_t extent_start[DIMS];   /* of the smallest box that contains all, in the original tensor */
+    int64_t place[2][DIMS];       /* what an index counts in the place of an element's row, and of its column */
+    struct side side[2];          /* rows and columns, with block covers */
+    int64_t strided;              /* whether no dimension is side by side in all operands */
+    int64_t rounds, number;       /* whether to round bfloat16 stochastically; the tensor's number */
+    float *accumulator[DIMS];     /* by dimension; with block covers of rows, columns and tiles */
     char *moment;
     double whole_numel;       /* elements of the whole tensor */
     double cap;               /* the largest square of an update, in units */

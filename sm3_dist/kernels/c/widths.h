@@ -28,6 +28,7 @@ INLINE void narrow_of(int64_t n, void *restrict to, const float *restrict from, 
         if (type == FLOAT32) widen_of(n, to, from, FLOAT32);                                                         \
         if (type == BFLOAT16) widen_of(n, to, from, BFLOAT16);                                                       \
         if (type == FLOAT16) widen_of(n, to, from, FLOAT16);                                                         \
+        if (type == CODE) widen_of(n, to, from, CODE);                                                               \
     }                                                                                                                \
     target static void narrow_##width(int64_t n, void *to, const float *from, int64_t type) {                        \
         if (type == FLOAT32) narrow_of(n, to, from, FLOAT32);                                                        \
@@ -37,8 +38,9 @@ INLINE void narrow_of(int64_t n, void *restrict to, const float *restrict from, 
     target static void words_##width(int64_t groups, uint32_t first, const struct philox *p, uint32_t *words) {      \
         random_words(groups, first, p, words);                                                                       \
     }                                                                                                                \
-    target static void scatter_##width(int64_t n, uint16_t *to, const float *from, const uint32_t *noise) {          \
-        round_randomly(n, to, from, noise);                                                                          \
+    target static void scatter_##width(int64_t n, void *to, const float *from, const uint32_t *noise, int64_t type) { \
+        if (type == CODE) round_randomly(n, to, from, noise, CODE);                                                  \
+        if (type == BFLOAT16) round_randomly(n, to, from, noise, BFLOAT16);                                          \
     }
 #define WIDTH(width, target)                                                                                         \
     target ROW_FUNCTION(row_##width)                                                                                 \
@@ -52,7 +54,7 @@ struct width {
     void (*widen)(int64_t n, float *to, const void *from, int64_t type);
     void (*narrow)(int64_t n, void *to, const float *from, int64_t type);
     void (*words)(int64_t groups, uint32_t first, const struct philox *p, uint32_t *words);
-    void (*scatter)(int64_t n, uint16_t *to, const float *from, const uint32_t *noise);
+    void (*scatter)(int64_t n, void *to, const float *from, const uint32_t *noise, int64_t type);
 };
 
 #define STRETCH(m_, product_) stretch_of(m_, product_, x)

@@ -32,7 +32,9 @@ def refusal(entry: Entry) -> str | None:
         return reason
     if entry.rounds:
         return "the Triton kernel has no stochastic rounding."
-    return None
+    if entry.shard.cover_block is not None and len(entry.shard.shape) > 2:
+        return "the Triton kernel has block covers for matrices alone."
+    return fused.strided_refusal(entry)
 
 
 class TritonKernel:

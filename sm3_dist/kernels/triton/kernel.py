@@ -47,7 +47,7 @@ TENSOR_FIELDS = constexpr(4 + (2 + DIMS) * (DIMS + 1))
 LR, DECAY, MOMENTUM, FRESH, BETA, ONE_MINUS_BETA, EPS, UNSCALE, LIMIT, GROUP_FIELDS = map(constexpr, range(10))
 CORRECTION, SCALE, PER_ONE, CAP, FACTOR_FIELDS = map(constexpr, range(5))
 
-TINY = constexpr(torch.finfo(torch.float32).tiny)
+TINY, HUGE = constexpr(torch.finfo(torch.float32).tiny), constexpr(torch.finfo(torch.float32).max)
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -187,11 +187,12 @@ def step_tiles(
             floor = tl.minimum(floor, cover, propagate_nan=tl.PropagateNan.ALL)
     else:  # as _product() in update.py, in the order of the dimensions
         of_tile = covering(box, tensor, rows, columns, there, NDIM, NDIM, LEAD, BLOCK)
-        of_tile = tl.where(of_tile < TINY, TINY, of_tile)
+        of_tile = tl.where(of_tile < TINY, TINY, tl.where(of_tile > HUGE, HUGE, of_tile))
         floor = covering(box, tensor, rows, columns, there, PRODUCT & 15, NDIM, LEAD, BLOCK)
+        floor = tl.where(floor > HUGE, HUGE, floor)
         for i in tl.static_range(1, NDIM):
             cover = covering(box, tensor, rows, columns, there, (PRODUCT >> 4 * i) & 15, NDIM, LEAD, BLOCK)
-            floor = floor * tl.div_rn(cover, of_tile)
+            floor = floor * tl.div_rn(tl.where(cover > HUGE, HUGE, cover), of_tile)
 
     # The update, line by line that of update_box; factors that are not asked for are 1, and exact.
     g_at = grad_address.to(tl.pointer_type(GRAD)) + tl.load(box + BOX_OFFSET + 1) + g_rows[:, None] + columns[None, :]
