@@ -20,11 +20,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from launch.job import baselines, corpus, recipe
-from launch.job.batches import IGNORED, Batches, Passage
+from launch.job import baselines, capacity, corpus, recipe
+from launch.job.batches import IGNORED, Batches, Passage, check_length
 from launch.job.checkpointing import Checkpoints
 from launch.job.command_line import parse
-from launch.job.folder import CHECKPOINTS, Folder
+from launch.job.folder import CHECKPOINTS, CONFIG, METRICS, PICTURE, Folder
+from launch.job.leaving import leave, stop_agent
 from launch.job.model import GPT, PRESETS, cross_entropy
 from launch.job.options import Options
 from launch.job.parallel import clip, parallelize, reduce_gradients, strategy
@@ -41,8 +42,9 @@ def main(arguments: list[str]) -> int:
             run.learn()
             run.conclude(run.judge())
         except UserError as error:
-            errors = Console(stderr=True, quiet=not world.leads, soft_wrap=True)
-            errors.print(f"error: {error}", markup=False, highlight=False)
+            line = f"error: {error}"
+            Console(stderr=True, quiet=not world.leads, soft_wrap=True).print(line, markup=False, highlight=False)
+            stop_agent(line, world.local_rank)
             return 2
     return 0
 
@@ -65,11 +67,15 @@ class Run:
         self.device = world.agreed(lambda: world.device(options.device))
         self.text = world.agreed(lambda: corpus.load(options.data, options.held_out_bytes))
         world.same("the corpus", self.text.digest)
+        for text, purpose in ((self.text.train, "learn from"), (self.text.held_out, "hold out")):
+            check_length(text, options.seq_len, purpose)
 
         torch.manual_seed(options.seed)
         with torch.device("meta"):
             gpt = GPT(PRESETS[options.model], options.seq_len).to(getattr(torch, options.dtype))
         self.parameters = sum(parameter.numel() for parameter in gpt.parameters())
+        self.introduce()
+        world.agreed(lambda: capacity.check(options, self.settings, world, self.device, self.parameters))
         self.model, share, shard_over, oss = parallelize(gpt, world, self.device, options)
         self.batches = Batches(self.text.train, options.batch_size, options.seq_len, options.seed, share)
         self.passage = Passage(self.text.held_out, options.batch_size, options.seq_len, share)
@@ -84,6 +90,20 @@ class Run:
             self.checkpoints.resume()
         self.folder = world.agreed(self.claim_folder)
         self.whole_steps, self.optimizer_steps = Stopwatch(self.device), Stopwatch(self.device)
+
+    def introduce(self) -> None:
+        """Say what is about to happen, before anything takes time or memory."""
+        options, text = self.options, self.text
+        source = options.data or f"the source files of Python's standard library, in {corpus.standard_library()}"
+        say = partial(self.console.print, markup=False, highlight=False, soft_wrap=True)
+        say(
+            f"text: {source}: {len(text.train):,} bytes of {len(text.train_files):,} file(s) to learn from, "
+            f"{len(text.held_out):,} held out"
+        )
+        say(
+            f"{options.optimizer} trains {options.model}, {self.parameters:,} parameters: "
+            f"{strategy(options, self.world)}, {self.world.size} process(es) on {self.device.type}"
+        )
 
     def claim_folder(self) -> Folder:
         """Claim `--out` on rank 0; the others write nothing."""
@@ -117,13 +137,6 @@ class Run:
 
     def learn(self) -> None:
         """Take all the steps."""
-        self.console.print(
-            f"{self.parameters:,} parameters; {len(self.text.train):,} bytes to learn from, "
-            f"{len(self.text.held_out):,} held out; {self.options.optimizer}, {strategy(self.options, self.world)}, "
-            f"{self.world.size} process(es) on {self.device.type}",
-            highlight=False,
-            soft_wrap=True,
-        )
         losses: list[Tensor] = []
         with Bar(self.console, self.options.steps) as bar:
             for step in range(self.state.step, self.options.steps):
@@ -176,10 +189,13 @@ class Run:
         """Return the mean loss, in nats per byte, on all of the held-out bytes."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats, bytes
-        for inputs, targets in self.passage:
-            targets = targets.to(self.device)
-            total[0] += cross_entropy(self.model(inputs.to(self.device)), targets, reduction="sum")
-            total[1] += (targets != IGNORED).sum()
+        self.console.print(f"judging on the {len(self.text.held_out):,} bytes held out", highlight=False)
+        with Bar(self.console, len(self.passage), "judging") as bar:
+            for inputs, targets in self.passage:
+                targets = targets.to(self.device)
+                total[0] += cross_entropy(self.model(inputs.to(self.device)), targets, reduction="sum")
+                total[1] += (targets != IGNORED).sum()
+                bar.advance()
         nats, count = self.world.sum(total).unbind()
         self.model.train()
         return float(nats / count)
@@ -212,8 +228,12 @@ class Run:
             rows |= {"time per step": f"{step_ms:.1f} ms", f"  in the optimizer{after}": f"{optimizer_ms:.1f} ms"}
         rows |= {"time of all steps": f"{figures['seconds']:.0f} s"}
         self.console.print(table(f"{self.options.optimizer} after {self.options.steps} steps", rows))
+        out = self.options.out
+        kept = f"{CONFIG}, {METRICS} and {PICTURE}"
+        written = f"{kept} are in {out}" if out else f"pass --out DIRECTORY to get {kept}"
+        self.console.print(written, markup=False, highlight=False, soft_wrap=True)
         return figures
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from harness import JOBS, Pool
 from rich.console import Console
 
 import launch
+from launch.job import capacity
 from launch.job.command_line import parse
 from launch.job.model import GPT, PRESETS
 from launch.job.options import Options
@@ -53,8 +55,9 @@ def figures(arguments: str, data: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ the entry point
 
 
-def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TRAIN)]
+def torchrun(*arguments: str | Path, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), str(TRAIN)]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     JOBS[2] += 1
     return subprocess.run(
@@ -69,7 +72,18 @@ def test_two_processes_train_and_a_second_run_does_not_touch_the_first(
     first = torchrun("--data", text, "--out", out)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("sm3 after 12 steps") == 1, "rank 0 alone speaks"
-    for said in ("bits per byte", "order-0", "order-1", "bz2", "AdamW would hold", "in the optimizer", "tokens/s"):
+    assert first.stdout.startswith(f"text: {text}: ")
+    for said in (
+        f"loss.png are in {out}",
+        "judging on the 3,000 bytes held out",
+        "bits per byte",
+        "order-0",
+        "order-1",
+        "bz2",
+        "AdamW would hold",
+        "in the optimizer",
+        "tokens/s",
+    ):
         assert said in first.stdout
     config = json.loads((out / "config.json").read_text())
     assert (config["world_size"], config["parallel"], config["optimizer"], config["lr"]) == (2, "fsdp2", "sm3", 0.01)
@@ -82,6 +96,23 @@ def test_two_processes_train_and_a_second_run_does_not_touch_the_first(
     again = f"{FAST} --out {out} --seed 1"
     workers(2).run_raises(UserError, figures, again, text, match="already holds a run")
     assert {file: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_a_mistake_is_not_restarted_and_its_line_is_the_last(text: Path) -> None:
+    done = torchrun("--data", text, "--lr", "nan", restarts=50)
+    line = "error: --lr nan must be at least 0 and less than inf"
+    assert done.returncode == 1
+    assert done.stderr.count(line) == 2, done.stderr  # when it was found, and at the end
+    assert done.stderr.splitlines()[-1] == line
+    assert "[rank" not in done.stderr, "ranks leave together, without a traceback"
+
+
+def test_a_process_leaves_without_finalizing_the_interpreter() -> None:
+    script = (
+        "import atexit, launch.job.leaving as l; atexit.register(print, 'finalized'); print('said', end=''); l.leave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=TRAIN.parents[1])
+    assert (done.returncode, done.stdout) == (3, "said")
 
 
 def test_one_process_without_torchrun_overwrites_only_its_own_files(
@@ -272,6 +303,7 @@ def test_it_starts_without_knowing_anything() -> None:
         ("--step-in-backward --clip inf --parallel zero1", "DistributedDataParallel, which averages gradients"),
         ("--step-in-backward --clip inf --parallel fsdp1", "FullyShardedDataParallel (FSDP1 or fairscale's)"),
         ("--step-in-backward --clip inf --parallel fairscale", "FullyShardedDataParallel (FSDP1 or fairscale's)"),
+        ("--model 6.7b --batch-size 8", "--model 6.7b needs at least 79."),
         ("--lr 1e30 --clip inf --optimizer sgd", "pass a lower --lr than 1e+30"),
     ],
 )
@@ -281,6 +313,32 @@ def test_mistakes_are_explained(arguments: str, message: str, text: Path, capsys
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world", "expected"),  # bytes of weights, gradients and state on each rank, for 1,000 parameters
+    [
+        ("", World(), (4000, 4000, 4000)),
+        ("--parallel fsdp2", World(size=4), (1000, 1000, 1000)),
+        ("--parallel hsdp", World(size=4), (2000, 2000, 2000)),
+        ("--parallel zero1", World(size=4), (4000, 4000, 1000)),
+        ("--optimizer adamw --dtype bfloat16", World(), (2000, 2000, 4000)),
+        ("--dtype bfloat16 --momentum-dtype int8 --step-in-backward", World(), (2000, 0, 1000)),
+        ("--momentum 0", World(), (4000, 4000, 0)),
+        ("--parallel fsdp1", World(size=4), (4000,)),  # whole while it is wrapped
+    ],
+)
+def test_memory_is_asked_for_before_anything_is_built(arguments: str, world: World, expected: tuple[int, ...]) -> None:
+    options = parse(arguments.split())
+    assert tuple(capacity.least_bytes(options, settings(options), world, 1000).values()) == expected
+    needed = world.local_size * sum(expected)
+    with patch.object(capacity, "available", lambda device: needed):
+        capacity.check(options, settings(options), world, torch.device("cpu"), 1000)
+    with (
+        patch.object(capacity, "available", lambda device: needed - 1),
+        pytest.raises(UserError, match="--model small needs at least"),
+    ):
+        capacity.check(options, settings(options), world, torch.device("cpu"), 1000)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,10 @@ class Passage:
     def __post_init__(self) -> None:
         check_length(self.data, self.seq_len, "hold out")
 
+    def __len__(self) -> int:
+        """How many batches there are, the same on every rank."""
+        return -(-(len(self.data) - 1) // (self.batch_size * self.seq_len))
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this rank's inputs and targets, int64, each ``(batch_size / ranks, seq_len)``."""
         size = self.batch_size * self.seq_len

@@ -61,13 +61,18 @@ def load(path: Path | None = None, held_out_bytes: int | None = None) -> Corpus:
 
 def read_all(path: Path | None) -> Corpus:
     if path is None:
-        root = Path(sysconfig.get_path("stdlib"))
+        root = standard_library()
         return split(file for file in root.rglob("*.py") if not NOT_STANDARD.intersection(file.relative_to(root).parts))
     if path.is_dir():
         return split(file for file in path.rglob("*") if not is_hidden(file.relative_to(path)))
     if path.is_file():
         return cut(path)
     raise UserError(f"--data {path}: no such file or directory")
+
+
+def standard_library() -> Path:
+    """Where Python has its standard library."""
+    return Path(sysconfig.get_path("stdlib"))
 
 
 def is_hidden(file: Path) -> bool:

@@ -60,6 +60,18 @@ def strategy(options: Options, world: World) -> str:
     return "fsdp2" if world.size > 1 else "none"
 
 
+# Strategies that give a model its weights before they cut it up.
+WRAPPED_WHOLE = ("fsdp1", "fsdp1-flat", "fairscale")
+
+
+def ranks_per_copy(options: Options, world: World) -> int:
+    """Over how many ranks one copy of the weights is spread."""
+    name = strategy(options, world)
+    if name in ("none", "ddp", "zero1", "oss"):
+        return 1
+    return max(1, world.size // options.replicas) if name == "hsdp" else world.size
+
+
 def none(model: GPT, world: World, device: str, options: Options) -> Parallel:
     """One process, no wrapper."""
     if world.size > 1:

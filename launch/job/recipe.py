@@ -94,12 +94,15 @@ class Recipe:
         best: the settings that were found best on the default job.
         unknown: settings that this optimizer does not have.
         whole: whether it takes whole tensors alone.
+        moments: how many values it keeps for each element of a weight, in the type of the weight. Of SM3's momentum
+            the type is an option.
     """
 
     make: Callable[..., Optimizer]
     best: Settings
     unknown: tuple[str, ...] = SM3_ALONE
     whole: bool = False
+    moments: float = 1
 
 
 # One entry for each choice of --recipe, which is for SM3.
@@ -111,12 +114,12 @@ RECIPES = {
 # One entry for each choice of --optimizer.
 OPTIMIZERS = {
     "sm3": RECIPES["adamw-like"],
-    "adamw": Recipe(adamw, Settings(lr=2e-3, momentum=0.9, beta=0.95)),
-    "nadamw": Recipe(nadamw, Settings(lr=2e-3, momentum=0.9, beta=0.95)),
-    "adamw-8bit": Recipe(peers.adamw_8bit, Settings(lr=2e-3, momentum=0.9, beta=0.95), whole=True),
-    "adafactor": Recipe(adafactor, Settings(lr=3e-2), unknown=("momentum", "beta", *SM3_ALONE), whole=True),
+    "adamw": Recipe(adamw, Settings(lr=2e-3, momentum=0.9, beta=0.95), moments=2),
+    "nadamw": Recipe(nadamw, Settings(lr=2e-3, momentum=0.9, beta=0.95), moments=2),
+    "adamw-8bit": Recipe(peers.adamw_8bit, Settings(lr=2e-3, momentum=0.9, beta=0.95), whole=True, moments=0.5),
+    "adafactor": Recipe(adafactor, Settings(lr=3e-2), unknown=("momentum", "beta", *SM3_ALONE), whole=True, moments=0),
     "adafactor-transformers": Recipe(
-        peers.adafactor_transformers, Settings(lr=1e-2), unknown=("momentum", "beta", *SM3_ALONE), whole=True
+        peers.adafactor_transformers, Settings(lr=1e-2), unknown=("momentum", "beta", *SM3_ALONE), whole=True, moments=0
     ),
     "came": Recipe(peers.came, Settings(lr=1e-3, momentum=0.9, beta=0.999), whole=True),
     "lion": Recipe(peers.lion, Settings(lr=5e-4, momentum=0.9, beta=0.99), whole=True),

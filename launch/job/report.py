@@ -14,18 +14,19 @@ from rich.table import Table
 
 
 class Bar:
-    """Progress of the training: a bar on a terminal, a line now and then in a log.
+    """Progress of the training, or of the judging: a bar on a terminal, a line now and then in a log.
 
     Args:
         console: where to show it; a quiet one shows nothing.
-        steps: length of the run.
+        steps: how many there are.
+        doing: what takes the time.
     """
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console, steps: int, doing: str = "training") -> None:
         self.console, self.steps = console, steps
         self.spoken = 0
         self.bar = Progress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"),
@@ -34,7 +35,7 @@ class Bar:
             refresh_per_second=2,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task("training", total=steps, facts="")
+        self.task = self.bar.add_task(doing, total=steps, facts="")
 
     def __enter__(self) -> Bar:
         self.bar.start()
@@ -42,6 +43,10 @@ class Bar:
 
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()
+
+    def advance(self) -> None:
+        """Show one more step as done, on a terminal."""
+        self.bar.advance(self.task)
 
     def show(self, step: int, train_bits_per_byte: float, lr: float, tokens_per_second: float) -> None:
         """Show where the run is after ``step`` steps."""
