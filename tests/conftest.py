@@ -39,3 +39,12 @@ def saved(tmp_path: Path) -> Path:
 
     save({"train": TrainState(*trained(), step=STEPS)}, checkpoint_id=tmp_path / "saved", no_dist=True)
     return tmp_path / "saved"
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small corpus."""
+    root = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        (root / f"{number}.txt").write_text(f"The {number}th file says: {number * number} is a square number.\n" * 40)
+    return root

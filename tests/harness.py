@@ -320,7 +320,11 @@ def attempt(function: Callable[[], Any]) -> Outcome:
 
 
 def leave() -> None:
-    """Leave the group and drop what the run left behind."""
+    """Leave the group and drop what the run left behind.
+
+    Workers end by SIGKILL or `os._exit`, as forked processes do, and never finalize their interpreter, in which a
+    thread of gloo that still holds a tensor would abort the process.
+    """
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     if dist.is_initialized():

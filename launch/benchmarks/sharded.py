@@ -23,6 +23,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.multiprocessing.spawn import spawn
 from torch.optim import AdamW, Optimizer
 
+from launch.job.leaving import leave
 from launch.job.model import GPT, PRESETS, Block
 from sm3_dist import SM3
 from sm3_dist.ranks import bucket as sm3_bucket
@@ -105,6 +106,7 @@ def work(rank: int, size: int, wrapper: str, name: str, steps: int, directory: P
         torch.save(figures, Path(directory, "figures"))
     dist.barrier()
     dist.destroy_process_group()
+    leave(0)
 
 
 def measure(wrapper: str, name: str, steps: int, network: Network) -> dict[str, float]:

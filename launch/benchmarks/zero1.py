@@ -27,6 +27,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.multiprocessing.spawn import spawn
 from torch.optim import AdamW, Optimizer
 
+from launch.job.leaving import leave
 from launch.job.model import GPT, PRESETS
 from launch.job.recipe import count_bytes
 from sm3_dist import SM3
@@ -109,6 +110,7 @@ def work(rank: int, size: int, model: str, steps: int, directory: Path) -> None:
     torch.save(compare(params, steps), Path(directory, str(rank)))
     dist.barrier()
     dist.destroy_process_group()
+    leave(0)
 
 
 def compare(params: list[Tensor], steps: int) -> dict[str, Figures]:

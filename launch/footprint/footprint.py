@@ -26,6 +26,7 @@ from torch.optim import Adafactor, AdamW, Optimizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
 from launch.footprint.resident import forget_peak, peak, resident
+from launch.job.leaving import leave
 from launch.job.model import GPT, PRESETS, Shape, cross_entropy
 from launch.job.world import World, join
 from sm3_dist import SM3, step_in_backward
@@ -151,3 +152,4 @@ def shard(model: GPT, way: Way, world: World) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave(0)
