@@ -78,6 +78,11 @@ class SM3(Optimizer):
         cover_product: estimate :math:`\nu` from the product of the accumulators over that of the tile,
             :math:`\mu_0 \mu_1 / \mu_2` for a matrix, and not from their minimum. It is a closer estimate where rows and
             columns differ in scale independently of one another. Needs ``cover_block``.
+        orthogonalize: take in place of the update of a matrix, momentum included, the nearest orthogonal matrix, as
+            Muon does, at a root mean square of 0.2. Tensors of more dimensions count as matrices ``(n_1, n_2 … n_k)``,
+            those of fewer are left as they are. Where tensors were flattened into one parameter, the names of those
+            that are meant. Each matrix is gathered on one of the ranks that hold parts of it: two all-to-alls in each
+            step that nothing hides but the work on other matrices; see ``docs/orthogonal.md``.
         model: the wrapped root module, where parameters were flattened (FullyShardedDataParallel of torch or
             fairscale): their original shapes are read there. Other models may be passed too.
         shard_over: process group or 1-D mesh over which parameters are replicated (ZeRO-1). Each rank keeps the state
@@ -135,6 +140,7 @@ class SM3(Optimizer):
         update_rms: float | None = None,
         cover_block: int | None = None,
         cover_product: bool = False,
+        orthogonalize: bool | Iterable[str] = False,
         model: nn.Module | None = None,
         shard_over: ProcessGroup | DeviceMesh | None = None,
         shard_covers: bool = False,
@@ -169,6 +175,7 @@ class SM3(Optimizer):
             "update_rms": update_rms,
             "cover_block": cover_block,
             "cover_product": cover_product,
+            "orthogonalize": orthogonalize if isinstance(orthogonalize, bool) else tuple(sorted(orthogonalize)),
             "stochastic_rounding": stochastic_rounding,
             "rounding_seed": rounding_seed,
         }

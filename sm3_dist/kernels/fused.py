@@ -27,6 +27,8 @@ def refusal(entry: Entry, device: str, moment_types: Sequence[torch.dtype] = MOM
         return f"it is on {weight.device}."
     if weight.dtype not in TYPES:
         return f"it is {weight.dtype}."
+    if entry.accumulators[0].dtype != torch.float32:
+        return f"its accumulators are {entry.accumulators[0].dtype}."
     if momentum is not None and momentum.dtype not in moment_types:
         return f"its momentum is {momentum.dtype}."
     if len(entry.shard.shape) > DIMS:

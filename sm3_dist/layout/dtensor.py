@@ -25,7 +25,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from sm3_dist.layout.box import Box, overlaps
 from sm3_dist.layout.cover import accumulator_count, cell, grid, touched
 from sm3_dist.layout.groups import group_of
-from sm3_dist.layout.shard import LocalShard, Peers, Shared, in_words
+from sm3_dist.layout.shard import Holdings, LocalShard, Peers, Shared, in_words
 
 Run = tuple[int, int]
 """Indices ``[start, stop)`` of one tensor dimension."""
@@ -68,8 +68,15 @@ def describe(param: Tensor, label: str, cover_block: int | None) -> tuple[LocalS
             layout=_layout(cut.placements, mesh),
             cover_block=cover_block,
             holders=_peers(mesh, sharding) if sharding else None,
+            holdings=Holdings(_peers(mesh, sharding), partial(_holdings, cut, mesh, sharding)) if sharding else None,
         ),
     )
+
+
+def _holdings(cut: _Cut, mesh: DeviceMesh, dims: tuple[int, ...]) -> dict[int, tuple[Box, ...]]:
+    """What the ranks hold that differ from this one in ``dims`` alone."""
+    boxes = {int(mesh.mesh[at]): _box(cut, at) for at in _among(cut, dims, tuple(mesh.get_coordinate() or ()))}
+    return {rank: (box,) if box.numel else () for rank, box in boxes.items()}
 
 
 def accumulator(param: DTensor, part: Tensor, shard: LocalShard, i: int) -> Tensor:

@@ -9,13 +9,14 @@ the other dimensions of tensors that are cut at all. A tensor that lies whole on
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from torch import Tensor, nn
 
 from sm3_dist.layout.box import Box, flat_boxes
 from sm3_dist.layout.flat_metadata import FlatTensor, Original, clean, flat_tensors, held, is_flattened
 from sm3_dist.layout.ranges import reordered, shared_entries
-from sm3_dist.layout.shard import LocalShard, in_words
+from sm3_dist.layout.shard import Holdings, LocalShard, in_words
 
 
 class Flattened:
@@ -148,7 +149,19 @@ def shard_of(tensor: FlatTensor, original: Original, cover_block: int | None = N
         name="" if separate else original.name,
         cover_block=cover_block,
         holders=cut,
+        holdings=Holdings(tensor.peers, partial(_holdings, tensor, original)) if tensor.peers is not None else None,
     )
+
+
+def _holdings(tensor: FlatTensor, original: Original) -> dict[int, tuple[Box, ...]]:
+    """What each rank holds of an original tensor."""
+    assert tensor.peers is not None
+    order = original.order or tuple(range(len(original.shape or (1,))))
+    lengths = [(original.shape or (1,))[d] for d in order]
+    return {
+        rank: tuple(reordered(box, order) for box in flat_boxes(lengths, *held(original, tensor.part, number)))
+        for number, rank in enumerate(tensor.peers.ranks)
+    }
 
 
 def _holders(tensor: FlatTensor, original: Original) -> range:

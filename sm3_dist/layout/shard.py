@@ -36,6 +36,19 @@ class Peers:
     group: Callable[[], ProcessGroup] = field(compare=False, repr=False)
 
 
+@dataclass(frozen=True)
+class Holdings:
+    """Who holds what of a tensor that several ranks hold together, each element once.
+
+    Attributes:
+        peers: the ranks, of which some may hold nothing.
+        boxes: the boxes of each rank, by its global number and in its memory order; empty for nothing.
+    """
+
+    peers: Peers
+    boxes: Callable[[], dict[int, tuple[Box, ...]]] = field(compare=False, repr=False)
+
+
 def in_words(ranks: Sequence[int]) -> str:
     """Ranks as messages and plans name them: all, unless there are so many that runs are easier to read.
 
@@ -86,6 +99,7 @@ class LocalShard:
         cover_block: indices per block of the covers, see :mod:`~sm3_dist.layout.cover`; ``None``: whole slices.
         holders: the ranks that hold the tensor together, each element once (no replicas); ``None`` where this rank
             holds all or nothing of it.
+        holdings: what each of these ranks holds; also where one of them holds all of it. ``None``: every rank does.
     """
 
     shape: tuple[int, ...]
@@ -101,6 +115,7 @@ class LocalShard:
     order: tuple[int, ...] | None = None
     cover_block: int | None = None
     holders: Peers | None = None
+    holdings: Holdings | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.extent is _UNSET:
@@ -155,7 +170,7 @@ class LocalShard:
         """One box after another in a flat tensor."""
         views = []
         for box in self.boxes:
-            views.append(_unflatten(flat.narrow(0, start, box.numel), box.shape, self.order))
+            views.append(unflattened(flat.narrow(0, start, box.numel), box.shape, self.order))
             start += box.numel
         return views
 
@@ -168,7 +183,8 @@ class LocalShard:
         return (math.prod(shape),) if self.cover_block is None else shape
 
 
-def _unflatten(flat: Tensor, shape: Sequence[int], order: Sequence[int] | None) -> Tensor:
+def unflattened(flat: Tensor, shape: Sequence[int], order: Sequence[int] | None) -> Tensor:
+    """A view of this shape of a flat tensor in which the dimensions lie in this order."""
     if order is None:
         return flat.view(shape)
     return flat.view([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])

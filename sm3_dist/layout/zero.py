@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sm3_dist.layout import whole
-from sm3_dist.layout.box import flat_boxes
+from sm3_dist.layout.box import Box, flat_boxes
 from sm3_dist.layout.ranges import Range, even_cuts, shared_entries
-from sm3_dist.layout.shard import LocalShard, Peers, in_words
+from sm3_dist.layout.shard import Holdings, LocalShard, Peers, in_words
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -110,8 +110,12 @@ class Replicas:
                 f"cut at elements {inside} from partition {self.partitions.index(partition)}",
                 cover_block=cover_block,
                 holders=peers if inside else None,
+                holdings=Holdings(peers, lambda: self._holdings(shape, ranges)),
             ),
         )
+
+    def _holdings(self, shape: tuple[int, ...], ranges: Sequence[Range]) -> dict[int, tuple[Box, ...]]:
+        return {rank: tuple(flat_boxes(shape, *part)) for rank, part in zip(self.ranks, ranges, strict=True)}
 
 
 def _process_group(shard_over: ProcessGroup | DeviceMesh | object) -> ProcessGroup:

@@ -67,6 +67,7 @@ def reference_step(
     update_rms: float | None = None,
     cover_block: int | None = None,
     cover_product: bool = False,
+    orthogonalize: bool = False,
     rounding: tuple[int, int] | None = None,
 ) -> None:
     """One step of SM3-II, with whole-tensor temporaries and no care for speed; each line rounds as written.
@@ -86,6 +87,8 @@ def reference_step(
         update_rms: scale the update before momentum by what would have given those before it this root mean square.
         cover_block: elements per block of the covers; ``None`` for whole slices.
         cover_product: estimate from the product of the covers, over that of the tile, and not from their minimum.
+        orthogonalize: take the nearest orthogonal matrix in place of the update, of matrices and tensors of more
+            dimensions.
         rounding: seed and number of the tensor, to round to bfloat16 and to codes stochastically; ``None``: to the
             nearest, which codes are not.
 
@@ -133,12 +136,26 @@ def reference_step(
         m = m * momentum + u * (1 - momentum)
         u = u * (1 - momentum) + m * momentum if nesterov else m
         state.momentum_buffer = _rounded(m, state.momentum_buffer.dtype, rounding, state.step - 1, stream=1)
+    if orthogonalize and k > 1 and u.numel():
+        u = _orthogonalized(_rounded(u, torch.bfloat16, rounding, state.step - 1, stream=0)).to(dtype)
+        u = u * (0.2 * math.sqrt(max(len(u), u[0].numel())))
     w = weight.to(dtype)
     if weight_decay > 0:
         w = w * (1 - lr * weight_decay)
     weight.copy_(_rounded(w - u * lr, weight.dtype, rounding, state.step - 1, stream=0))
     if nu.numel():
         state.accumulators = [_maximum(nu, i, cover_block) for i in range(len(state.accumulators))]
+
+
+def _orthogonalized(u: Tensor) -> Tensor:
+    """``u`` as a matrix ``(n_1, n_2 … n_k)`` whose singular values are about 1, by five steps of Newton and Schulz."""
+    tall = len(u) > u[0].numel()
+    x = (u.flatten(1).T if tall else u.flatten(1)).contiguous()
+    x = (x.float() / torch.linalg.vector_norm(x.float()).clamp(min=1e-30)).bfloat16()
+    for _ in range(5):
+        a = x @ x.T
+        x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.T if tall else x).reshape(u.shape)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype, rounding: tuple[int, int] | None, step: int, stream: int) -> Tensor:

@@ -20,7 +20,7 @@ from sm3_dist.step.param_groups import correction, correction_of, first_rms
 HYPERPARAMETERS = (
     *("lr", "momentum", "beta", "eps", "weight_decay", "maximize"),
     *("bias_correction", "nesterov", "update_rms", "cover_block", "cover_product"),
-    *("stochastic_rounding", "rounding_seed"),
+    *("orthogonalize", "stochastic_rounding", "rounding_seed"),
 )
 
 
@@ -101,11 +101,14 @@ class Entry:
         if self.squares is not None:
             scale = self.squares.scale(self.group["update_rms"], first_rms(self.group), self.accumulators[0].dtype)
             settings = replace(settings, scale=scale, limit=CUT_OFF * self.group["update_rms"])
-        if self.rounds:
-            seed, bfloat16 = self.group["rounding_seed"], bool(self.group["stochastic_rounding"])
-            rounding = Rounding(seed, int(self.step.item()), self.number, self.shard.shape, bfloat16)
-            settings = replace(settings, rounding=rounding)
-        return settings
+        return replace(settings, rounding=self.rounding())
+
+    def rounding(self) -> Rounding | None:
+        """How this tensor is rounded in the step to come; ``None``: to the nearest."""
+        if not self.rounds:
+            return None
+        seed, bfloat16 = self.group["rounding_seed"], bool(self.group["stochastic_rounding"])
+        return Rounding(seed, int(self.step.item()), self.number, self.shard.shape, bfloat16)
 
     def _correction(self) -> float | Tensor:
         """What corrects ``nu`` for its start at 0. The host does not wait for a GPU to tell the number of steps."""

@@ -60,7 +60,8 @@ def labelled_params(groups: Sequence[ParamGroup]) -> list[tuple[Tensor, str, Par
 def layout_options(group: dict[str, Any]) -> tuple[Any, ...]:
     """What the state, and who works on it, depends on."""
     on = (group["momentum"] > 0, group["update_rms"] is not None)
-    return *on, *(group[key] for key in ("cover_block", "bias_correction", "nesterov", "stochastic_rounding"))
+    keys = ("cover_block", "bias_correction", "nesterov", "stochastic_rounding", "orthogonalize")
+    return *on, *(group[key] for key in keys)
 
 
 def can_move(param: Tensor) -> bool:

@@ -19,6 +19,7 @@ from sm3_dist.maths.update import Settings
 from sm3_dist.ranks.bucket import MaxBucket, Slot, SumBucket
 from sm3_dist.ranks.weight_gather import Parts, WeightGatherer
 from sm3_dist.step.entry import Entry
+from sm3_dist.step.orthogonal import OrthogonalSteps, is_orthogonal
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -59,8 +60,11 @@ class StepPlan:
         self.buckets = _buckets(entries, shard_covers, groups)
         self.gatherer = gatherer
         self._params = list(dict.fromkeys(entry.param for entry in entries))
-        stages = _stages(entries, gatherer)
-        self._stages = [(launch_list(entries), weights) for entries, weights in stages]
+        matrices = [entry for entry in entries if is_orthogonal(entry)]
+        others = [entry for entry in entries if not is_orthogonal(entry)]
+        self.orthogonal = OrthogonalSteps(matrices, launch_list, groups, {entry.param for entry in others})
+        stages = _stages(others, gatherer)
+        self._stages = [(launch_list(these), weights) for these, weights in stages]
 
     def receive(self) -> None:
         """Bring the accumulators up to date with what the other ranks sent at the end of the last step."""
@@ -69,6 +73,7 @@ class StepPlan:
 
     def update(self, settings: Mapping[int, Settings]) -> None:
         """Update every entry, from the settings of its param group by ``id``. New weights leave as they are made."""
+        self.orthogonal.update(settings)
         for launches, weights in self._stages:
             for kernel in launches:
                 kernel.update(settings)

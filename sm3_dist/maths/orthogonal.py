@@ -1,0 +1,95 @@
+"""Orthogonalized updates: the nearest matrix whose singular values are all about 1 takes the update's place.
+
+The sign of a matrix, in a word: ``U V^T`` for the update ``U S V^T``. An odd polynomial of a matrix is that polynomial of
+its singular values, so a few products bring them all near 1, and no decomposition is needed. Products are in bfloat16
+and sums within them in float32.
+
+Sources: Jordan et al., "Muon", 2024, for momentum that is made orthogonal and for the polynomial; Liu et al., "Muon is
+scalable for LLM training", 2025, arXiv 2502.16982, for the size of the update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sm3_dist.layout.shard import LocalShard
+from sm3_dist.maths.rounding import WEIGHT
+from sm3_dist.maths.update import CHUNK_BYTES, Settings
+
+TYPE = torch.bfloat16
+"""Of what is made orthogonal, and of the result."""
+COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5
+"""``x -> a x + b x^3 + c x^5``, one polynomial after another."""
+RMS = 0.2
+"""Root mean square of an orthogonalized update: what AdamW's usually is."""
+SHORTEST = 1e-30
+"""No update is shorter, lest nothing be divided by nothing."""
+
+
+def orthogonalized(update: Tensor) -> Tensor:
+    """Bring the singular values of a matrix to between about 0.7 and 1.2, those of 0 aside.
+
+    Args:
+        update: shape ``(n_1, …, n_k)``, ``k >= 2``, which counts as a matrix ``(n_1, n_2 … n_k)``; bfloat16.
+
+    Returns:
+        bfloat16, of the same shape. It depends on shape and values alone, and not on where they lie in memory.
+
+    Example:
+        >>> stretched = torch.diag(torch.tensor([1.0, 3.0, 0.2])).bfloat16()
+        >>> torch.linalg.svdvals(orthogonalized(stretched).float()).round(decimals=1)
+        tensor([1.1, 0.8, 0.7])
+    """
+    matrix = update.flatten(1)
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.mT if tall else matrix).contiguous()
+    wide = x.float()
+    x = wide.div_(torch.linalg.vector_norm(wide).clamp_(min=SHORTEST)).to(TYPE)
+    for a, b, c in COEFFICIENTS:
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(update.shape)
+
+
+def length(shape: Sequence[int]) -> float:
+    """What an orthogonal matrix is multiplied with to have a root mean square of ``RMS``: that of 1 is short.
+
+    Example:
+        >>> round(length((100, 4, 5)), 6)
+        2.0
+    """
+    return RMS * math.sqrt(max(shape[0], math.prod(shape[1:])))
+
+
+def work(shape: Sequence[int]) -> int:
+    """Multiplications of one product with a matrix of this shape; what makes owners' shares even."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    return rows * columns * min(rows, columns)
+
+
+def move_along(shard: LocalShard, weight: Tensor, directions: Sequence[Tensor], settings: Settings) -> None:
+    """Move weights along an orthogonalized update: ``w <- (1 - lr * weight_decay) w - lr * length * direction``.
+
+    Args:
+        shard: the boxes.
+        weight: the local tensor; updated in place.
+        directions: for each box what of the orthogonalized update it has, bfloat16.
+        settings: the hyperparameters: ``lr``, ``weight_decay`` and ``rounding``.
+    """
+    s, size = settings, length(shard.shape)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    for box, part, direction in zip(shard.boxes, shard.views(weight), directions, strict=True):
+        for chunk in box.chunks(CHUNK_BYTES // dtype.itemsize):
+            at = chunk.within(box)
+            wide = part[at].to(dtype)
+            if s.weight_decay:
+                wide.mul_(1 - s.lr * s.weight_decay)
+            wide.sub_(direction[at].to(dtype).mul_(size).mul_(s.lr))
+            if s.rounding is not None:
+                s.rounding.store(part[at], wide, chunk, WEIGHT)
+            elif part.dtype != dtype:
+                part[at] = wide
