@@ -120,8 +120,8 @@ class Exchange:
         device: where they lie.
 
     Attributes:
-        parts: for each matrix what this rank holds of it, flat: a view of a buffer that has memory only from
-            :meth:`open` to :meth:`close`.
+        parts: for each matrix what this rank holds of it, flat: a view of a buffer that has no memory after
+            :meth:`close` until it is opened again.
     """
 
     def __init__(
@@ -143,7 +143,6 @@ class Exchange:
             start += numel + 1
         self._whole = self._buffer
         self._work: dist.Work | None = None
-        self.close()
 
     @property
     def nbytes(self) -> tuple[int, int]:

@@ -107,7 +107,7 @@ class _Part:
             within = replace(shard, replicated=False, flat_start=0, flat_numel=numel)
             take: Callable[[Tensor], Tensor] = lambda grad: grad.reshape(-1).narrow(0, start, numel)  # noqa: E731
         elif shard.flat_start is not None:
-            first = shard.flat_start
+            first = shard.flat_start if numel else 0
             within = replace(shard, flat_start=0, flat_numel=numel)
             take = lambda grad: grad.narrow(0, first, numel)  # noqa: E731
             momentum = None if momentum is None else momentum.narrow(0, first, numel)
@@ -159,6 +159,7 @@ class _Bucket:
         ]
         held = [part.stand_in for part in self.parts if part.entry.shard.boxes]
         self._kernels = launch_list(held) if held else []
+        exchange.close()
 
     def start(self, settings: Mapping[int, Settings]) -> None:
         """Work out the updates and send them."""
