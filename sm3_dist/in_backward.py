@@ -44,8 +44,8 @@ def step_in_backward(model: nn.Module, optimizer: SM3, *, clip_value: float | No
         A handle: ``remove()`` undoes it, and so does leaving its ``with`` block.
 
     Raises:
-        ValueError: for DistributedDataParallel, FSDP1, fairscale, ``shard_over=`` and ``shard_covers=True``, with the
-            reason; for a ``clip_value`` that is not greater than 0.
+        ValueError: for DistributedDataParallel, FSDP1, fairscale, ``shard_over=``, ``shard_covers=True`` and
+            ``orthogonalize``, with the reason; for a ``clip_value`` that is not greater than 0.
         RuntimeError: in backward, if a parameter gets a second gradient before ``optimizer.step()``; in
             ``optimizer.step()``, if a GradScaler takes it.
 
@@ -196,6 +196,12 @@ def _refuse(model: nn.Module, optimizer: SM3) -> None:
         raise ValueError(
             "with shard_covers=True a step begins with an all-gather, which would fall into the midst of backward, "
             "among the collectives of the model. Leave shard_covers out."
+        )
+    if any(group["orthogonalize"] for group in optimizer.param_groups):
+        raise ValueError(
+            "with orthogonalize a step needs the whole update of a matrix, which the ranks that hold parts of it would "
+            "send one another in the midst of backward, among the collectives of the model, and in the order in which "
+            "each has its gradients. Step after backward instead, or leave orthogonalize out."
         )
 
 

@@ -78,11 +78,9 @@ class SM3(Optimizer):
         cover_product: estimate :math:`\nu` from the product of the accumulators over that of the tile,
             :math:`\mu_0 \mu_1 / \mu_2` for a matrix, and not from their minimum. It is a closer estimate where rows and
             columns differ in scale independently of one another. Needs ``cover_block``.
-        orthogonalize: take in place of the update of a matrix, momentum included, the nearest orthogonal matrix, as
-            Muon does, at a root mean square of 0.2. Tensors of more dimensions count as matrices ``(n_1, n_2 … n_k)``,
-            those of fewer are left as they are. Where tensors were flattened into one parameter, the names of those
-            that are meant. Each matrix is gathered on one of the ranks that hold parts of it: two all-to-alls in each
-            step that nothing hides but the work on other matrices; see ``docs/orthogonal.md``.
+        orthogonalize: take in place of a matrix's update, momentum included, the nearest orthogonal matrix, as Muon
+            does, at a root mean square of 0.2; ``(n_1, n_2 … n_k)`` is a matrix too, a vector is none. Of tensors
+            that were flattened into one parameter, the names of those that are meant. See ``docs/orthogonal.md``.
         model: the wrapped root module, where parameters were flattened (FullyShardedDataParallel of torch or
             fairscale): their original shapes are read there. Other models may be passed too.
         shard_over: process group or 1-D mesh over which parameters are replicated (ZeRO-1). Each rank keeps the state
@@ -175,7 +173,7 @@ class SM3(Optimizer):
             "update_rms": update_rms,
             "cover_block": cover_block,
             "cover_product": cover_product,
-            "orthogonalize": orthogonalize if isinstance(orthogonalize, bool) else tuple(sorted(orthogonalize)),
+            "orthogonalize": orthogonalize,
             "stochastic_rounding": stochastic_rounding,
             "rounding_seed": rounding_seed,
         }
@@ -318,7 +316,7 @@ class SM3(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._validate(group)
+            validate(group, len(self.param_groups) - 1)
             for index, param in enumerate(group["params"]):
                 self._keeper.describe(param, label_of(group, len(self.param_groups) - 1, index), group["cover_block"])
         except Exception:
@@ -326,13 +324,6 @@ class SM3(Optimizer):
             raise
         if not group["momentum"]:
             self._without_momentum.add(len(self.param_groups) - 1)
-
-    def _validate(self, group: dict[str, Any]) -> None:
-        try:
-            validate(group)
-        except ValueError as error:
-            where = f" (in param group {len(self.param_groups) - 1})" if len(self.param_groups) > 1 else ""
-            raise ValueError(f"{error}{where}") from None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` returned, under the same layout; also what torch-SM3's returned.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import against_reference
 import flat_layouts
@@ -31,32 +32,40 @@ NARROW: list[dict[str, Any]] = [
 ]
 
 
+SMALL_BUCKETS = patch.object(exchange, "BUCKET_BYTES", 100)  # several, of one or two matrices each
+
+
 def compare_dtensors(name: str) -> None:
     for options in OPTIONS:
         against_reference.compare_with_reference(name, options)
+    with SMALL_BUCKETS:
+        against_reference.compare_with_reference(name, MUON)
     for keywords in NARROW:
         against_reference.compare_with_reference(name, MUON, torch.bfloat16, **keywords)
 
 
-@pytest.mark.parametrize(("name", "world_size"), list(layouts.cases()))
+@pytest.mark.sampled("name, world_size", list(layouts.cases()))
 def test_dtensors_equal_one_process(workers: Pool, name: str, world_size: int) -> None:
     workers(world_size).run(compare_dtensors, name)
 
 
 def compare_flat(name: str) -> None:
-    for options in OPTIONS[:2]:
-        test_flat.compare_with_reference(name, options)
-    test_flat.compare_with_reference(name, MUON, torch.float32, **NARROW[1])
+    test_flat.compare_with_reference(name, OPTIONS[1])
+    with SMALL_BUCKETS:
+        test_flat.compare_with_reference(name, MUON, torch.float32, **NARROW[1])
 
 
-@pytest.mark.parametrize(("name", "world_size"), list(flat_layouts.cases()))
+@pytest.mark.sampled("name, world_size", list(flat_layouts.cases()))
 def test_flat_tensors_equal_one_process(workers: Pool, name: str, world_size: int) -> None:
     workers(world_size).run(compare_flat, name)
 
 
 def compare_replicas() -> str:
-    for options in OPTIONS:
-        digest = replicas.train_beside_one_process(replicas.params_of(), {}, lr=0.3, **options)
+    for options in [*OPTIONS, {**MUON, "momentum_dtype": torch.bfloat16, "stochastic_rounding": True}]:
+        with SMALL_BUCKETS:
+            digest = replicas.train_beside_one_process(
+                replicas.params_of(), replicas.BUCKETING["small-buckets"], lr=0.3, **options
+            )
     return digest
 
 

@@ -183,7 +183,9 @@ class Canonical:
             if strict and missing:
                 raise ValueError(_missing(missing, saved))
             options = [
-                {k: v for k, v in group.items() if k not in ("params", "param_names")} for group in found.values()
+                # (Which tensors are made orthogonal is for each layout to say in its own way.)
+                {k: v for k, v in group.items() if k not in ("params", "param_names", "orthogonalize")}
+                for group in found.values()
             ]
             for other in options[1:]:
                 if other != options[0]:
@@ -202,7 +204,7 @@ class Canonical:
         new = {}
         for group, change in zip(self.optimizer.param_groups, changes, strict=True):
             new[id(group)] = {**group, **change}
-            validate(new[id(group)])
+            validate(new[id(group)], 0)
             if new[id(group)]["cover_block"] != group["cover_block"]:
                 raise ValueError(
                     f"the loaded state was saved with cover_block={change['cover_block']}, but this optimizer has "

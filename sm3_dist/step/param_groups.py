@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,12 +108,25 @@ def first_rms(group: Mapping[str, Any]) -> float:
     return 1.0 if group["bias_correction"] else float(1 / math.sqrt(1 - group["beta"]))
 
 
-def validate(group: dict[str, Any]) -> None:
-    """Refuse hyperparameters out of range.
+def validate(group: ParamGroup, number: int) -> None:
+    """Refuse hyperparameters out of range; names come in one order whatever they were given in.
+
+    Args:
+        group: the param group.
+        number: its place among those of the optimizer.
 
     Raises:
         ValueError: says which, its value and what to do.
     """
+    try:
+        _validate(group)
+    except ValueError as error:
+        raise ValueError(f"{error} (in param group {number})" if number else str(error)) from None
+    if not isinstance(group["orthogonalize"], bool):
+        group["orthogonalize"] = tuple(sorted(group["orthogonalize"]))
+
+
+def _validate(group: ParamGroup) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a float or a tensor of one element, not a tensor of shape {tuple(lr.shape)}")
@@ -129,6 +142,10 @@ def validate(group: dict[str, Any]) -> None:
         )
     if group["cover_product"] and group["cover_block"] is None:
         raise ValueError("cover_product=True is for block covers. Set cover_block, to 64 say, or leave it out")
+    wanted = group["orthogonalize"]
+    names = isinstance(wanted, Iterable) and not isinstance(wanted, str) and all(isinstance(n, str) for n in wanted)
+    if not isinstance(wanted, bool) and not names:
+        raise ValueError(f"orthogonalize must be True, False or names of tensors, but is {wanted!r}")
     rms, block = group["update_rms"], group["cover_block"]
     if rms is not None and not 0.0 < rms < math.inf:
         raise ValueError(f"update_rms must be greater than 0 and finite (or None), but is {rms}")
