@@ -1,7 +1,9 @@
-"""Orthogonal updates: what they are, and that weights and state are one process's to the last bit under every wrapper."""
+"""Orthogonal updates: what they are; weights and state are one process's to the last bit under every wrapper."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import Any
 from unittest.mock import patch
 
@@ -14,9 +16,12 @@ import test_flat
 import torch
 import torch.distributed as dist
 from harness import Pool
+from layouts import LAYOUTS, Tensors, give
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
-from sm3_dist import SM3
+from sm3_dist import SM3, GradientMismatchError, step_in_backward
+from sm3_dist.maths.orthogonal import length, orthogonalized
 from sm3_dist.ranks import exchange
 
 MUON: dict[str, Any] = {"momentum": 0.95, "beta": 0.95, "bias_correction": True, "nesterov": True}
@@ -72,3 +77,151 @@ def compare_replicas() -> str:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_replicas_equal_one_process(workers: Pool, world_size: int) -> None:
     replicas.assert_replicas(workers(world_size).run(compare_replicas))
+
+
+def bytes_that_travel(name: str) -> tuple[int, int, int]:
+    """Bytes of bfloat16 that this rank holds of the matrices that are cut, those it sends, and the number of calls."""
+    shapes = [(64, 32), (32,), (48, 16), (8, 4, 4), (32, 96), (5, 7)]
+    model = LAYOUTS[name].wrap(Tensors(shapes))
+    optimizer = SM3(model.parameters(), **MUON)
+    for param in model.parameters():
+        give(param, torch.randn(param.shape, generator=torch.Generator().manual_seed(param.numel())))
+    optimizer.step()
+    sent: Counter[str] = Counter()
+    collective = dist.all_to_all_single
+
+    def counting(output: Tensor, given: Tensor, received: list[int], out: list[int], **keywords: Any) -> Any:
+        rank = dist.get_rank(keywords["group"])
+        sent["bytes"] += given.element_size() * (sum(out) - out[rank])
+        sent["calls"] += 1
+        return collective(output, given, received, out, **keywords)
+
+    with CommDebugMode() as comm, patch.object(dist, "all_to_all_single", counting):
+        optimizer.step()
+    assert sum(comm.get_comm_counts().values()) - len(optimizer._current_plan().buckets) == sent["calls"]
+    planned = [bucket.exchange.nbytes for bucket in optimizer._current_plan().orthogonal.buckets]
+    assert sum(map(sum, planned)) == sent["bytes"]
+    entries = optimizer._current_plan().entries
+    cut = [entry for entry in entries if entry.shard.holders and len(entry.shard.shape) > 1]
+    return 2 * sum(math.prod(entry.shard.shape) for entry in cut), sent["bytes"], sent["calls"]
+
+
+@pytest.mark.parametrize(("name", "world_size", "calls"), [("fsdp2", 4, 2), ("tp-2d", 4, 4), ("ddp", 2, 0)])
+def test_what_travels(workers: Pool, name: str, world_size: int, calls: int) -> None:
+    """Each element of a matrix that is cut, there and back, unless the owner holds it; of others nothing.
+
+    Two calls for each group of ranks that hold matrices together.
+    """
+    results = workers(world_size).run(bytes_that_travel, name)
+    words = 200  # one for each matrix, rank and way
+    if name == "fsdp2":
+        whole = results[0][0]
+        assert sum(sent for _, sent, _ in results) <= 2 * whole * 3 / 4 + 3 * words
+        assert max(sent for _, sent, _ in results) <= 2 * whole / 4 * 1.2 + words
+    assert [made for _, _, made in results] == [calls] * world_size
+
+
+def test_large_matrices_are_shared_out_evenly() -> None:
+    layer = [768 * 768 * 768] * 4 + [768 * 3072 * 768] * 2
+    chosen, order = exchange.owners(layer * 12, [dict.fromkeys(range(8), 1)] * 72)
+    loads = Counter(dict.fromkeys(range(8), 0))
+    for work, owner in zip(layer * 12, chosen, strict=True):
+        loads[owner] += work
+    assert max(loads.values()) <= 1.01 * min(loads.values())
+    assert len({chosen[k] for k in order[:8]}) == 8
+
+
+def one_rank_without_a_gradient() -> None:
+    model = LAYOUTS["tp"].wrap(Tensors([(6, 4), (4, 6)]))
+    optimizer = SM3(model.named_parameters(), **MUON)
+    for number, param in enumerate(model.parameters()):
+        give(param, torch.ones(param.shape))
+        if dist.get_rank() == 1 and number == 1:
+            param.grad = None
+    with pytest.raises(GradientMismatchError, match=r"parameter 'blocks.0.1' has a gradient on some of the ranks"):
+        optimizer.step()
+
+
+def test_a_gradient_on_some_ranks_alone_is_an_error_on_every_rank(workers: Pool) -> None:
+    workers(3).run(one_rank_without_a_gradient)
+
+
+def memory_between_steps() -> None:
+    model = LAYOUTS["fsdp2"].wrap(Tensors([(64, 32), (48, 16)]))
+    optimizer = SM3(model.parameters(), **MUON)
+    for step in range(2):
+        for param in model.parameters():
+            give(param, torch.ones(param.shape))
+        optimizer.step()
+        for bucket in optimizer._current_plan().orthogonal.buckets:
+            assert bucket.exchange._buffer.untyped_storage().nbytes() == 0, step
+
+
+def test_buckets_are_freed_after_a_step(workers: Pool) -> None:
+    workers(2).run(memory_between_steps)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (50, 50), (20, 5, 6), (1, 30)])
+def test_singular_values_are_about_1(shape: tuple[int, ...]) -> None:
+    update = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, stretched, v = torch.linalg.svd(update.flatten(1), full_matrices=False)
+    update = (u * torch.linspace(0.1, 1, len(stretched)) @ v).view(shape)
+    result = orthogonalized(update.bfloat16())
+    assert result.shape == shape
+    values = torch.linalg.svdvals(result.float().flatten(1))
+    assert values.min() > 0.6
+    assert values.max() < 1.25
+    rms = (result.float() * length(shape)).square().mean().sqrt()
+    assert 0.13 < rms < 0.25
+    along = u.T @ result.float().flatten(1) @ v.T  # the same directions
+    assert (along - along.diagonal().diag()).abs().max() < 0.05
+
+
+def test_lengths_do_not_matter_nor_where_it_lies() -> None:
+    update = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(orthogonalized(update * 2.0**-9), orthogonalized(update))
+    assert torch.equal(orthogonalized(update.T.contiguous().T), orthogonalized(update))
+    assert not orthogonalized(torch.zeros(4, 3).bfloat16()).count_nonzero()
+
+
+def test_vectors_are_left_as_they_are() -> None:
+    usual, other = (torch.nn.Parameter(torch.ones(7)) for _ in range(2))
+    for param, options in ((usual, {}), (other, {"orthogonalize": True})):
+        param.grad = torch.linspace(-1, 2, 7)
+        SM3([param], **options).step()
+    assert torch.equal(usual, other)
+
+
+@pytest.mark.parametrize("wanted", ["weight", 3, [3]])
+def test_what_is_not_names_is_refused(wanted: Any) -> None:
+    with pytest.raises(ValueError, match="orthogonalize must be True, False or names of tensors"):
+        SM3([torch.nn.Parameter(torch.ones(2, 2))], orthogonalize=wanted)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = torch.nn.Embedding(5, 4, sparse=True)
+    optimizer = SM3(table.parameters(), orthogonalize=True)
+    table(torch.tensor([1, 3])).sum().backward()
+    with pytest.raises(NotImplementedError, match="sparse gradient, whose update cannot be made orthogonal"):
+        optimizer.step()
+
+
+def test_steps_in_backward_are_refused() -> None:
+    layer = torch.nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="with orthogonalize a step needs the whole update"):
+        step_in_backward(layer, SM3(layer.parameters(), orthogonalize=True))
+
+
+def test_a_grad_scaler_changes_nothing() -> None:
+    """The scale is a power of 2; a gradient that is not finite stops the step."""
+    plain, scaled = (torch.nn.Parameter(torch.linspace(-1, 1, 12).view(4, 3)) for _ in range(2))
+    grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    plain.grad, scaled.grad = grad.clone(), grad * 1024
+    optimizer = SM3([scaled], unscale_in_step=True, **MUON)
+    SM3([plain], **MUON).step()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    optimizer.step()
+    assert torch.equal(plain, scaled)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(plain, scaled)

@@ -1,8 +1,8 @@
 """Orthogonalized updates: the nearest matrix whose singular values are all about 1 takes the update's place.
 
-The sign of a matrix, in a word: ``U V^T`` for the update ``U S V^T``. An odd polynomial of a matrix is that polynomial of
-its singular values, so a few products bring them all near 1, and no decomposition is needed. Products are in bfloat16
-and sums within them in float32.
+The sign of a matrix, in a word: ``U V^T`` for the update ``U S V^T``. An odd polynomial of a matrix is that polynomial
+of its singular values, so a few products bring them all near 1, and no decomposition is needed. Products are in
+bfloat16 and sums within them in float32.
 
 Sources: Jordan et al., "Muon", 2024, for momentum that is made orthogonal and for the polynomial; Liu et al., "Muon is
 scalable for LLM training", 2025, arXiv 2502.16982, for the size of the update.

@@ -125,7 +125,12 @@ class Exchange:
     """
 
     def __init__(
-        self, matrices: Sequence[Matrix], group: ProcessGroup | None, rank: int, dtype: torch.dtype, device: torch.device
+        self,
+        matrices: Sequence[Matrix],
+        group: ProcessGroup | None,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.matrices, self.group, self.rank = matrices, group, rank
         self._ranks = [rank] if group is None else dist.get_process_group_ranks(group)
@@ -148,7 +153,7 @@ class Exchange:
     def nbytes(self) -> tuple[int, int]:
         """Bytes that this rank sends to others, there and back."""
         me, size = self._ranks.index(self.rank), self._buffer.element_size()
-        return tuple(size * (sum(counts) - counts[me]) for counts in (self._sent, self._received))  # type: ignore[return-value]
+        return size * (sum(self._sent) - self._sent[me]), size * (sum(self._received) - self._received[me])
 
     def open(self) -> None:
         """Give the parts memory, and set them to 0."""
@@ -209,4 +214,5 @@ class Exchange:
         return [m for m, mixed in enumerate(words) if mixed]
 
     def _all_to_all(self, output: Tensor, given: Tensor, received: list[int], sent: list[int]) -> dist.Work | None:
-        return dist.all_to_all_single(output, given, received, sent, group=self.group, async_op=True)
+        work: dist.Work | None = dist.all_to_all_single(output, given, received, sent, group=self.group, async_op=True)
+        return work
