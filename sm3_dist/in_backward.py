@@ -131,6 +131,8 @@ class StepInBackward:
     @torch.no_grad()
     def _clip_what_is_left(self, *_: Any) -> None:
         """Gradients of parameters without a hook, which were added since."""
+        if self._stepped and self._plan is not None:
+            self._plan.note()
         for param in _params(self.optimizer):
             if param.grad is not None:
                 self._clip(param)

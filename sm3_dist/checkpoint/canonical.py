@@ -29,7 +29,7 @@ from sm3_dist.maths.momentum_code import MOMENTUM_BUFFER, MOMENTUM_CODE, convert
 from sm3_dist.optimizer import SM3
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.param_groups import validate
-from sm3_dist.step.state import accumulator_key, step_device
+from sm3_dist.step.state import accumulator_key, held_accumulators, step_device
 
 SCALAR = Box((), ())
 _OPTIONAL = {
@@ -68,6 +68,7 @@ class Canonical:
     def _refresh(self) -> None:
         plan = self.optimizer._current_plan()
         plan.receive()
+        plan.publish()
         self.entries = {self._name(entry.param, entry.shard, entry.label): entry for entry in plan.entries}
 
     def _name(self, param: Tensor, shard: LocalShard, label: str) -> str:
@@ -153,6 +154,7 @@ class Canonical:
                 part.copy_(converted(reader.read(box), part.dtype) if key in _MOMENTA else reader.read(box))
         for param, counts in steps.items():
             self.optimizer._keeper.states[param]["step"].copy_(torch.stack([c.float().cpu() for c in counts]).max())
+        self.optimizer._keeper.written_into(self.optimizer.param_groups)
 
     def slots(self, entry: Entry) -> dict[str, Slot]:
         """What this rank holds of the state of one original tensor."""
@@ -162,9 +164,9 @@ class Canonical:
         # One for all tensors of a flattened parameter, which may have taken different numbers of steps elsewhere.
         step = state["step"].clone() if flat else state["step"]
         slots = {"step": Slot((), [SCALAR], [step], step, not flat, speaks, shard.ranks)}
-        for i, part in enumerate(entry.accumulators):
-            shape, stored = _canonical(shard, i)
-            slots[f"accumulator_{i}"] = _slot(shape, [stored], [part], state[accumulator_key(shard, i)], shard, scalar)
+        for i, part in enumerate(held_accumulators(state, shard)):
+            shape, held = _canonical(shard, i)
+            slots[f"accumulator_{i}"] = _slot(shape, [held], [part], state[accumulator_key(shard, i)], shard, scalar)
         if entry.momentum_buffer is not None:
             parts, key = shard.state_views(entry.momentum_buffer), momentum_key(entry.momentum_buffer.dtype)
             slots[key] = _slot(shard.shape, shard.boxes, parts, state[key], shard, scalar)
@@ -265,14 +267,12 @@ def _absent(
 
 
 def _canonical(shard: LocalShard, i: int) -> tuple[tuple[int, ...], Box]:
-    """Canonical shape of accumulator ``i``, and the box of it that this rank stores."""
-    shape, stored = grid(shard.shape, i, shard.cover_block), shard.stored[i]
+    """Canonical shape of accumulator ``i``, and the box of it that this rank's state holds."""
+    shape, held = grid(shard.shape, i, shard.cover_block), shard.held[i]
     if shard.cover_block is not None:
-        return shape, stored
+        return shape, held
     # Whole slices: a vector. The other dimensions have one cover set each, if this rank holds anything.
-    return (shape[i],), Box(
-        stored.start[i : i + 1], stored.stop[i : i + 1] if stored.numel else stored.start[i : i + 1]
-    )
+    return (shape[i],), Box(held.start[i : i + 1], held.stop[i : i + 1] if held.numel else held.start[i : i + 1])
 
 
 def _slot(

@@ -4,9 +4,10 @@ A mesh dimension that shards tensor dimension ``d`` cuts every row of the other 
 maximum over all mesh dimensions that shard a dimension other than ``i``. Over the remaining ones it is already right:
 it is itself a DTensor, sharded where the parameter is sharded along ``i`` and replicated elsewhere.
 
-With block covers only the blocks that an edge of a shard cuts are maxima over several ranks. Where no edge cuts one,
-an accumulator is a DTensor with the placements of the parameter. Where one does, neighbours both store it; a DTensor
-cannot say so, and the state tensor is this rank's rectangle of the grid, a plain tensor.
+With block covers an accumulator is a DTensor of the shape of its grid, with the placements of the parameter. Only the
+blocks that an edge of a shard cuts are maxima over several ranks. Neighbours both need such a block, which a DTensor
+cannot say. So where an edge cuts one, what PyTorch's chunking of the grid gives a rank is not what its elements need:
+the state holds the one, and the rank works on the other (:class:`~sm3_dist.layout.shard.Chunk`).
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from sm3_dist.layout.box import Box, overlaps
-from sm3_dist.layout.cover import accumulator_count, cell, grid, touched
+from sm3_dist.layout.cover import Cell, accumulator_count, cell, grid, touched
 from sm3_dist.layout.groups import group_of
-from sm3_dist.layout.shard import Holdings, LocalShard, Peers, Shared, in_words
+from sm3_dist.layout.shard import Chunk, Elsewhere, Holdings, LocalShard, Peers, Shared, in_words
 
 Run = tuple[int, int]
 """Indices ``[start, stop)`` of one tensor dimension."""
@@ -58,12 +59,14 @@ def describe(param: Tensor, label: str, cover_block: int | None) -> tuple[LocalS
         )
     mesh = param.device_mesh
     sharding = cut.dims_that_shard(lambda dim: True)
+    count = accumulator_count(cut.shape, cover_block)
     return (
         LocalShard(
             cut.shape,
             boxes=(box,) if box.numel else (),
             extent=box,
-            shared=tuple(_shared(cut, i, cover_block, mesh) for i in range(accumulator_count(cut.shape, cover_block))),
+            shared=tuple(_shared(cut, i, cover_block, mesh) for i in range(count)),
+            chunks=tuple(_chunk_of(cut, i, cover_block, mesh) for i in range(count)),
             ranks=_ranks(mesh),
             layout=_layout(cut.placements, mesh),
             cover_block=cover_block,
@@ -80,21 +83,14 @@ def _holdings(cut: _Cut, mesh: DeviceMesh, dims: tuple[int, ...]) -> dict[int, t
 
 
 def accumulator(param: DTensor, part: Tensor, shard: LocalShard, i: int) -> Tensor:
-    """Accumulator ``i`` of a DTensor parameter, whose local part is ``part``: a DTensor, unless ranks overlap in part.
+    """Accumulator ``i`` of a DTensor parameter, whose local part is ``part``: a DTensor.
 
     It has shape ``(n_i,)``, or that of the grid with block covers.
     """
-    block = shard.cover_block
-    if block is None:
-        placements = [_along(placement, i) for placement in param.placements]
-        shape: tuple[int, ...] = (shard.shape[i],)
-    elif _blocks_follow_shards(_Cut.of(param), i, block):
-        placements, shape = list(param.placements), grid(shard.shape, i, block)
-    else:
-        return part
-    stride = torch.empty(shape, dtype=param.dtype, device="meta").stride()
+    cut = _cut_of_accumulator(_Cut.of(param), i, shard.cover_block)
+    stride = torch.empty(cut.shape, dtype=param.dtype, device="meta").stride()
     return DTensor.from_local(
-        part, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        part, param.device_mesh, cut.placements, run_check=False, shape=torch.Size(cut.shape), stride=stride
     )
 
 
@@ -123,11 +119,29 @@ class _Cut:
         return product(*map(range, self.sizes))
 
 
+def _cut_of_accumulator(cut: _Cut, i: int, block: int | None) -> _Cut:
+    """How the state tensor of accumulator ``i`` is cut: as the parameter."""
+    if block is None:
+        return _Cut((cut.shape[i],), cut.sizes, tuple(_along(placement, i) for placement in cut.placements))
+    blocks = replace(cut, shape=grid(cut.shape, i, block))
+    if _blocks_follow_shards(cut, blocks, i, block):
+        return blocks
+    # PyTorch puts tensors with strided shards of uneven length together wrongly; and these lie askew in any case.
+    cells = cell(cut.shape, i, block)
+    return replace(blocks, placements=tuple(_plain(placement, cells) for placement in cut.placements))
+
+
 @lru_cache(maxsize=4096)
-def _blocks_follow_shards(cut: _Cut, i: int, block: int) -> bool:
-    """Whether a grid cut like the tensor gives every rank exactly the entries that its elements need."""
-    cells, blocks = cell(cut.shape, i, block), replace(cut, shape=grid(cut.shape, i, block))
-    return all(touched(_box(cut, here), cells) == _box(blocks, here) for here in cut.coordinates())
+def _blocks_follow_shards(cut: _Cut, blocks: _Cut, i: int, block: int) -> bool:
+    """Whether a grid cut like this gives every rank exactly the entries that its elements need."""
+    cells = cell(cut.shape, i, block)
+    needed = ((touched(_box(cut, here), cells), _box(blocks, here)) for here in cut.coordinates())
+    return all(a == b or not (a.numel or b.numel) for a, b in needed)
+
+
+def _plain(placement: Placement, cells: Cell) -> Placement:
+    strided = isinstance(placement, _StridedShard) and cells[placement.dim] != 1
+    return Shard(placement.dim) if strided else placement  # type: ignore[attr-defined]
 
 
 def _along(placement: Placement, i: int) -> Placement:
@@ -216,6 +230,42 @@ def _shared(cut: _Cut, i: int, block: int | None, mesh: DeviceMesh) -> Shared | 
     else:
         regions = _overlaps(cut, i, block, _among(cut, dims, here))
     return Shared(_peers(mesh, dims), regions) if regions else None
+
+
+def _chunk_of(cut: _Cut, i: int, block: int | None, mesh: DeviceMesh) -> Chunk | None:
+    """What the state holds of accumulator ``i``, unless that is what this rank works on."""
+    if block is None:
+        return None
+    blocks = _cut_of_accumulator(cut, i, block)
+    if _blocks_follow_shards(cut, blocks, i, block):
+        return None
+    here = tuple(mesh.get_coordinate() or ())
+    cells = cell(cut.shape, i, block)
+    dims = cut.dims_that_shard(lambda dim: cells[dim] != 1)
+    peers = _peers(mesh, dims)
+    members = {int(mesh.mesh[coordinate]): coordinate for coordinate in _among(cut, dims, here)}
+    lent, borrowed, any_at_all = _askew(cut, blocks, i, block, here, tuple(members[rank] for rank in peers.ranks))
+    return Chunk(_box(blocks, here), Elsewhere(peers, lent, borrowed) if any_at_all else None)
+
+
+Pieces = tuple[tuple[Box, ...], ...]
+
+
+@lru_cache(maxsize=4096)
+def _askew(
+    cut: _Cut, blocks: _Cut, i: int, block: int, here: tuple[int, ...], peers: tuple[tuple[int, ...], ...]
+) -> tuple[Pieces, Pieces, bool]:
+    """For each peer what it borrows of this rank, and what it lends to it; and whether any of them borrows anything."""
+    cells = cell(cut.shape, i, block)
+    needed = {peer: touched(_box(cut, peer), cells) for peer in peers}
+    beyond = {peer: _box(blocks, peer).without(needed[peer]) for peer in peers}
+
+    def common(boxes: Sequence[Box], other: Box) -> tuple[Box, ...]:
+        return tuple(piece for box in boxes if (piece := box & other).numel)
+
+    lent = tuple(common(beyond[peer], needed[here]) for peer in peers)
+    borrowed = tuple(common(beyond[here], needed[peer]) for peer in peers)
+    return lent, borrowed, any(beyond.values())
 
 
 def _among(cut: _Cut, dims: tuple[int, ...], here: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -78,6 +78,37 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """Accumulator entries that one rank's state holds, but none of its elements needs: others work on them.
+
+    Attributes:
+        peers: the ranks among which this happens.
+        lent: for each of ``peers.ranks`` the rectangles of its chunk that this rank works on, and it does not.
+        borrowed: for each of them the rectangles of this rank's chunk that it works on, and this rank does not.
+    """
+
+    peers: Peers
+    lent: tuple[tuple[Box, ...], ...]
+    borrowed: tuple[tuple[Box, ...], ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What the state holds of an accumulator here, where that is not what the elements of this rank need.
+
+    Blocks that an edge cuts are needed on both sides of it. PyTorch's state dicts know no such thing, so the state
+    holds a DTensor of the grid, cut as PyTorch cuts it, and the rank works on a copy of its rectangle beside it.
+
+    Attributes:
+        box: the rectangle of the grid.
+        elsewhere: the entries that do not lie on the rank that needs them; ``None`` where there are none on any rank.
+    """
+
+    box: Box
+    elsewhere: Elsewhere | None = None
+
+
+@dataclass(frozen=True)
 class LocalShard:
     """The boxes of one original tensor that this rank holds.
 
@@ -93,6 +124,7 @@ class LocalShard:
         extent: smallest box that contains the boxes. Given explicitly where an empty shard still has rows or columns
             (a ``(3, 5)`` tensor over 4 ranks: the last holds 0 rows of 5 columns).
         shared: for each accumulator the entries that other ranks touch too; ``None`` where there are none.
+        chunks: for each accumulator what the state holds of it; ``None`` where that is what this rank works on.
         ranks: every global rank that holds part of the tensor or a replica of it, where they plan together.
         layout: how the tensor is cut, in words that are the same on each of these ranks.
         name: distinguishes the original tensors within one flattened parameter; empty where there is just one.
@@ -107,6 +139,7 @@ class LocalShard:
     flat_start: int | None = None
     extent: Box = field(default_factory=lambda: _UNSET)
     shared: tuple[Shared | None, ...] = ()
+    chunks: tuple[Chunk | None, ...] = ()
     ranks: tuple[int, ...] = ()
     layout: str = WHOLE
     name: str = ""
@@ -122,6 +155,8 @@ class LocalShard:
             object.__setattr__(self, "extent", bounding(self.boxes, len(self.shape)))
         if not self.shared:
             object.__setattr__(self, "shared", (None,) * self.accumulator_count)
+        if not self.chunks:
+            object.__setattr__(self, "chunks", (None,) * self.accumulator_count)
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -145,8 +180,15 @@ class LocalShard:
 
     @cached_property
     def stored(self) -> tuple[Box, ...]:
-        """For each accumulator the rectangle of its grid that this rank stores."""
+        """For each accumulator the rectangle of its grid that this rank works on."""
         return tuple(self.touched(self.extent, i) for i in range(self.accumulator_count))
+
+    @cached_property
+    def held(self) -> tuple[Box, ...]:
+        """For each accumulator the rectangle of its grid that this rank's state holds."""
+        return tuple(
+            stored if chunk is None else chunk.box for stored, chunk in zip(self.stored, self.chunks, strict=True)
+        )
 
     def touched(self, box: Box, i: int) -> Box:
         """The rectangle of the grid of accumulator ``i`` that ``box`` touches."""
@@ -175,11 +217,11 @@ class LocalShard:
         return views
 
     def accumulator_shape(self, i: int) -> tuple[int, ...]:
-        """Shape in which this rank stores accumulator ``i``.
+        """Shape in which this rank's state holds accumulator ``i``.
 
         A vector over the indices of dimension ``i``; with block covers the rectangle of the grid.
         """
-        shape = self.stored[i].shape
+        shape = self.held[i].shape
         return (math.prod(shape),) if self.cover_block is None else shape
 
 

@@ -15,6 +15,7 @@ from sm3_dist.layout.shard import WHOLE, LocalShard
 from sm3_dist.maths.rms import CUT_OFF, SquareSum
 from sm3_dist.maths.rounding import Rounding
 from sm3_dist.maths.update import Settings, update_rows, update_shard
+from sm3_dist.step.cut_cover import CutCover
 from sm3_dist.step.param_groups import correction, correction_of, first_rms
 
 HYPERPARAMETERS = (
@@ -32,12 +33,14 @@ class Entry:
         param: the parameter of the optimizer that holds it.
         group: the param group of that parameter.
         shard: what this rank holds.
-        accumulators: this rank's part of accumulator ``i``, of shape ``shard.stored[i].shape``.
+        accumulators: what this rank works on of accumulator ``i``, of shape ``shard.stored[i].shape``: a view of the
+            state, or a working copy.
         momentum_buffer: the local tensor, laid out like the parameter's, int8 for codes; ``None`` without momentum.
         step: how many steps the parameter has taken; 0-dimensional, on the parameter's GPU if it lies on one.
         squares: the sum that ``update_rms`` goes by; ``None`` without.
         label: what error messages call it.
         number: its place among the tensors of the optimizer, the same under every layout; keys its random numbers.
+        cut_covers: the accumulators that are working copies.
     """
 
     param: Tensor
@@ -49,6 +52,7 @@ class Entry:
     squares: SquareSum | None
     label: str
     number: int = 0
+    cut_covers: Sequence[CutCover] = ()
 
     def describe(self) -> str:
         """One line, the same on every rank that plans this tensor."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +13,16 @@ from sm3_dist.layout.describe import Flattened, Replicas, describe
 from sm3_dist.layout.shard import LocalShard
 from sm3_dist.ranks.agreement import check_agreement
 from sm3_dist.ranks.weight_gather import WeightGatherer
+from sm3_dist.step.cut_cover import CutCover, cut_covers
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.param_groups import ParamGroup, can_move, label_of, labelled_params, layout_options
 from sm3_dist.step.plan import Kernel, StepPlan, agreement_lines
 from sm3_dist.step.state import (
     State,
+    accumulator_keys,
     adopt_state,
     fill_state,
-    local_accumulators,
+    held_accumulators,
     local_momentum,
     local_square_sum,
 )
@@ -84,17 +86,18 @@ class PlanKeeper:
 
     def current(self, groups: Sequence[ParamGroup]) -> StepPlan:
         """The plan, made anew where parameters were added, exchanged, wrapped, frozen or thawed, or their state was."""
-        if self._plan is None or self._signature != self._sign(groups):
+        if self._plan is None or self._signature != self._sign(groups) or self._plan.edited:
             older = self._plan
             if older is not None:
                 older.receive()
-            self._plan = self._make_plan(groups)
+                older.publish()
+            self._plan = self._make_plan(groups, {} if older is None else older.working_copies)
             if older is not None:
                 self._plan.carry_over_squares(older)
             self._signature = self._sign(groups)
-        if self._unshared:
+        if self._unshared or self._plan.needs_sharing:
             self._unshared = False
-            self._plan.send()
+            self._plan.share()
         return self._plan
 
     def _sign(self, groups: Sequence[ParamGroup]) -> tuple[Any, ...]:
@@ -110,8 +113,13 @@ class PlanKeeper:
             for group in groups
         )
 
-    def _make_plan(self, groups: Sequence[ParamGroup]) -> StepPlan:
-        """A new plan, with states for all parameters that can move; compared with those of the other ranks."""
+    def _make_plan(self, groups: Sequence[ParamGroup], working_copies: Mapping[int, CutCover]) -> StepPlan:
+        """A new plan, with states for all parameters that can move; compared with those of the other ranks.
+
+        Args:
+            groups: the param groups.
+            working_copies: those of the plan before, by the ``id`` of the state tensor.
+        """
         self.flattened.read()
         self._follow_exchanged_params(groups)
         if self.replicas is not None:
@@ -122,7 +130,7 @@ class PlanKeeper:
         entries = []
         for param, label, group in labelled:
             if can_move(param) or param in self.states:
-                entries += self._entries(param, label, group, shards[param], numbers)
+                entries += self._entries(param, label, group, shards[param], numbers, working_copies)
         self._remember_positions(groups)
         plans = agreement_lines(entries)
         if plans:
@@ -139,25 +147,31 @@ class PlanKeeper:
         group: ParamGroup,
         shards: tuple[LocalShard, ...],
         numbers: dict[tuple[Tensor, str], int],
+        working_copies: Mapping[int, CutCover],
     ) -> list[Entry]:
         """The original tensors of one parameter."""
         state = self._fitting_state(param, shards, label)
         fill_state(state, param, shards, group, self._momentum_dtype)
         buffer = local_momentum(state, group)
-        return [
-            Entry(
-                param,
-                group,
-                shard,
-                local_accumulators(state, shard),
-                buffer,
-                state["step"],
-                local_square_sum(state, shard, group),
-                label + (f" ({shard.name})" if shard.name else ""),
-                numbers[param, shard.name],
+        entries = []
+        for shard in shards:
+            covers = cut_covers(state, shard, accumulator_keys(shard), working_copies)
+            held = held_accumulators(state, shard)
+            entries.append(
+                Entry(
+                    param,
+                    group,
+                    shard,
+                    [part if cover is None else cover.working for part, cover in zip(held, covers, strict=True)],
+                    buffer,
+                    state["step"],
+                    local_square_sum(state, shard, group),
+                    label + (f" ({shard.name})" if shard.name else ""),
+                    numbers[param, shard.name],
+                    [cover for cover in covers if cover is not None],
+                )
             )
-            for shard in shards
-        ]
+        return entries
 
     def describe(self, param: Tensor, label: str, cover_block: int | None) -> tuple[LocalShard, ...]:
         """What this rank holds of a parameter; see :func:`sm3_dist.layout.describe.describe`."""
@@ -175,7 +189,14 @@ class PlanKeeper:
             self.current(groups)
         if self._plan is not None:
             self._plan.receive()
+            self._plan.publish()
         return self.states
+
+    def written_into(self, groups: Sequence[ParamGroup]) -> None:
+        """Go on from what was written into the states in place. A collective: on every rank, if on any."""
+        assert self._plan is not None
+        self._plan.read_again()
+        self.current(groups)
 
     def replace(self, states: States) -> None:
         """Take other states, of which nothing is known. The plan that was made of the old ones goes."""
@@ -196,8 +217,9 @@ class PlanKeeper:
         Raises:
             ValueError: if a tensor does not have the shape that this rank stores.
         """
-        if self._plan is not None:
+        if self._plan is not None:  # what is loaded may be what it works on
             self._plan.receive()
+            self._plan.publish()
         adopted: defaultdict[Any, State] = defaultdict(dict)
         fitted: Fitted = {}
         positions = [key for group in loaded["param_groups"] for key in group["params"]]

@@ -17,7 +17,9 @@ from sm3_dist.layout.shard import Peers
 from sm3_dist.maths.rms import SquareSum
 from sm3_dist.maths.update import Settings
 from sm3_dist.ranks.bucket import MaxBucket, Slot, SumBucket
+from sm3_dist.ranks.chunk_exchange import ChunkExchange, Lending
 from sm3_dist.ranks.weight_gather import Parts, WeightGatherer
+from sm3_dist.step.cut_cover import CutCover
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.orthogonal import OrthogonalSteps, is_orthogonal
 
@@ -58,8 +60,11 @@ class StepPlan:
         self.entries = entries
         self._groups = groups
         self.buckets = _buckets(entries, shard_covers, groups)
+        self.exchanges = _exchanges(entries, groups)
         self.gatherer = gatherer
         self._params = list(dict.fromkeys(entry.param for entry in entries))
+        self._cut_covers = [cover for entry in entries for cover in entry.cut_covers]
+        self._published = True  # whether the state holds what working copies do
         matrices = [entry for entry in entries if is_orthogonal(entry)]
         others = [entry for entry in entries if not is_orthogonal(entry)]
         self.orthogonal = OrthogonalSteps(matrices, launch_list, groups, {entry.param for entry in others})
@@ -70,6 +75,56 @@ class StepPlan:
         """Bring the accumulators up to date with what the other ranks sent at the end of the last step."""
         for bucket in self.buckets:
             bucket.finish()
+        for exchange in self.exchanges:  # what comes from states is not among the maxima
+            exchange.finish()
+
+    def publish(self) -> None:
+        """Write into the state what working copies hold. What others changed in it since stays."""
+        if self._published:
+            return
+        self._published = True
+        unchanged = [cover for cover in self._cut_covers if not cover.edited()]
+        for cover in unchanged:
+            cover.publish()
+        for exchange in self.exchanges:
+            exchange.publish()
+        for cover in unchanged:
+            cover.note()
+
+    @property
+    def edited(self) -> bool:
+        """Whether somebody else wrote into a state of which there is a working copy."""
+        return any(cover.edited() for cover in self._cut_covers)
+
+    @property
+    def working_copies(self) -> dict[int, CutCover]:
+        """Those of cut accumulators, by the ``id`` of the state tensor."""
+        return {id(cover.held): cover for cover in self._cut_covers}
+
+    @property
+    def needs_sharing(self) -> bool:
+        """Whether working copies are yet to be made of what other ranks' states hold."""
+        return any(cover.fresh for cover in self._cut_covers)
+
+    def read_again(self) -> None:
+        """Make the working copies anew, of states that were written into. On every rank; to be shared next."""
+        for cover in self._cut_covers:
+            cover.read()
+
+    def share(self) -> None:
+        """Make every accumulator the maximum of what the ranks' states hold of it. Under way until ``receive``."""
+        for cover in self._cut_covers:
+            cover.fresh = False
+        for bucket in self.buckets:
+            if isinstance(bucket, MaxBucket):
+                bucket.start()
+        for exchange in self.exchanges:
+            exchange.start_return()
+
+    def note(self) -> None:
+        """Remember the states as they are now: the optimizer alone changed them."""
+        for cover in self._cut_covers:
+            cover.note()
 
     def update(self, settings: Mapping[int, Settings]) -> None:
         """Update every entry, from the settings of its param group by ``id``. New weights leave as they are made."""
@@ -92,6 +147,7 @@ class StepPlan:
 
     def forget(self) -> None:
         """Forget the squares of a step that failed on the way, so that the next one does not count them."""
+        self.note()
         for entry in self.entries:
             if entry.squares is not None:
                 entry.squares.partial.zero_()
@@ -109,8 +165,12 @@ class StepPlan:
 
     def send(self) -> None:
         """Send the new maxima, and wait for the weights that other ranks updated."""
+        self.note()
+        self._published = False
         for bucket in self.buckets:
             bucket.start()
+        for exchange in self.exchanges:
+            exchange.start()
         if self.gatherer is not None:
             self.gatherer.finish()
 
@@ -177,3 +237,15 @@ def _buckets(
             groups[ranks] = these.group()
     maxima = [MaxBucket(groups[ranks], these, device, shard_covers) for (ranks, device), these in slots.items()]
     return [*maxima, *(SumBucket(groups.get(ranks), these) for (ranks, _), these in sums.items())]
+
+
+def _exchanges(entries: Sequence[Entry], groups: dict[tuple[int, ...], ProcessGroup]) -> list[ChunkExchange]:
+    """One exchange for each group of peers, device and type, in the order in which the tensors need them."""
+    found: dict[tuple[tuple[int, ...], torch.device, torch.dtype], list[Lending]] = {}
+    for lending in (cover.lending() for entry in entries for cover in entry.cut_covers):
+        if lending is not None:
+            peers, tensor = lending.elsewhere.peers, lending.working
+            found.setdefault((peers.ranks, tensor.device, tensor.dtype), []).append(lending)
+            if peers.ranks not in groups:
+                groups[peers.ranks] = peers.group()
+    return [ChunkExchange(groups[ranks], lendings) for (ranks, _, _), lendings in found.items()]

@@ -53,10 +53,15 @@ def fill_state(
         state[momentum_key(momentum_dtype or dtype)] = _zeros(param, shards, momentum_dtype or dtype)
 
 
-def local_accumulators(state: State, shard: LocalShard) -> list[Tensor]:
-    """The accumulators of one shard as rectangles of their grids, views of what the state holds."""
-    held = [local_tensor(state[accumulator_key(shard, i)]) for i in range(shard.accumulator_count)]
-    return [part.view(stored.shape) for part, stored in zip(held, shard.stored, strict=True)]
+def held_accumulators(state: State, shard: LocalShard) -> list[Tensor]:
+    """What the state holds of the accumulators of one shard, as rectangles ``shard.held`` of their grids; views."""
+    parts = [local_tensor(state[accumulator_key(shard, i)]) for i in range(shard.accumulator_count)]
+    return [part.view(held.shape) for part, held in zip(parts, shard.held, strict=True)]
+
+
+def accumulator_keys(shard: LocalShard) -> list[str]:
+    """The names of all accumulators in the state of the parameter."""
+    return [accumulator_key(shard, i) for i in range(shard.accumulator_count)]
 
 
 def local_momentum(state: State, group: Mapping[str, Any]) -> Tensor | None:
@@ -143,7 +148,7 @@ def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard], 
         )
     minimum = _zeros(param, shards, accumulator_dtype(param.dtype))
     for shard in shards:
-        write_minimum(shard, local_accumulators(state, shard), minimum)
+        write_minimum(shard, held_accumulators(state, shard), minimum)
     shaped = {"step": state["step"], "cover_minimum": minimum}
     for key in (MOMENTUM_BUFFER, MOMENTUM_CODE):
         if key in state:
