@@ -57,13 +57,13 @@ def what_fsdp2_shares() -> None:
             assert shared_columns.regions == cut
             assert shared_tiles is not None
             assert shared_tiles.regions == (Box((1, 0), (2, 2)),)
-            assert by_columns.shape == (2, 6)  # neighbours both have row 1 of the three
-            assert not isinstance(by_columns, DTensor)
+            assert entry.accumulators[1].shape == (2, 6)  # neighbours both work on row 1 of the three
         else:
             assert shared_columns is shared_tiles is None
             assert optimizer._current_plan().buckets == []
-            assert isinstance(by_columns, DTensor)
-            assert by_columns.shape == (4, 6)
+            assert entry.cut_covers == []
+        assert isinstance(by_columns, DTensor)
+        assert by_columns.shape == (-(-rows // 4), 6)
 
 
 def test_only_blocks_that_a_shard_edge_cuts_are_shared(workers: Pool) -> None:

@@ -82,7 +82,9 @@ def measured(module: nn.Module, told: dict[str, Any], options: dict[str, Any]) -
     buckets = [bucket for bucket in optimizer._current_plan().buckets if isinstance(bucket, MaxBucket)]
     state = [value for each in optimizer._keeper.states.values() for value in each.values()]  # covers left sharded
     state += [bucket._owned for bucket in buckets if bucket._owned is not None]
+    state += [cover.working for entry in optimizer._current_plan().entries for cover in entry.cut_covers]
     sent, kept = sum(bucket.numel * bucket.dtype.itemsize for bucket in buckets), count(state)
+    sent += count(exchange._lent for exchange in optimizer._current_plan().exchanges)
     optimizer.state  # noqa: B018  # the collectives of this step end before the next begin
     moments = torch.optim.AdamW(trained, foreach=False)
     moments.step()

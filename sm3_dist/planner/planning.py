@@ -26,7 +26,7 @@ class RankBytes:
         gradients: as much of the gradients, once backward is through. With ``step_in_backward`` those that are there
             at a time: of the largest unit under FSDP2, of the largest parameter otherwise.
         state: of SM3: accumulators, momentum, step counts, and what ``update_rms`` keeps.
-        sent: the buffer of maxima that is reduced in each step.
+        sent: the buffers of maxima that are sent in each step.
         adam_moments: the two moments that Adam would hold in place of ``state``, in the type of the weights.
     """
 
@@ -99,6 +99,7 @@ def plan(
     widest = max(kept.values(), default=0)  # accumulators of several types are sent in one buffer
     parts = [[RankBytes(0, 0, 0, 0, 0)] for _ in range(ranks)]
     gradients: list[dict[int, int]] = [{} for _ in range(ranks)]
+    owned = [0] * ranks
     for number, piece in enumerate(rank_shards(module, wrapper, ranks, units, tensor_parallel)):
         param, shards = piece.param, piece.shards(cover_block)
         shared = [piece.shared(i, cover_block) for i in range(shards[0].accumulator_count)]
@@ -115,23 +116,29 @@ def plan(
                 for box, regions in zip(shard.stored, shared, strict=True)
                 if not (shard_covers and any((region & box) == box for region in regions))
             ]
-            state = _STEP * piece.counted + kept[param.dtype] * sum(entries)
+            beside = [box.numel for box, chunk in zip(shard.held, shard.chunks, strict=True) if chunk is not None]
+            state = _STEP * piece.counted + kept[param.dtype] * (sum(entries) + sum(beside))
             if momentum > 0:
                 elements = shard.numel + padding
                 state += elements * (momentum_dtype.itemsize if momentum_dtype else kept[param.dtype])
             if update_rms is not None:
                 state += _SQUARE_SUM
-            sent = widest * sum(box.numel for regions in shared for box in regions)
+            reduced = widest * sum(box.numel for regions in shared for box in regions)
+            if shard_covers:
+                owned[rank] += reduced
+            sent = reduced + kept[param.dtype] * sum(
+                piece.lent(i, shards, rank) for i in range(shard.accumulator_count)
+            )
             moments = 2 * param.element_size() * (shard.numel + padding)
             part.append(RankBytes(weights, weights, state, sent, moments))
             gradients[rank][unit] = gradients[rank].get(unit, 0) + weights
     result = []
-    for part, by_unit in zip(parts, gradients, strict=True):
+    for part, by_unit, buffer in zip(parts, gradients, owned, strict=True):
         total = RankBytes(*map(sum, zip(*map(astuple, part), strict=True)))
         if step_in_backward:
             total = replace(total, gradients=max(by_unit.values(), default=0))
-        if shard_covers:  # each rank owns an equal part of the buffer
-            total = replace(total, state=total.state + -(-total.sent // widest // ranks) * widest if widest else 0)
+        if widest:  # with shard_covers each rank owns an equal part of the buffer
+            total = replace(total, state=total.state + -(-buffer // widest // ranks) * widest)
         result.append(total)
     return result * copies
 

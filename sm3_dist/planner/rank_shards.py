@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sm3_dist.layout.box import Box, bounding, flat_boxes, overlaps
-from sm3_dist.layout.cover import cell, touched
+from sm3_dist.layout.cover import cell, grid, touched
 from sm3_dist.layout.flat_metadata import Original, held
 from sm3_dist.layout.ranges import Range
-from sm3_dist.layout.shard import LocalShard
+from sm3_dist.layout.shard import Chunk, LocalShard
 from sm3_dist.layout.zero import Partition
 
 WRAPPERS = ("none", "ddp", "zero1", "fsdp2", "hsdp", "tp", "fsdp1", "fairscale")
@@ -54,10 +54,36 @@ class Pieces:
     def shards(self, cover_block: int | None) -> list[LocalShard]:
         """For each rank what it holds."""
         shape = _shape(self.param)
+        whole = LocalShard(shape, (), cover_block=cover_block)
+        by_accumulator = [self._chunks(i, cover_block) for i in range(whole.accumulator_count)]
         return [
-            LocalShard(shape, boxes, extent=extent, cover_block=cover_block)
-            for boxes, extent in zip(self.boxes, self.extents, strict=True)
+            LocalShard(shape, boxes, extent=extent, cover_block=cover_block, chunks=chunks)
+            for boxes, extent, chunks in zip(self.boxes, self.extents, zip(*by_accumulator, strict=True), strict=True)
         ]
+
+    def _chunks(self, i: int, cover_block: int | None) -> list[Chunk] | list[None]:
+        """For each rank what its state holds of accumulator ``i``; ``None`` if every rank works on just that."""
+        nothing = [None] * len(self.extents)
+        if cover_block is None or self.axis is None:
+            return nothing
+        whole = Box.whole(grid(_shape(self.param), i, cover_block))
+        length = -(-whole.stop[self.axis] // len(self.extents))
+        boxes = [whole.along(self.axis, r * length, (r + 1) * length) for r in range(len(self.extents))]
+        cells = cell(_shape(self.param), i, cover_block)
+        needed = [touched(extent, cells) for extent in self.extents]
+        if all(a == b or not (a.numel or b.numel) for a, b in zip(boxes, needed, strict=True)):
+            return nothing
+        return [Chunk(box) for box in boxes]
+
+    def lent(self, i: int, shards: Sequence[LocalShard], rank: int) -> int:
+        """How many entries of accumulator ``i`` a rank sends to those whose states hold them, though it needs them."""
+        if shards[0].chunks[i] is None or self.axis is None:
+            return 0
+        mine, length = shards[rank].stored[i], max(1, shards[0].held[i].shape[self.axis])
+        others = range(mine.start[self.axis] // length, -(-mine.stop[self.axis] // length) if mine.numel else 0)
+        return sum(
+            (piece & mine).numel for other in others for piece in shards[other].held[i].without(shards[other].stored[i])
+        )
 
     def shared(self, i: int, cover_block: int | None) -> tuple[Box, ...]:
         """The entries of accumulator ``i`` that several ranks touch, where they do not compute the same thing."""

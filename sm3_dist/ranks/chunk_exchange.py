@@ -91,7 +91,7 @@ class ChunkExchange:
                 part.copy_(view)
 
     def publish(self) -> None:
-        """Write what was borrowed into the state, unless it was edited: of what came from several ranks, the maximum."""
+        """Write into the state what was borrowed: of what came from several ranks the maximum. Not if it was edited."""
         if not self._fresh:
             return
         self._fresh = False

@@ -57,7 +57,7 @@ class CutCover:
 
     def edited(self) -> bool:
         """Whether somebody else wrote into the state since."""
-        # Who writes into state dicts in place writes steps too, and those on every rank; of a chunk a rank may hold none.
+        # Who loads in place writes steps too, and those on every rank; of a chunk a rank may hold nothing.
         return self._seen != self._versions()
 
     def lending(self) -> Lending | None:

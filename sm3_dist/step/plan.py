@@ -84,11 +84,10 @@ class StepPlan:
             return
         self._published = True
         unchanged = [cover for cover in self._cut_covers if not cover.edited()]
-        for cover in unchanged:
-            cover.publish()
         for exchange in self.exchanges:
             exchange.publish()
         for cover in unchanged:
+            cover.publish()
             cover.note()
 
     @property
