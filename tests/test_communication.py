@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 from sm3_dist import SM3, PlanMismatchError
+from sm3_dist.compat import ALL_GATHER, REDUCE_SCATTER
 from sm3_dist.layout.box import Box
 from sm3_dist.ranks.bucket import MaxBucket, Slot
 
@@ -49,7 +50,7 @@ def collectives_of_steps(name: str, options: dict[str, Any]) -> list[tuple[dict[
 
             return call
 
-        names = ("all_reduce", "all_gather_single", "reduce_scatter_single")
+        names = ("all_reduce", ALL_GATHER, REDUCE_SCATTER)
         with CommDebugMode() as comm, patch.multiple(dist, **{n: counting(getattr(dist, n)) for n in names}):
             optimizer.step()
             if not optimizer.shard_covers:
@@ -83,7 +84,7 @@ def test_one_all_reduce_per_group_and_step(workers: Pool, name: str, world_size:
 def test_sharded_covers_gather_before_and_scatter_after(workers: Pool) -> None:
     for steps in workers(4).run(collectives_of_steps, "fsdp2", {"shard_covers": True}):
         for operations, by_group in steps:
-            assert sorted(name.split()[0] for name in by_group) == ["all_gather_single", "reduce_scatter_single"]
+            assert sorted(name.split()[0] for name in by_group) == [ALL_GATHER, REDUCE_SCATTER]
             assert sum(operations.values()) == sum(by_group.values()) == 2
 
 

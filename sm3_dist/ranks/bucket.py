@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sm3_dist.compat import all_gather_single, reduce_scatter_single
 from sm3_dist.layout.box import Box
 from sm3_dist.maths.rms import SquareSum, averaged
 
@@ -97,7 +98,7 @@ class MaxBucket:
             self._work = dist.all_reduce(self._buffer, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
             return
         self._owned = self._buffer.new_empty(self._buffer.numel() // world)
-        dist.reduce_scatter_single(self._owned, self._buffer, op=dist.ReduceOp.MAX, group=self.group)
+        reduce_scatter_single(self._owned, self._buffer, op=dist.ReduceOp.MAX, group=self.group)
         self._buffer = None
         for accumulator in self._releasable:
             accumulator.untyped_storage().resize_(0)
@@ -109,7 +110,7 @@ class MaxBucket:
             self._work = None
         elif self._owned is not None:
             self._buffer = self._owned.new_empty(self._owned.numel() * dist.get_world_size(self.group))
-            dist.all_gather_single(self._buffer, self._owned, group=self.group)
+            all_gather_single(self._buffer, self._owned, group=self.group)
             self._owned = None
             for accumulator in self._releasable:
                 accumulator.untyped_storage().resize_(accumulator.numel() * accumulator.element_size())

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sm3_dist.compat import all_gather_single
 from sm3_dist.layout.box import Box, flat_boxes
 from sm3_dist.layout.groups import wait
 from sm3_dist.layout.zero import Partition
@@ -106,7 +107,7 @@ class Gather:
         own = Message(parts[rank], first.new_empty(numel, requires_grad=False))
         own.pack()
         self._own = own  # alive until it has been sent
-        self._work = dist.all_gather_single(received, own.buffer, group=group, async_op=True)
+        self._work = all_gather_single(received, own.buffer, group=group, async_op=True)
 
     def finish(self) -> None:
         """Wait for it, and overwrite the weights of the other ranks' ranges."""

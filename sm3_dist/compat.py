@@ -1,0 +1,21 @@
+"""What differs between the releases of PyTorch that are supported, 2.9 and up. No other file asks for the release."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+"""The names in ``torch.distributed``: the first of each from 2.13 on, the second up to 2.12."""
+
+
+def all_gather_single(output: Any, input: Any, **options: Any) -> Any:
+    """What is ``torch.distributed.all_gather_single`` from 2.13 on."""
+    return getattr(dist, ALL_GATHER)(output, input, **options)
+
+
+def reduce_scatter_single(output: Any, input: Any, **options: Any) -> Any:
+    """What is ``torch.distributed.reduce_scatter_single`` from 2.13 on."""
+    return getattr(dist, REDUCE_SCATTER)(output, input, **options)
