@@ -325,9 +325,18 @@ def leave() -> None:
     Workers end by SIGKILL or `os._exit`, as forked processes do, and never finalize their interpreter, in which a
     thread of gloo that still holds a tensor would abort the process.
     """
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     if dist.is_initialized():
         dist.destroy_process_group()
-    _clear_sharding_prop_cache()  # it holds meshes, equal to later ones but with groups that are gone
+    clear_sharding_cache()
     gc.collect()
+
+
+def clear_sharding_cache() -> None:
+    """Have DTensor forget how it shards results: it holds meshes, equal to later ones but with groups that are gone."""
+    from torch.distributed.tensor import DTensor, debug
+
+    if hasattr(debug, "_clear_sharding_prop_cache"):
+        debug._clear_sharding_prop_cache()
+    else:  # PyTorch 2.9
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()

@@ -1,0 +1,75 @@
+"""Lightning, unmodified: it comes to what a plain loop comes to, interrupted or not, clipped, in bfloat16."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Pool
+from plain_loop import differing, plain_loop, weights_of
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
+
+from sm3_dist import SM3
+
+pytest.importorskip("lightning", reason="needs pip install 'sm3_dist[frameworks]'")
+
+EPOCHS = 3
+OPTIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "clipped": {"gradient_clip_val": 0.5},
+    "bf16-mixed, clipped": {"precision": "bf16-mixed", "gradient_clip_val": 0.5},
+}
+
+
+def against_a_plain_loop(options: dict[str, Any], folder: Path) -> tuple[list[str], list[str]]:
+    """Names of weights in which Lightning differs from a plain loop, and when interrupted from uninterrupted."""
+    import lightning_ddp as example
+    from lightning.pytorch.strategies import DDPStrategy
+
+    ranks, data = dist.get_world_size(), example.make_data()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled="precision" in options, cache_enabled=False)
+
+    steps = len(data) // (example.BATCH * ranks)  # of an epoch
+
+    def loss_of(module: nn.Module, step: int, rank: int) -> Tensor:
+        epoch, step = divmod(step, steps)
+        indices = range(len(data))
+        if ranks > 1:  # Lightning replaces the sampler by this one
+            sampler = DistributedSampler(data, ranks, rank)
+            sampler.set_epoch(epoch)
+            indices = list(sampler)
+        indices = list(indices[step * example.BATCH : (step + 1) * example.BATCH])
+        with autocast:
+            return module.training_step(tuple(data[indices]), 0)
+
+    def optimizer_of(module: nn.Module) -> SM3:
+        return SM3.adamw_like(module.parameters(), lr=2e-3, momentum_dtype=torch.bfloat16)
+
+    rank, size = str(dist.get_rank()), str(ranks)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0"}
+    lightning = {"accelerator": "cpu", "devices": ranks, "enable_model_summary": False, **options}
+    expected = plain_loop(
+        example.Module(), optimizer_of, loss_of, ranks, EPOCHS * steps, options.get("gradient_clip_val")
+    )
+
+    def strategy() -> Any:
+        return DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"
+
+    with patch.dict(os.environ, places if ranks > 1 else {}):
+        whole = weights_of(example.train(EPOCHS, strategy=strategy(), **lightning))
+        example.train(1, save=folder / "cut.ckpt", strategy=strategy(), **lightning)
+        resumed = weights_of(example.train(EPOCHS, resume=folder / "cut.ckpt", strategy=strategy(), **lightning))
+    return differing(whole, expected), differing(resumed, whole)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_lightning_trains_as_a_plain_loop(workers: Pool, tmp_path: Path, options: dict[str, Any], ranks: int) -> None:
+    assert workers(ranks).run(against_a_plain_loop, options, tmp_path) == [([], [])] * ranks

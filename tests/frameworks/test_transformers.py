@@ -1,0 +1,85 @@
+"""transformers.Trainer, unmodified: it comes to what a plain loop comes to, interrupted or not; LoRA of peft too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Pool
+from plain_loop import differing, plain_loop, weights_of
+from torch import Tensor, nn
+
+from sm3_dist import SM3, AdamWLikeSM3
+
+pytest.importorskip("transformers", reason="needs pip install 'sm3_dist[frameworks]'")
+
+STEPS, BATCH = 5, 4
+OPTIONS = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant", "disable_tqdm": True}
+
+
+def as_trainer_groups(model: nn.Module) -> SM3:
+    """No decay of biases and norms."""
+    flat = {p for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if p not in flat], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p in flat], "weight_decay": 0.0},
+    ]
+    return AdamWLikeSM3(groups, lr=2e-3, momentum_dtype=torch.int8)
+
+
+def against_a_plain_loop(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of weights in which Trainer differs from a plain loop, and when interrupted from uninterrupted."""
+    import transformers_trainer as example
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState, GradientState
+
+    ranks, data = dist.get_world_size(), example.Counting()
+
+    def loss_of(model: nn.Module, step: int, rank: int) -> Tensor:
+        start = (step * ranks + rank) * BATCH
+        tokens = torch.stack([data[i]["input_ids"] for i in range(start, start + BATCH)])
+        return model(input_ids=tokens, labels=tokens).loss
+
+    def reset() -> None:
+        for each in (AcceleratorState, GradientState, PartialState):
+            each._reset_state()
+
+    rank, size = str(dist.get_rank()), str(ranks)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    expected = plain_loop(example.make_model().train(), as_trainer_groups, loss_of, ranks, STEPS, clip=1.0)
+    with patch.dict(os.environ, places if ranks > 1 else {}):
+        whole = weights_of(example.train(STEPS, folder / "whole", **OPTIONS))
+        reset()
+        example.train(2, folder / "cut", **OPTIONS)
+        reset()
+        resumed = weights_of(example.train(STEPS, folder / "cut", resume=True, **OPTIONS))
+        reset()
+    return differing(whole, expected), differing(resumed, whole)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_trainer_trains_as_a_plain_loop(workers: Pool, tmp_path: Path, ranks: int) -> None:
+    assert workers(ranks).run(against_a_plain_loop, tmp_path) == [([], [])] * ranks
+
+
+def test_lora_through_trainer_has_state_for_adapters_alone(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs pip install 'sm3_dist[frameworks]'")
+    from transformers import Trainer, TrainingArguments
+    from transformers_trainer import Counting, make_model
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model(), config)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to="none", save_strategy="no")
+    recipe = (AdamWLikeSM3, {"lr": 1e-3, "momentum_dtype": torch.int8})
+    trainer = Trainer(model, arguments, train_dataset=Counting(), optimizer_cls_and_kwargs=recipe)
+    trainer.train()
+    moved = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
+    adapters = {name for name, param in model.named_parameters() if param.requires_grad}
+    assert moved == adapters
+    assert all("lora_" in name for name in adapters)
+    assert set(trainer.optimizer.state) == {param for param in model.parameters() if param.requires_grad}

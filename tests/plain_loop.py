@@ -1,0 +1,47 @@
+"""What a framework must come to: a loop over the batches of all ranks, in one process, without any framework."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sm3_dist import SM3
+
+
+def plain_loop(
+    model: nn.Module,
+    make_optimizer: Callable[[nn.Module], SM3],
+    loss_of: Callable[[nn.Module, int, int], Tensor],
+    ranks: int,
+    steps: int,
+    clip: float | None = None,
+) -> dict[str, Tensor]:
+    """Weights after ``steps`` steps, each with the mean of the gradients of ``loss_of(model, step, rank)``.
+
+    Two ranks at most: the sum of more depends on its order.
+    """
+    optimizer = make_optimizer(model)
+    for step in range(steps):
+        for rank in range(ranks):
+            (loss_of(model, step, rank) / ranks).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Whole, and on every rank."""
+    return {
+        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+        for name, param in model.named_parameters()
+    }
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """The names of tensors that are not the same to the bit, or of one side alone."""
+    return [
+        name for name in {**one, **other} if not (name in one and name in other and torch.equal(one[name], other[name]))
+    ]
