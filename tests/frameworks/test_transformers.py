@@ -66,6 +66,7 @@ def test_trainer_trains_as_a_plain_loop(workers: Pool, tmp_path: Path, ranks: in
     assert workers(ranks).run(against_a_plain_loop, tmp_path) == [([], [])] * ranks
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads it, transformers warns
 def test_lora_through_trainer_has_state_for_adapters_alone(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs pip install 'sm3_dist[frameworks]'")
     from transformers import Trainer, TrainingArguments
