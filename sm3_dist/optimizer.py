@@ -26,7 +26,7 @@ from sm3_dist.step.param_groups import (
 )
 from sm3_dist.step.plan import StepPlan
 from sm3_dist.step.scheduled import check_lr, warn_of_cycled_momentum
-from sm3_dist.step.state import parameter_shaped
+from sm3_dist.step.state import SQUARE_AVERAGES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -299,17 +299,10 @@ class SM3(Optimizer):
         """The state by position, as this rank holds it; see :meth:`torch.optim.Optimizer.state_dict`.
 
         Accumulators of flattened parameters (torch's FSDP1, fairscale) come as ``cover_minimum``, a tensor of the shape
-        of the local parameter from which they follow exactly: what ``FSDP.optim_state_dict`` can gather and cut.
-
-        Raises:
-            NotImplementedError: for flattened parameters with ``update_rms``.
+        of the local parameter from which they follow exactly: what ``FSDP.optim_state_dict`` can gather and cut. What
+        ``update_rms`` keeps of them is in the param groups, by the names of the original tensors.
         """
-        result = super().state_dict()
-        for number, (param, label, group) in enumerate(labelled_params(self.param_groups)):
-            if param in self._keeper.flattened and number in result["state"]:
-                shards = self._keeper.describe(param, label, group["cover_block"])
-                result["state"][number] = parameter_shaped(result["state"][number], param, shards, label)
-        return result
+        return self._keeper.without_flat_shapes(super().state_dict(), self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; see :meth:`torch.optim.Optimizer.add_param_group`. On every rank, if on any."""
@@ -343,7 +336,8 @@ class SM3(Optimizer):
             # raises before anything is changed
             states, fitted = self._keeper.adopt(loaded, self.param_groups, self.defaults["cover_block"])
             adopted.update(states=states, fitted=fitted)
-            return {**loaded, "state": {}}
+            kept = [{k: v for k, v in group.items() if k != SQUARE_AVERAGES} for group in loaded["param_groups"]]
+            return {**loaded, "state": {}, "param_groups": kept}
 
         def put_back(_: Optimizer) -> None:
             self._keeper.install(**adopted, groups=self.param_groups)

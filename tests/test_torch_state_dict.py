@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import Pool
-from moving import LAYOUTS, STEPS, build, differences, expected, spoil, train
+from moving import LAYOUTS, STEPS, Wrapped, build, differences, expected, spoil, train, with_recipe
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -93,17 +94,41 @@ def through_fsdp1(source: str, target: str, world: int, full: bool) -> list[str]
         second.model.load_state_dict(weights)
         loadable = FullyShardedDataParallel.optim_state_dict_to_load(second.model, second.optimizer, state)
     second.optimizer.load_state_dict(loadable)
-    found = differences(second, expected(STEPS))
+    found = differences(second, expected(STEPS)) + scalars(second, STEPS)
     train(second, range(STEPS, 2 * STEPS))
-    return found + differences(second, expected(2 * STEPS))
+    return found + differences(second, expected(2 * STEPS)) + scalars(second, 2 * STEPS)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
-def test_fsdp1_of_torch(workers: Pool, world: int, full: bool) -> None:
-    for source in FSDP1:
-        for target in FSDP1:
-            assert workers(world).run(through_fsdp1, source, target, world, full) == [[]] * world, (source, target)
+def scalars(wrapped: Wrapped, steps: int) -> list[str]:
+    """Averages of squares that this rank would save and one process would not. Any rank may be the one that saves."""
+    groups = wrapped.optimizer.state_dict()["param_groups"]
+    saved = {name: value for group in groups for name, value in group.get("update_square_averages", {}).items()}
+    key = "update_square_average"
+    wanted = {name: state[key].item() for name, state in expected(steps).state.items() if key in state}
+    return [] if saved == wanted else [f"saves {saved} and not {wanted}"]
+
+
+@pytest.mark.sampled(
+    "recipe, source, target, world, full",
+    list(product([True, False], FSDP1, FSDP1, [1, 2, 3, 4], [True, False])),
+    ids=lambda value: {True: "yes", False: "no"}.get(value) if isinstance(value, bool) else None,
+)
+def test_fsdp1_of_torch(workers: Pool, recipe: bool, source: str, target: str, world: int, full: bool) -> None:
+    with_settings = (with_recipe,) if recipe else ()
+    what = (*with_settings, through_fsdp1, source, target, world, full)
+    assert workers(world).run(*what) == [[]] * world
+
+
+def without_averages(world: int) -> None:
+    _, optimizer = build("fsdp1", world)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"step": 1.0, "cover_minimum": torch.zeros_like(optimizer.param_groups[0]["params"][0])}}
+    optimizer.load_state_dict(saved)
+
+
+def test_a_state_of_flattened_parameters_without_averages_is_refused(workers: Pool) -> None:
+    match = "update_rms=1.0, but its update_square_averages have nothing of"
+    workers(2).run_raises(ValueError, with_recipe, without_averages, 2, match=match)
 
 
 def through_torch_save(world: int) -> list[str]:

@@ -44,6 +44,10 @@ class Flattened:
         """Whether a wrapper flattened ``param``, or it stands for a part of what one flattened."""
         return param in self._found
 
+    def names(self, param: Tensor) -> list[str]:
+        """The names of the original tensors of a flattened parameter, in the order of its shards."""
+        return [original.name for original in self._found[param][1]]
+
     def numbered(self, tensors: Iterable[tuple[Tensor, str]]) -> dict[tuple[Tensor, str], int]:
         """Number original tensors: by their place in the model, where one was passed, else in the order given.
 
@@ -149,6 +153,7 @@ def shard_of(tensor: FlatTensor, original: Original, cover_block: int | None = N
         name="" if separate else original.name,
         cover_block=cover_block,
         holders=cut,
+        listeners=tensor.peers,  # any of them may be the one that saves scalars
         holdings=Holdings(tensor.peers, partial(_holdings, tensor, original)) if tensor.peers is not None else None,
     )
 

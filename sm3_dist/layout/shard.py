@@ -131,6 +131,7 @@ class LocalShard:
         cover_block: indices per block of the covers, see :mod:`~sm3_dist.layout.cover`; ``None``: whole slices.
         holders: the ranks that hold the tensor together, each element once (no replicas); ``None`` where this rank
             holds all or nothing of it.
+        listeners: the ranks that are told the sum of squares of its updates, where those are more than the holders.
         holdings: what each of these ranks holds; also where one of them holds all of it. ``None``: every rank does.
     """
 
@@ -148,6 +149,7 @@ class LocalShard:
     order: tuple[int, ...] | None = None
     cover_block: int | None = None
     holders: Peers | None = None
+    listeners: Peers | None = None
     holdings: Holdings | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:

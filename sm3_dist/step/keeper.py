@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from sm3_dist.step.entry import Entry
 from sm3_dist.step.param_groups import ParamGroup, can_move, label_of, labelled_params, layout_options
 from sm3_dist.step.plan import Kernel, StepPlan, agreement_lines
 from sm3_dist.step.state import (
+    SQUARE_AVERAGES,
     State,
     accumulator_keys,
     adopt_state,
@@ -25,6 +27,9 @@ from sm3_dist.step.state import (
     held_accumulators,
     local_momentum,
     local_square_sum,
+    parameter_shaped,
+    square_averages,
+    with_square_averages,
 )
 
 if TYPE_CHECKING:
@@ -224,21 +229,34 @@ class PlanKeeper:
         fitted: Fitted = {}
         positions = [key for group in loaded["param_groups"] for key in group["params"]]
         params = dict(zip(positions, labelled_params(groups), strict=False))  # the caller compares the lengths
-        blocks = {
-            key: group.get("cover_block", cover_block) for group in loaded["param_groups"] for key in group["params"]
-        }
         if self.replicas is not None:
             self.replicas.include(self._active_params(groups))
             self.replicas.include(params[key][0] for key in loaded["state"] if key in params)
-        for key, value in loaded["state"].items():
-            if key in params:
-                param, label, _ = params[key]
-                shards = self.describe(param, label, blocks[key])
+        loaded_groups = {key: group for group in loaded["param_groups"] for key in group["params"]}
+        for key, (param, label, _) in params.items():
+            shards = self.describe(param, label, loaded_groups[key].get("cover_block", cover_block))
+            value = loaded["state"].get(key, {})
+            if param in self.flattened:  # FSDP1 leaves out what lies on other ranks; they share the averages
+                value = with_square_averages(value, loaded_groups[key], shards, self.flattened.names(param), label)
+            if value or key in loaded["state"]:
                 adopted[param] = adopt_state(value, param, shards, label, self._momentum_dtype)
                 fitted[param] = (adopted[param], shards)
-            else:
-                adopted[key] = value
+        adopted.update((key, value) for key, value in loaded["state"].items() if key not in params)
         return adopted, fitted
+
+    def without_flat_shapes(self, state_dict: dict[str, Any], groups: Sequence[ParamGroup]) -> dict[str, Any]:
+        """A state dict in which every tensor of a flattened parameter has its shape, as FSDP1 and fairscale want it."""
+        labelled = iter(enumerate(labelled_params(groups)))
+        for saved in state_dict["param_groups"]:
+            averages: dict[str, int] = {}
+            for number, (param, label, group) in islice(labelled, len(saved["params"])):
+                if param in self.flattened and number in state_dict["state"]:
+                    state, shards = state_dict["state"][number], self.describe(param, label, group["cover_block"])
+                    averages |= square_averages(state, shards, self.flattened.names(param))
+                    state_dict["state"][number] = parameter_shaped(state, param, shards)
+            if averages:
+                saved[SQUARE_AVERAGES] = averages
+        return state_dict
 
     def install(self, states: States, fitted: Fitted, groups: Sequence[ParamGroup]) -> None:
         """Take the states that :meth:`adopt` made."""

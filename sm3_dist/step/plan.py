@@ -226,11 +226,11 @@ def _buckets(
                 slots.setdefault((shared.peers.ranks, accumulator.device), []).append(slot)
                 peers.setdefault(shared.peers.ranks, shared.peers)
         if entry.squares is not None:
-            holders = entry.shard.holders
-            ranks = holders.ranks if holders else ()
+            listeners = entry.shard.listeners or entry.shard.holders
+            ranks = listeners.ranks if listeners else ()
             sums.setdefault((ranks, entry.squares.average.device), []).append(entry.squares)
-            if holders:
-                peers.setdefault(ranks, holders)
+            if listeners:
+                peers.setdefault(ranks, listeners)
     for ranks, these in peers.items():
         if ranks not in groups:
             groups[ranks] = these.group()

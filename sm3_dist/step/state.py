@@ -15,6 +15,8 @@ from sm3_dist.maths.rms import SquareSum, square_sum
 from sm3_dist.step.cover_minimum import read_minimum, write_minimum
 
 State = dict[str, Any]
+SQUARE_AVERAGES = "update_square_averages"
+"""Key of the averages of squares of flattened parameters in the param groups of a state dict."""
 
 
 def accumulator_key(shard: LocalShard, i: int) -> str:
@@ -132,20 +134,42 @@ def adopt_state(
     return state
 
 
-def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard], label: str) -> State:
+def square_averages(state: State, shards: Sequence[LocalShard], names: Sequence[str]) -> dict[str, int]:
+    """The averages of squares in the state of a flattened parameter, by the names of its original tensors.
+
+    FSDP1 has no place for a number of each tensor in a state, but hands on what else is in a param group.
+    """
+    keys = [square_average_key(shard) for shard in shards]
+    return {name: int(state[key].item()) for name, key in zip(names, keys, strict=True) if key in state}
+
+
+def with_square_averages(
+    loaded: Mapping[str, Any], group: Mapping[str, Any], shards: Sequence[LocalShard], names: Sequence[str], label: str
+) -> State:
+    """A loaded state of a flattened parameter, with what :func:`square_averages` took from it to the loaded group.
+
+    Raises:
+        ValueError: if the average of one of the tensors is missing.
+    """
+    averages = group.get(SQUARE_AVERAGES, {})
+    missing = [name for name in names if name not in averages]
+    if loaded and missing and group.get("update_rms") is not None:
+        raise ValueError(
+            f"the loaded param group of {label} was saved with update_rms={group['update_rms']}, but its "
+            f"{SQUARE_AVERAGES} have nothing of {', '.join(missing[:5])}. They have "
+            f"{', '.join(list(averages)[:5]) or 'nothing'}: it is the state of another model, or what gathered it left "
+            "them out. Save with sm3_dist.checkpoint.get_optimizer_state_dict(model, optimizer)."
+        )
+    keys = [square_average_key(shard) for shard in shards]
+    return {**loaded, **{key: averages[name] for key, name in zip(keys, names, strict=True) if name in averages}}
+
+
+def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard]) -> State:
     """The state in a form where every tensor has the shape of the parameter or none, as FSDP1 and fairscale want it.
 
     They also want one type for all of them: narrower momentum comes in that of the accumulators, which is exact.
-
-    Raises:
-        NotImplementedError: if there is an average of squares, which they would take for one of the flat parameter.
+    Averages of squares, a number for each of several tensors, are not in it: see :func:`square_averages`.
     """
-    if any(square_average_key(shard) in state for shard in shards):
-        raise NotImplementedError(
-            f"{label} is flattened, and update_rms keeps a number for each tensor that is in it, which state_dict() "
-            "cannot say in a way that FullyShardedDataParallel understands. Save with "
-            "sm3_dist.checkpoint.get_optimizer_state_dict(model, optimizer)."
-        )
     minimum = _zeros(param, shards, accumulator_dtype(param.dtype))
     for shard in shards:
         write_minimum(shard, held_accumulators(state, shard), minimum)
