@@ -31,6 +31,6 @@ def against_a_plain_loop(name: str, folder: Path) -> tuple[list[str], list[str]]
     return differing(whole, expected), differing(resumed, whole)
 
 
-@pytest.mark.parametrize("name", ["ddp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_an_example_trains_as_a_plain_loop(workers: Pool, tmp_path: Path, name: str) -> None:
     assert workers(2).run(against_a_plain_loop, name, tmp_path) == [([], [])] * 2

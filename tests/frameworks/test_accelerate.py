@@ -58,7 +58,9 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): named[name] for name in named}
 
 
-def against_a_plain_loop(fsdp: int | None, clip: float | None, folder: Path) -> tuple[list[str], list[str]]:
+def against_a_plain_loop(
+    fsdp: int | None, clip: float | None, folder: Path, interrupt: bool
+) -> tuple[list[str], list[str]]:
     """Names of weights in which accelerate differs from a plain loop, and when interrupted from uninterrupted."""
     import accelerate_fsdp as example
 
@@ -74,6 +76,8 @@ def against_a_plain_loop(fsdp: int | None, clip: float | None, folder: Path) -> 
     expected = plain_loop(example.make_model(), optimizer_of, loss_of, ranks, STEPS, clip)
     with accelerate_on_cpu(fsdp):
         whole = whole_weights(example.train(STEPS, fsdp, clip=clip))
+    if not interrupt:
+        return differing(whole, expected), []
     with accelerate_on_cpu(fsdp):
         example.train(2, fsdp, save=folder, clip=clip)
     with accelerate_on_cpu(fsdp):
@@ -81,10 +85,10 @@ def against_a_plain_loop(fsdp: int | None, clip: float | None, folder: Path) -> 
     return differing(whole, expected), differing(resumed, whole)
 
 
-@pytest.mark.parametrize(
-    ("fsdp", "clip"),
-    [(None, None), (None, 0.5)],
-    ids=["DDP", "DDP, clipped"],
-)
+@pytest.mark.parametrize(("fsdp", "clip"), [(None, None), (None, 0.5), (2, None)], ids=["DDP", "DDP, clipped", "FSDP2"])
 def test_accelerate_trains_as_a_plain_loop(workers: Pool, tmp_path: Path, fsdp: int | None, clip: float | None) -> None:
-    assert workers(2).run(against_a_plain_loop, fsdp, clip, tmp_path) == [([], [])] * 2
+    assert workers(2).run(against_a_plain_loop, fsdp, clip, tmp_path, True) == [([], [])] * 2
+
+
+def test_attached_under_fsdp1_it_trains_as_a_plain_loop(workers: Pool, tmp_path: Path) -> None:
+    assert workers(2).run(against_a_plain_loop, 1, None, tmp_path, False) == [([], [])] * 2

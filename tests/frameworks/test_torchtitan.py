@@ -12,12 +12,14 @@ from harness import Pool
 from plain_loop import differing, plain_loop, weights_of
 from torch import nn
 
-from sm3_dist import SM3
+from sm3_dist import SM3, AdamWLikeSM3
 
 pytest.importorskip("torchtitan", reason="needs pip install 'sm3_dist[frameworks]'")
 
 STEPS = 5
 KINDS: dict[str, tuple[type[SM3], dict[str, Any]]] = {
+    "recipe, int8": (AdamWLikeSM3, {"momentum_dtype": torch.int8}),
+    "recipe, bfloat16": (AdamWLikeSM3, {"momentum_dtype": torch.bfloat16}),
     "paper": (SM3, {"momentum": 0.9}),
 }
 
