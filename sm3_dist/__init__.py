@@ -5,7 +5,15 @@ from sm3_dist.optimizer import SM3
 from sm3_dist.planner.planning import plan
 from sm3_dist.ranks.agreement import PlanMismatchError
 from sm3_dist.ranks.same_gradients import GradientMismatchError
-from sm3_dist.recipes import AdamWLikeSM3
+from sm3_dist.recipes import AdamWLikeSM3, MuonLikeSM3
 
-__all__ = ["SM3", "AdamWLikeSM3", "GradientMismatchError", "PlanMismatchError", "plan", "step_in_backward"]
+__all__ = [
+    "SM3",
+    "AdamWLikeSM3",
+    "GradientMismatchError",
+    "MuonLikeSM3",
+    "PlanMismatchError",
+    "plan",
+    "step_in_backward",
+]
 __version__ = "0.1.0.dev0"

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from sm3_dist.matrices import with_matrices
 from sm3_dist.optimizer import SM3
-from sm3_dist.step.param_groups import adamw_like_options
+from sm3_dist.step.param_groups import MUON_LIKE, adamw_like_options, changed
 
 
 class AdamWLikeSM3(SM3):
@@ -47,3 +48,60 @@ class AdamWLikeSM3(SM3):
         **options: Any,
     ) -> None:
         super().__init__(params, lr, **adamw_like_options(options))
+
+
+class MuonLikeSM3(SM3):
+    """:class:`AdamWLikeSM3` with the updates of matrices made orthogonal, as Muon's are. For training from scratch.
+
+    Its momentum is 0.95. Matrices are the weights of two dimensions, and of convolutions, but for:
+
+    - vectors in the form of matrices, ``(1, n)`` and ``(n, 1)``;
+    - weights of modules whose type is called an embedding;
+    - tensors with a module on their way whose name has ``embed`` in it or is ``wte``, ``wpe``, ``pos`` or ``position``;
+    - weights of a module called ``head``, ``lm_head``, ``output``, ``classifier``, ``score`` or ``logits``;
+    - those that are tied to one of these.
+
+    The rest, and all vectors, are stepped as :class:`AdamWLikeSM3` does. Each param group becomes one of matrices and
+    one of the rest, unless it says ``orthogonalize`` itself: ``True``, ``False``, or the names of tensors that were
+    flattened into one parameter.
+
+    Args:
+        params: as for :class:`~sm3_dist.SM3`; with names (``model.named_parameters()``) if there is no ``model``.
+        lr: learning rate, about that of :class:`torch.optim.AdamW`, or twice that.
+        model: the model, as wrapped.
+        options: further arguments of :class:`~sm3_dist.SM3`, and others in place of those of the recipe.
+
+    Raises:
+        ValueError: if a parameter has neither a name nor a place in the model; and as :class:`~sm3_dist.SM3`.
+
+    Example:
+        >>> import torch
+        >>> from sm3_dist import MuonLikeSM3
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 64), torch.nn.Linear(64, 48))
+        >>> optimizer = MuonLikeSM3(model.parameters(), lr=2e-3, model=model, momentum_dtype=torch.bfloat16)
+        >>> [(group["orthogonalize"], [tuple(p.shape) for p in group["params"]]) for group in optimizer.param_groups]
+        [(True, [(48, 64)]), (False, [(9, 64), (48,)])]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 1e-3,
+        *,
+        model: nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(self.groups(params, model), lr, model=model, **changed(MUON_LIKE, options))
+
+    @staticmethod
+    def groups(
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        model: nn.Module | None = None,
+    ) -> list[dict[str, Any]]:
+        """The param groups that it makes: for wrappers of optimizers, such as fairscale's OSS, which must have them.
+
+        Args:
+            params: as for the class.
+            model: as for the class.
+        """
+        return with_matrices(params, model)

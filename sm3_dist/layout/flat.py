@@ -48,6 +48,10 @@ class Flattened:
         """The names of the original tensors of a flattened parameter, in the order of its shards."""
         return [original.name for original in self._found[param][1]]
 
+    def originals(self, param: Tensor) -> tuple[Original, ...]:
+        """The original tensors in a parameter that a wrapper flattened, or that stands for one of those."""
+        return self._found[param][1]
+
     def numbered(self, tensors: Iterable[tuple[Tensor, str]]) -> dict[tuple[Tensor, str], int]:
         """Number original tensors: by their place in the model, where one was passed, else in the order given.
 

@@ -24,6 +24,9 @@ ADAMW_LIKE: dict[str, Any] = {
 }
 """The options of :meth:`sm3_dist.SM3.adamw_like`."""
 
+MUON_LIKE = ADAMW_LIKE | {"momentum": 0.95}
+"""The options of :class:`sm3_dist.MuonLikeSM3`, with ``orthogonalize`` for the matrices."""
+
 NEEDS = {"nesterov": "momentum", "bias_correction": "beta", "cover_product": "cover_block"}
 """Options that mean nothing without another."""
 
@@ -35,7 +38,12 @@ def adamw_like_options(options: dict[str, Any]) -> dict[str, Any]:
         >>> adamw_like_options({"momentum": 0.0})["nesterov"]
         False
     """
-    recipe = ADAMW_LIKE | options
+    return changed(ADAMW_LIKE, options)
+
+
+def changed(recipe: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with some options changed; what means nothing without them goes too."""
+    recipe = recipe | options
     without = {option: False for option, needed in NEEDS.items() if not recipe[needed]}
     return recipe | without | options
 

@@ -1,0 +1,109 @@
+"""Which tensors of a model are made orthogonal: the matrices between its first layer and its last one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from sm3_dist.layout.describe import Flattened
+from sm3_dist.layout.flat_metadata import clean
+
+EMBEDDING = re.compile(r"embed|^w[tp]e$|^pos(ition)?s?$", re.IGNORECASE)
+"""Found in any word of the name of what is looked up, or adds a place to what was looked up."""
+HEAD = re.compile(r"^((lm_?|mlm_?|cls_?)?head|output|classifier|score|to_logits|logits)$", re.IGNORECASE)
+"""The module that puts out the logits."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def with_matrices(
+    params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]], model: nn.Module | None
+) -> list[dict[str, Any]]:
+    """Param groups that say of which tensors the update is to be made orthogonal; see :class:`~sm3_dist.MuonLikeSM3`.
+
+    Args:
+        params: as for an optimizer. Groups that have ``orthogonalize`` stay as they are.
+        model: the model, wrapped or not; ``None``: names decide, with which parameters must come.
+
+    Returns:
+        for each group one of the matrices, one of the rest, and one for each flat parameter that has some of both.
+
+    Raises:
+        ValueError: if a parameter has neither a name nor a place in the model.
+    """
+    given: list[Any] = list(params)
+    groups = [dict(each) for each in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    picker = _Picker(model)
+    return [each for group in groups for each in ([group] if "orthogonalize" in group else _split(group, picker))]
+
+
+def is_matrix(name: str, shape: Sequence[int], module: nn.Module | None) -> bool:
+    """Whether a tensor is one of the matrices between the first layer and the last.
+
+    Args:
+        name: the tensor's, with those of the modules that it lies in.
+        shape: its shape.
+        module: what it is the weight of; ``None`` where nobody knows.
+
+    Example:
+        >>> is_matrix("blocks.3.mlp.up.weight", (512, 128), nn.Linear(128, 512))
+        True
+        >>> is_matrix("lm_head.weight", (256, 128), None), is_matrix("embed_tokens.weight", (256, 128), None)
+        (False, False)
+    """
+    dims = (2, 3, 4, 5) if isinstance(module, CONVOLUTIONS) else (2,) if module is not None else (2, 4)
+    if len(shape) not in dims or shape[0] == 1 or max(shape[1:]) == 1:
+        return False
+    if module is not None and "Embedding" in type(module).__name__:
+        return False
+    *path, _ = clean(name).split(".") if "." in name else ("", name)
+    return not (any(map(EMBEDDING.search, path)) or HEAD.match(path[-1]))
+
+
+class _Picker:
+    """Knows the tensors of a model by name."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model = model
+        self.flattened = Flattened(model)
+        self._modules = {clean(path): module for path, module in model.named_modules()} if model is not None else {}
+        self._names: dict[Tensor, list[str]] = {}
+        for name, param in model.named_parameters(remove_duplicate=False) if model is not None else ():
+            self._names.setdefault(param, []).append(clean(name))
+
+    def pick(self, param: Tensor, name: str | None) -> bool | tuple[str, ...]:
+        """Whether a parameter is such a matrix; of a flat one, the names of those that are."""
+        if param in self.flattened:
+            originals = self.flattened.originals(param)
+            found = [o.name for o in originals if self._all_matrices([o.name, *o.aliases], o.shape)]
+            separate = originals[0].param is not None
+            return bool(found) if separate or len(found) in (0, len(originals)) else tuple(found)
+        names = self._names.get(param) or ([name] if name is not None else [])
+        if not names:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} has no name and is no parameter of "
+                f"{'any model' if self.model is None else type(self.model).__name__}, so nobody knows whether its "
+                "update is to be made orthogonal. Pass model=, pass model.named_parameters(), or say orthogonalize="
+                "True or False in its param group."
+            )
+        return self._all_matrices(names, param.shape)
+
+    def _all_matrices(self, names: Iterable[str], shape: Sequence[int]) -> bool:
+        """A tensor that has several names (tied weights) is one only if it is under each of them."""
+        return all(is_matrix(name, shape, self._modules.get(name.rpartition(".")[0])) for name in names)
+
+
+def _split(group: dict[str, Any], picker: _Picker) -> Iterator[dict[str, Any]]:
+    given = group["params"]
+    given = [given] if isinstance(given, Tensor) else list(given)
+    by_choice: dict[bool | tuple[str, ...], list[Any]] = {True: [], False: []}
+    for each in given:
+        name, param = each if isinstance(each, tuple) else (None, each)
+        by_choice.setdefault(picker.pick(param, name), []).append(each)
+    for choice, params in by_choice.items():
+        if params or not given:
+            yield {**group, "params": params, "orthogonalize": choice}
+        if not given:
+            return
