@@ -17,10 +17,10 @@ from launch.job import packages, peers
 from launch.job.options import Options
 from launch.job.settings import Settings
 from launch.job.world import UserError
-from sm3_dist import SM3, step_in_backward
+from sm3_dist import SM3, MuonLikeSM3, step_in_backward
 from sm3_dist.layout.flat_metadata import is_flattened
 from sm3_dist.schedule import CosineSchedule, PaperSchedule
-from sm3_dist.step.param_groups import ADAMW_LIKE
+from sm3_dist.step.param_groups import ADAMW_LIKE, MUON_LIKE
 
 SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {"paper": PaperSchedule, "cosine": CosineSchedule}
 
@@ -30,6 +30,14 @@ SM3_ALONE = ("cover_block", "momentum_dtype", "rounding")  # settings that no ot
 
 def sm3_adamw_like(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
     return SM3.adamw_like(model.named_parameters(), s.lr, model=model, **sm3_options(s), **sharding)
+
+
+def sm3_muon_like(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
+    return MuonLikeSM3(model.named_parameters(), s.lr, model=model, **sm3_options(s), **sharding)
+
+
+def muon_like_groups(model: nn.Module) -> list[dict[str, Any]]:
+    return MuonLikeSM3.groups(model.parameters(), model)
 
 
 def sm3_paper(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
@@ -96,6 +104,7 @@ class Recipe:
         whole: whether it takes whole tensors alone.
         moments: how many values it keeps for each element of a weight, in the type of the weight. Of SM3's momentum
             the type is an option.
+        groups: param groups of a model, for an OSS, which hands each rank its part of them.
     """
 
     make: Callable[..., Optimizer]
@@ -103,11 +112,15 @@ class Recipe:
     unknown: tuple[str, ...] = SM3_ALONE
     whole: bool = False
     moments: float = 1
+    groups: Callable[[nn.Module], Any] = nn.Module.parameters
 
 
 # One entry for each choice of --recipe, which is for SM3.
 RECIPES = {
     "adamw-like": Recipe(sm3_adamw_like, Settings(2e-3, **{k: ADAMW_LIKE[k] for k in SETTABLE}), unknown=()),
+    "muon-like": Recipe(
+        sm3_muon_like, Settings(4e-3, **{k: MUON_LIKE[k] for k in SETTABLE}), unknown=(), groups=muon_like_groups
+    ),
     "paper": Recipe(sm3_paper, Settings(lr=5e-3, momentum=0.9, beta=0.0), unknown=()),
 }
 
@@ -176,7 +189,7 @@ def build(
         raise UserError(f"--optimizer {options.optimizer} cannot update sharded tensors; pass --parallel ddp")
     if oss:
         wrapped: Optimizer = packages.load("fairscale.optim").OSS(
-            model.parameters(), optim=lambda groups: recipe.make(Owned(groups), settings)
+            recipe.groups(model), optim=lambda groups: recipe.make(Owned(groups), settings)
         )
         return wrapped
     if shard_over is None:

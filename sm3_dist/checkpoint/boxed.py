@@ -107,12 +107,13 @@ class BoxedTensor(Tensor):
     def full(self) -> Tensor:
         """The whole tensor, on every rank that holds some of it. A collective over these ranks."""
         whole = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        for box, part in zip(self.boxes, self.parts, strict=True):
-            whole[tuple(map(slice, box.start, box.stop))] = part
         group = holders(self.ranks)
+        for box, part, owned in zip(self.boxes, self.parts, self.owned, strict=True):
+            if owned or group is None:  # what somebody else owns may be out of date here: a scalar without elements
+                whole[tuple(map(slice, box.start, box.stop))] = part
         if group is not None and dist.get_world_size(group) > 1 and whole.numel():
-            # Zero bytes where nothing is held, the same bytes where several ranks hold an entry: a maximum of bytes
-            # puts it together whatever the type, NaN and -0 included.
+            # Every entry has one owner, and zero bytes elsewhere: a maximum of bytes puts them together whatever the
+            # type, NaN and -0 included.
             dist.all_reduce(whole.view(-1).view(torch.uint8), op=dist.ReduceOp.MAX, group=group)
         return whole
 

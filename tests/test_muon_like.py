@@ -1,0 +1,172 @@
+"""The recipe that makes matrices orthogonal: what it takes for matrices, under any wrapper; and its state moves."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from flat_layouts import LAYOUTS, Model, exact_gradient
+from harness import Pool
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+from launch.job.model import GPT, PRESETS
+from sm3_dist import SM3, MuonLikeSM3
+from sm3_dist.checkpoint import get_optimizer_state_dict, set_optimizer_state_dict
+from sm3_dist.step.param_groups import MUON_LIKE
+
+WHOLE = StateDictOptions(full_state_dict=True)
+
+
+def chosen(optimizer: SM3, model: nn.Module) -> dict[bool, set[str]]:
+    names = {param: name for name, param in model.named_parameters()}
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for group in optimizer.param_groups:
+        found[group["orthogonalize"]] |= {names[param] for param in group["params"]}
+    return found
+
+
+def test_the_matrices_of_a_gpt_are_those_within_the_blocks() -> None:
+    model = GPT(PRESETS["tiny"], seq_len=8)
+    inner = {name for name, param in model.named_parameters() if param.dim() == 2 and name.startswith("blocks.")}
+    assert len(inner) == 12
+    for optimizer in (MuonLikeSM3(model.parameters(), model=model), MuonLikeSM3(model.named_parameters())):
+        assert chosen(optimizer, model)[True] == inner
+    model.head.weight = nn.Parameter(torch.ones(256, 32))  # no longer tied
+    assert chosen(MuonLikeSM3(model.parameters(), model=model), model)[True] == inner
+
+
+class Vision(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 8, 4)
+        self.conv = nn.Conv2d(8, 8, 3)
+        self.depthwise = nn.Conv2d(8, 1, 1)
+        self.experts = nn.Parameter(torch.ones(4, 8, 8))
+        self.scale = nn.Parameter(torch.ones(1, 8))
+        self.mixer = nn.ModuleDict({"output": nn.ModuleDict({"dense": nn.Linear(8, 8)})})
+        self.head = nn.Linear(8, 5)
+
+
+def test_convolutions_are_matrices_and_first_and_last_layers_are_none() -> None:
+    model = Vision()
+    expected = {"conv.weight", "mixer.output.dense.weight"}
+    assert chosen(MuonLikeSM3(model.parameters(), model=model), model)[True] == expected
+
+
+def test_names_or_a_model_must_come() -> None:
+    with pytest.raises(ValueError, match=r"a parameter of shape \(3, 2\) has no name .* Pass model="):
+        MuonLikeSM3([nn.Parameter(torch.ones(3, 2))])
+    with pytest.raises(ValueError, match="is no parameter of Linear"):
+        MuonLikeSM3([nn.Parameter(torch.ones(3, 2))], model=nn.Linear(2, 2))
+
+
+def test_param_groups_may_say_it_themselves() -> None:
+    first, second, third = (nn.Linear(4, 4) for _ in range(3))
+    groups = [
+        {"params": first.parameters(), "orthogonalize": False, "lr": 0.5},
+        {"params": [second.weight], "orthogonalize": True},
+        {"params": list(third.named_parameters()), "weight_decay": 0.1},
+    ]
+    optimizer = MuonLikeSM3(groups[:2], lr=0.1)
+    assert [group["orthogonalize"] for group in optimizer.param_groups] == [False, True]
+    optimizer = MuonLikeSM3(groups[2:], lr=0.1)
+    assert [(group["orthogonalize"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (True, 0.1),
+        (False, 0.1),
+    ]
+
+
+def test_it_is_the_usual_recipe_for_the_rest_and_is_pickled() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"embedding": nn.Embedding(9, 6), "layer": nn.Linear(6, 4)})
+    other = copy.deepcopy(model)
+    optimizer = MuonLikeSM3(model.parameters(), lr=1e-2, model=model)
+    usual = SM3.adamw_like(other.parameters(), lr=1e-2, momentum=0.95)
+    assert {key: optimizer.defaults[key] for key in MUON_LIKE} == MUON_LIKE
+    for _ in range(2):
+        for net, each in ((model, optimizer), (other, usual)):
+            net["layer"](net["embedding"](torch.tensor([1, 3]))).square().sum().backward()
+            for param in net.parameters():
+                param.grad.clamp_(-1, 1).round_(decimals=1)
+            each.step()
+            each.zero_grad()
+        assert not torch.equal(model["layer"].weight, other["layer"].weight)
+        model["layer"].weight.data.copy_(other["layer"].weight)
+    assert torch.equal(model["embedding"].weight, other["embedding"].weight)
+    assert torch.equal(model["layer"].bias, other["layer"].bias)
+    assert type(pickle.loads(pickle.dumps(optimizer))) is MuonLikeSM3
+
+
+def steps_of(name: str, model: nn.Module, optimizer: SM3, steps: range) -> None:
+    shapes = {key: weight.shape for key, weight in Model().named_parameters()}
+    for step in steps:
+        model({key: exact_gradient(step, key, shape) for key, shape in shapes.items()}).backward()
+        optimizer.step()
+        optimizer.zero_grad(LAYOUTS[name].set_to_none if name else True)
+
+
+def train(name: str, saved: Any, steps: range) -> tuple[dict[str, Tensor], Any]:
+    """Some steps under a wrapper (or none), from a state that another one left; weights and state by name."""
+    model: nn.Module = Model()
+    if saved is not None:
+        model.load_state_dict(saved[0])
+    if name:
+        model = LAYOUTS[name].wrap(model)  # type: ignore[arg-type]
+    optimizer = MuonLikeSM3(model.parameters(), lr=0.1, model=model, cover_block=2)
+    if saved is not None:
+        set_optimizer_state_dict(model, optimizer, saved[1], options=WHOLE)
+    steps_of(name, model, optimizer, steps)
+    state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    weights = LAYOUTS[name].gather(model) if name else {key: w.detach() for key, w in model.named_parameters()}
+    return weights, state
+
+
+def moved(name: str) -> None:
+    """From one process to a wrapper with its groups of its own and back, and always one process beside it."""
+    alone = train("", None, range(2))
+    there = train(name, alone, range(2, 4))
+    back = train("", there, range(4, 6))
+    expected = train("", train("", alone, range(2, 4)), range(4, 6))
+    for key, weight in expected[0].items():
+        assert torch.equal(back[0][key], weight), key
+
+
+@pytest.mark.parametrize("name", ["fsdp1-nested", "fsdp1-flat-nested", "fairscale-nested"])
+def test_it_trains_and_moves_under_flat_wrappers(workers: Pool, name: str) -> None:
+    workers(2).run(moved, name)
+
+
+def names_within_flat_parameters() -> None:
+    model = LAYOUTS["fsdp1-flat-nested"].wrap(Model())
+    optimizer = MuonLikeSM3(model.parameters(), model=model)
+    named = [group["orthogonalize"] for group in optimizer.param_groups]
+    assert ("blocks.0.weights.0", "blocks.0.weights.2") in named  # of (3, 5), (7,) and (8, 4)
+    assert True in named  # the root alone in its flat parameter
+
+
+def test_a_flat_parameter_has_the_names_of_its_matrices(workers: Pool) -> None:
+    workers(2).run(names_within_flat_parameters)
+
+
+def with_oss() -> None:
+    from fairscale.optim import OSS
+
+    model, alone = Model(), Model()
+    oss = OSS(MuonLikeSM3.groups(model.parameters(), model), optim=MuonLikeSM3, lr=0.1)
+    optimizer = MuonLikeSM3(alone.parameters(), lr=0.1, model=alone)
+    for step in range(3):
+        for net in (model, alone):
+            for name, param in net.named_parameters():
+                param.grad = exact_gradient(step, name, param.shape)
+        oss.step()
+        optimizer.step()
+    for param, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(param, expected)
+
+
+def test_within_oss(workers: Pool) -> None:
+    workers(2).run(with_oss)
