@@ -28,10 +28,10 @@ def with_matrices(
         model: the model, wrapped or not; ``None``: names decide, with which parameters must come.
 
     Returns:
-        for each group one of the matrices, one of the rest, and one for each flat parameter that has some of both.
+        for each group one of the matrices and one of the rest, as far as there are any.
 
     Raises:
-        ValueError: if a parameter has neither a name nor a place in the model.
+        ValueError: if a parameter has neither a name nor a place in the model, or was flattened of some of both.
     """
     given: list[Any] = list(params)
     groups = [dict(each) for each in given] if given and isinstance(given[0], dict) else [{"params": given}]
@@ -73,13 +73,20 @@ class _Picker:
         for name, param in model.named_parameters(remove_duplicate=False) if model is not None else ():
             self._names.setdefault(param, []).append(clean(name))
 
-    def pick(self, param: Tensor, name: str | None) -> bool | tuple[str, ...]:
-        """Whether a parameter is such a matrix; of a flat one, the names of those that are."""
+    def pick(self, param: Tensor, name: str | None) -> bool:
+        """Whether a parameter is such a matrix."""
         if param in self.flattened:
             originals = self.flattened.originals(param)
             found = [o.name for o in originals if self._all_matrices([o.name, *o.aliases], o.shape)]
-            separate = originals[0].param is not None
-            return bool(found) if separate or len(found) in (0, len(originals)) else tuple(found)
+            if found and len(found) < len(originals):
+                other = next(o.name for o in originals if o.name not in found)
+                raise ValueError(
+                    f"{found[0]}, a matrix, and {other}, which is none, were flattened into one parameter and cannot "
+                    "have options of their own. Wrap with use_orig_params=True (fairscale: flatten_parameters=False), "
+                    "or give the param group one set of options and name the matrices: orthogonalize="
+                    f"[{found[0]!r}, ...]."
+                )
+            return bool(found)
         names = self._names.get(param) or ([name] if name is not None else [])
         if not names:
             raise ValueError(
@@ -98,12 +105,10 @@ class _Picker:
 def _split(group: dict[str, Any], picker: _Picker) -> Iterator[dict[str, Any]]:
     given = group["params"]
     given = [given] if isinstance(given, Tensor) else list(given)
-    by_choice: dict[bool | tuple[str, ...], list[Any]] = {True: [], False: []}
+    by_choice: dict[bool, list[Any]] = {True: [], False: []}
     for each in given:
         name, param = each if isinstance(each, tuple) else (None, each)
-        by_choice.setdefault(picker.pick(param, name), []).append(each)
+        by_choice[picker.pick(param, name)].append(each)
     for choice, params in by_choice.items():
-        if params or not given:
+        if params or (not given and not choice):  # an empty group is for the optimizer to judge
             yield {**group, "params": params, "orthogonalize": choice}
-        if not given:
-            return

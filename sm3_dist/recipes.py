@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sm3_dist.matrices import with_matrices
 from sm3_dist.optimizer import SM3
-from sm3_dist.step.param_groups import MUON_LIKE, adamw_like_options, changed
+from sm3_dist.step.param_groups import MATRIX, adamw_like_options
 
 
 class AdamWLikeSM3(SM3):
@@ -53,7 +53,7 @@ class AdamWLikeSM3(SM3):
 class MuonLikeSM3(SM3):
     """:class:`AdamWLikeSM3` with the updates of matrices made orthogonal, as Muon's are. For training from scratch.
 
-    Its momentum is 0.95. Matrices are the weights of two dimensions, and of convolutions, but for:
+    Matrices are the weights of two dimensions, and of convolutions, but for:
 
     - vectors in the form of matrices, ``(1, n)`` and ``(n, 1)``;
     - weights of modules whose type is called an embedding;
@@ -61,18 +61,20 @@ class MuonLikeSM3(SM3):
     - weights of a module called ``head``, ``lm_head``, ``output``, ``classifier``, ``score`` or ``logits``;
     - those that are tied to one of these.
 
-    The rest, and all vectors, are stepped as :class:`AdamWLikeSM3` does. Each param group becomes one of matrices and
-    one of the rest, unless it says ``orthogonalize`` itself: ``True``, ``False``, or the names of tensors that were
-    flattened into one parameter.
+    Each param group becomes one of matrices, with ``orthogonalize=True``, momentum of 0.95, covers of whole rows and
+    columns and no ``update_rms``, and one of the rest, which is stepped as :class:`AdamWLikeSM3` does. One that says
+    ``orthogonalize`` itself stays as it is. What this brings is in ``docs/quality.md``.
 
     Args:
         params: as for :class:`~sm3_dist.SM3`; with names (``model.named_parameters()``) if there is no ``model``.
-        lr: learning rate, about that of :class:`torch.optim.AdamW`, or twice that.
+        lr: learning rate of all, about that of :class:`torch.optim.AdamW` or twice that.
         model: the model, as wrapped.
-        options: further arguments of :class:`~sm3_dist.SM3`, and others in place of those of the recipe.
+        options: further arguments of :class:`~sm3_dist.SM3`, and others in place of those of the recipe; covers and
+            ``update_rms`` are those of the rest.
 
     Raises:
-        ValueError: if a parameter has neither a name nor a place in the model; and as :class:`~sm3_dist.SM3`.
+        ValueError: if a parameter has neither a name nor a place in the model, or was flattened of matrices and others;
+            and as :class:`~sm3_dist.SM3`.
 
     Example:
         >>> import torch
@@ -91,7 +93,10 @@ class MuonLikeSM3(SM3):
         model: nn.Module | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(self.groups(params, model), lr, model=model, **changed(MUON_LIKE, options))
+        recipe = adamw_like_options(options)
+        matrix = MATRIX | {"momentum": options.get("momentum", MATRIX["momentum"])}
+        groups = [matrix | group if group["orthogonalize"] is True else group for group in self.groups(params, model)]
+        super().__init__(groups, lr, model=model, **recipe)
 
     @staticmethod
     def groups(

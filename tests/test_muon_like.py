@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions
 from launch.job.model import GPT, PRESETS
 from sm3_dist import SM3, MuonLikeSM3
 from sm3_dist.checkpoint import get_optimizer_state_dict, set_optimizer_state_dict
-from sm3_dist.step.param_groups import MUON_LIKE
+from sm3_dist.step.param_groups import ADAMW_LIKE, MATRIX
 
 WHOLE = StateDictOptions(full_state_dict=True)
 
@@ -71,8 +71,11 @@ def test_param_groups_may_say_it_themselves() -> None:
         {"params": [second.weight], "orthogonalize": True},
         {"params": list(third.named_parameters()), "weight_decay": 0.1},
     ]
-    optimizer = MuonLikeSM3(groups[:2], lr=0.1)
-    assert [group["orthogonalize"] for group in optimizer.param_groups] == [False, True]
+    optimizer = MuonLikeSM3(groups[:2], lr=0.1, momentum=0.8)
+    assert [(group["orthogonalize"], group["momentum"]) for group in optimizer.param_groups] == [
+        (False, 0.8),
+        (True, 0.8),
+    ]
     optimizer = MuonLikeSM3(groups[2:], lr=0.1)
     assert [(group["orthogonalize"], group["weight_decay"]) for group in optimizer.param_groups] == [
         (True, 0.1),
@@ -85,8 +88,10 @@ def test_it_is_the_usual_recipe_for_the_rest_and_is_pickled() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(9, 6), "layer": nn.Linear(6, 4)})
     other = copy.deepcopy(model)
     optimizer = MuonLikeSM3(model.parameters(), lr=1e-2, model=model)
-    usual = SM3.adamw_like(other.parameters(), lr=1e-2, momentum=0.95)
-    assert {key: optimizer.defaults[key] for key in MUON_LIKE} == MUON_LIKE
+    usual = SM3.adamw_like(other.parameters(), lr=1e-2)
+    matrices, rest = optimizer.param_groups
+    assert {key: matrices[key] for key in ADAMW_LIKE | MATRIX} == ADAMW_LIKE | MATRIX
+    assert {key: rest[key] for key in ADAMW_LIKE} == ADAMW_LIKE
     for _ in range(2):
         for net, each in ((model, optimizer), (other, usual)):
             net["layer"](net["embedding"](torch.tensor([1, 3]))).square().sum().backward()
@@ -135,21 +140,24 @@ def moved(name: str) -> None:
         assert torch.equal(back[0][key], weight), key
 
 
-@pytest.mark.parametrize("name", ["fsdp1-nested", "fsdp1-flat-nested", "fairscale-nested"])
+@pytest.mark.parametrize("name", ["fsdp1-nested", "fairscale-separate-nested"])
 def test_it_trains_and_moves_under_flat_wrappers(workers: Pool, name: str) -> None:
     workers(2).run(moved, name)
 
 
-def names_within_flat_parameters() -> None:
+def of_a_flat_parameter() -> None:
     model = LAYOUTS["fsdp1-flat-nested"].wrap(Model())
-    optimizer = MuonLikeSM3(model.parameters(), model=model)
-    named = [group["orthogonalize"] for group in optimizer.param_groups]
-    assert ("blocks.0.weights.0", "blocks.0.weights.2") in named  # of (3, 5), (7,) and (8, 4)
-    assert True in named  # the root alone in its flat parameter
+    with pytest.raises(ValueError, match=r"blocks.0.weights.0, a matrix, and blocks.0.weights.1, which is none"):
+        MuonLikeSM3(model.parameters(), model=model)
+    optimizer = MuonLikeSM3([{"params": model.parameters(), "orthogonalize": ["blocks.0.weights.0"]}], model=model)
+    model({name: torch.ones(weight.shape) for name, weight in Model().named_parameters()}).backward()
+    optimizer.step()
+    held = [part.entry.shard.name for bucket in optimizer._current_plan().orthogonal.buckets for part in bucket.parts]
+    assert held in (["blocks.0.weights.0"], [])  # it lies whole on one of the ranks
 
 
-def test_a_flat_parameter_has_the_names_of_its_matrices(workers: Pool) -> None:
-    workers(2).run(names_within_flat_parameters)
+def test_a_flat_parameter_of_matrices_and_others(workers: Pool) -> None:
+    workers(2).run(of_a_flat_parameter)
 
 
 def with_oss() -> None:

@@ -20,7 +20,7 @@ from launch.job.world import UserError
 from sm3_dist import SM3, MuonLikeSM3, step_in_backward
 from sm3_dist.layout.flat_metadata import is_flattened
 from sm3_dist.schedule import CosineSchedule, PaperSchedule
-from sm3_dist.step.param_groups import ADAMW_LIKE, MUON_LIKE
+from sm3_dist.step.param_groups import ADAMW_LIKE
 
 SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {"paper": PaperSchedule, "cosine": CosineSchedule}
 
@@ -33,7 +33,10 @@ def sm3_adamw_like(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
 
 
 def sm3_muon_like(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
-    return MuonLikeSM3(model.named_parameters(), s.lr, model=model, **sm3_options(s), **sharding)
+    options = sm3_options(s)
+    if s.momentum == ADAMW_LIKE["momentum"]:  # that of the rest; matrices have another, unless told
+        del options["momentum"]
+    return MuonLikeSM3(model.named_parameters(), s.lr, model=model, **options, **sharding)
 
 
 def muon_like_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -119,7 +122,7 @@ class Recipe:
 RECIPES = {
     "adamw-like": Recipe(sm3_adamw_like, Settings(2e-3, **{k: ADAMW_LIKE[k] for k in SETTABLE}), unknown=()),
     "muon-like": Recipe(
-        sm3_muon_like, Settings(4e-3, **{k: MUON_LIKE[k] for k in SETTABLE}), unknown=(), groups=muon_like_groups
+        sm3_muon_like, Settings(4e-3, **{k: ADAMW_LIKE[k] for k in SETTABLE}), unknown=(), groups=muon_like_groups
     ),
     "paper": Recipe(sm3_paper, Settings(lr=5e-3, momentum=0.9, beta=0.0), unknown=()),
 }

@@ -24,8 +24,8 @@ ADAMW_LIKE: dict[str, Any] = {
 }
 """The options of :meth:`sm3_dist.SM3.adamw_like`."""
 
-MUON_LIKE = ADAMW_LIKE | {"momentum": 0.95}
-"""The options of :class:`sm3_dist.MuonLikeSM3`, with ``orthogonalize`` for the matrices."""
+MATRIX = {"momentum": 0.95, "update_rms": None, "cover_block": None, "cover_product": False, "orthogonalize": True}
+"""The options of the matrices of :class:`sm3_dist.MuonLikeSM3` that differ from those of the rest, ``ADAMW_LIKE``."""
 
 NEEDS = {"nesterov": "momentum", "bias_correction": "beta", "cover_product": "cover_block"}
 """Options that mean nothing without another."""
@@ -38,12 +38,7 @@ def adamw_like_options(options: dict[str, Any]) -> dict[str, Any]:
         >>> adamw_like_options({"momentum": 0.0})["nesterov"]
         False
     """
-    return changed(ADAMW_LIKE, options)
-
-
-def changed(recipe: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """A recipe with some options changed; what means nothing without them goes too."""
-    recipe = recipe | options
+    recipe = ADAMW_LIKE | options
     without = {option: False for option, needed in NEEDS.items() if not recipe[needed]}
     return recipe | without | options
 
