@@ -25,6 +25,8 @@ from sm3_dist.checkpoint import (
     set_optimizer_state_dict,
     set_state_dict,
 )
+from sm3_dist.checkpoint.boxed import BoxedTensor
+from sm3_dist.layout.box import Box
 
 FULL = StateDictOptions(full_state_dict=True)
 SOME = ("ddp", "zero", "fsdp2", "fsdp1_flat")
@@ -167,3 +169,14 @@ def test_several_optimizers_of_which_one_is_not_sm3() -> None:
     assert torch.equal(second[1].state[bias]["exp_avg"], first[1].state[bias]["exp_avg"])
     weight = by_name["embed.weight"]
     assert torch.equal(second[0].state[weight]["accumulator_1"], first[0].state[weight]["accumulator_1"])
+
+
+def a_scalar_of_two_opinions() -> float:
+    """Rank 1 holds no element of the tensor, and its count of steps is one of before."""
+    leads = dist.get_rank() == 0
+    count = torch.tensor(8.0 if leads else 7.0)
+    return float(BoxedTensor((), [Box((), ())], [count], [leads], count.dtype, count.device).full())
+
+
+def test_a_whole_scalar_is_that_of_its_owner(workers: Pool) -> None:
+    assert workers(2).run(a_scalar_of_two_opinions) == [8.0, 8.0]
