@@ -60,6 +60,17 @@ class CutCover:
         # Who loads in place writes steps too, and those on every rank; of a chunk a rank may hold nothing.
         return self._seen != self._versions()
 
+    def is_good_for(self, held: Tensor, step: Tensor) -> bool:
+        """Whether this is the working copy of what this state holds now. It may have been moved."""
+        if held is not self.held or self.edited():
+            return False
+        visible, self._step = local_tensor(held), step
+        if visible.data_ptr() != self._visible.data_ptr() and not torch.equal(visible, self._visible):
+            return False
+        self._visible = visible
+        self.note()
+        return True
+
     def lending(self) -> Lending | None:
         """What is to be exchanged with ranks that work on entries which this rank's state holds, or the other way."""
         elsewhere = self.chunk.elsewhere
@@ -87,7 +98,7 @@ def cut_covers(
         cover = None
         if chunk is not None:
             cover = older.get(id(state[key]))
-            if cover is None or cover.held is not state[key] or cover.edited():
+            if cover is None or not cover.is_good_for(state[key], state["step"]):
                 cover = CutCover(state[key], state["step"], shard, i)
         covers.append(cover)
     return covers

@@ -27,10 +27,12 @@ from sm3_dist.step.state import (
     held_accumulators,
     local_momentum,
     local_square_sum,
+    mend_state,
     parameter_shaped,
     square_averages,
     with_square_averages,
 )
+from sm3_dist.step.watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,6 +79,7 @@ class PlanKeeper:
         self._launch_list = launch_list
         self._plan: StepPlan | None = None
         self._fitted: Fitted = {}
+        self._watch = Watch({})
         self._unshared = False  # whether accumulators are yet to be made maxima over all ranks
         self._signature: tuple[Any, ...] = ()
         self._process_groups: dict[tuple[int, ...], ProcessGroup] = {}
@@ -90,16 +93,22 @@ class PlanKeeper:
     # ---------------------------------------------------------------------------------------------- the plan
 
     def current(self, groups: Sequence[ParamGroup]) -> StepPlan:
-        """The plan, made anew where parameters were added, exchanged, wrapped, frozen or thawed, or their state was."""
-        if self._plan is None or self._signature != self._sign(groups) or self._plan.edited:
-            older = self._plan
+        """The plan, made anew where parameters were added, exchanged, wrapped, frozen or thawed, or their state was.
+
+        Where tensors were only moved, replaced or laid out anew, this rank makes its own anew, and asks no other.
+        """
+        older = self._plan
+        agreed = older is not None and self._signature == self._sign(groups) and not older.edited
+        if older is None or not agreed or self._watch.sees_a_change():
             if older is not None:
                 older.receive()
                 older.publish()
-            self._plan = self._make_plan(groups, {} if older is None else older.working_copies)
+            self._plan = self._make_plan(groups, {} if older is None else older.working_copies, agreed)
             if older is not None:
                 self._plan.carry_over_squares(older)
             self._signature = self._sign(groups)
+            self._watch = self._new_watch(self._plan)
+        assert self._plan is not None
         if self._unshared or self._plan.needs_sharing:
             self._unshared = False
             self._plan.share()
@@ -114,18 +123,28 @@ class PlanKeeper:
                 *map(id, map(self.states.get, group["params"])),
                 *map(can_move, group["params"]),
                 *(p.shape for p in group["params"]),
+                *(p.dtype for p in group["params"]),
             )
             for group in groups
         )
 
-    def _make_plan(self, groups: Sequence[ParamGroup], working_copies: Mapping[int, CutCover]) -> StepPlan:
-        """A new plan, with states for all parameters that can move; compared with those of the other ranks.
+    def _new_watch(self, plan: StepPlan) -> Watch:
+        shared = [entry for entry in plan.entries if self._shard_covers and any(entry.shard.shared)]
+        released = (self.states[entry.param][key] for entry in shared for key in accumulator_keys(entry.shard))
+        return Watch({entry.param: self.states[entry.param] for entry in plan.entries}, released)
+
+    def _make_plan(
+        self, groups: Sequence[ParamGroup], working_copies: Mapping[int, CutCover], agreed: bool
+    ) -> StepPlan:
+        """A new plan, with states for all parameters that can move.
 
         Args:
             groups: the param groups.
             working_copies: those of the plan before, by the ``id`` of the state tensor.
+            agreed: whether the plan before was compared with those of the other ranks, and this one says the same.
         """
         self.flattened.read()
+        self._changed = self._watch.changed
         self._follow_exchanged_params(groups)
         if self.replicas is not None:
             self.replicas.include(self._active_params(groups))
@@ -138,7 +157,8 @@ class PlanKeeper:
                 entries += self._entries(param, label, group, shards[param], numbers, working_copies)
         self._remember_positions(groups)
         plans = agreement_lines(entries)
-        if plans:
+        # (Working copies of what somebody replaced take a collective, for which the ranks must meet.)
+        if plans and not (agreed and all(id(c.held) in working_copies for e in entries for c in e.cut_covers)):
             check_agreement(plans)
         gatherer = None
         if self.replicas is not None:
@@ -208,6 +228,7 @@ class PlanKeeper:
         self.states = states
         self._plan = None
         self._fitted = {}
+        self._watch = Watch({})
 
     def adopt(
         self, loaded: dict[str, Any], groups: Sequence[ParamGroup], cover_block: int | None
@@ -284,6 +305,8 @@ class PlanKeeper:
                 f"{shards[0].signature}. Make a new optimizer after wrapping a model or changing its covers, and move "
                 "the state through a checkpoint."
             )
+        elif param in self._changed:
+            mend_state(state, param, shards, label, self._momentum_dtype)
         self._fitted[param] = (state, shards)
         return state
 

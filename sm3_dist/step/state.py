@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sm3_dist.layout.describe import as_state_tensor, local_tensor
+from sm3_dist.layout.kinds import is_dtensor
 from sm3_dist.layout.shard import WHOLE, LocalShard, accumulator_dtype
 from sm3_dist.maths.momentum_code import MOMENTUM_BUFFER, MOMENTUM_CODE, converted, momentum_key
 from sm3_dist.maths.rms import SquareSum, square_sum
@@ -132,6 +133,30 @@ def adopt_state(
             plain.copy_(converted(found, plain.dtype))
             state[momentum_key(plain.dtype)] = target
     return state
+
+
+def mend_state(
+    state: State, param: Tensor, shards: Sequence[LocalShard], label: str, momentum_dtype: torch.dtype | None
+) -> None:
+    """Bring what somebody put into a state into the types and layout of this optimizer. What fits stays as it is.
+
+    Raises:
+        ValueError: if a tensor does not have the shape that this rank stores.
+    """
+    for key, fitting in adopt_state(state, param, shards, label, momentum_dtype).items():
+        if not _alike(state.get(key), fitting):
+            state[key] = fitting
+
+
+def _alike(value: Any, fitting: Tensor) -> bool:
+    """Whether a tensor can take the place of one that fits."""
+    if not isinstance(value, Tensor) or is_dtensor(value) != is_dtensor(fitting):
+        return False
+    forms = []
+    for each in (value, fitting):
+        local, cut = local_tensor(each), (each.device_mesh, each.placements) if is_dtensor(each) else ()
+        forms.append((each.shape, cut, local.dtype, local.device, local.shape, local.stride(), local.layout))
+    return bool(forms[0] == forms[1])
 
 
 def square_averages(state: State, shards: Sequence[LocalShard], names: Sequence[str]) -> dict[str, int]:
