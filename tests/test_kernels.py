@@ -103,21 +103,34 @@ def test_boxes_of_flat_ranges(shape, replicated):
 
 
 @needs_c
-@pytest.mark.parametrize("options", [{}, RECIPE | {"nesterov": True}], ids=["plain", "recipe"])
+@pytest.mark.parametrize(
+    ("options", "block", "moment_dtype"),
+    [
+        ({}, None, torch.bfloat16),
+        (RECIPE | {"nesterov": True}, None, torch.bfloat16),
+        (RECIPE | {"nesterov": True}, 64, torch.float32),
+        (RECIPE | {"nesterov": True, "stochastic_rounding": True, "rounding_seed": 5}, 64, torch.bfloat16),
+        (RECIPE | {"nesterov": True, "stochastic_rounding": True, "rounding_seed": 5}, 64, torch.int8),
+    ],
+    ids=["plain", "slices", "blocks", "bfloat16 momentum, rounded", "codes"],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
-def test_every_vector_width(dtype, options):
+def test_every_vector_width(dtype, options, block, moment_dtype):
+    if dtype == torch.float16 and options:  # which is not rounded so
+        options = options | {"stochastic_rounding": False}
     generator = torch.Generator().manual_seed(1)
-    shape, group = (37, 131), dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.95} | options
-    settings = Settings(0.1, 0.9, 0.95, 1e-30, 0.1, False, bool(options))
+    shape = (37, 131) if block is None else (70, 192)
+    group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.95} | options
+    settings = Settings(0.1, 0.9, 0.95, 1e-30, 0.1, False, bool(options), cover_product=block is not None)
     weight, grad = torch.randn(shape, generator=generator).to(dtype), gradient(shape, dtype, generator, special=True)
     results = []
     for width in [None, *cpu.widths()]:
         param = nn.Parameter(weight.clone())
         param.grad = grad
-        shard = LocalShard(shape, (Box.whole(shape),))
+        shard = LocalShard(shape, (Box.whole(shape),), cover_block=block)
         accumulators = [torch.zeros(s.shape) for s in shard.stored]
-        moment = torch.zeros(shape, dtype=torch.bfloat16)
+        moment = torch.zeros(shape, dtype=moment_dtype)
         squares = square_sum(shape, torch.zeros((), dtype=torch.int64)) if options else None
         entry = Entry(param, group, shard, accumulators, moment, torch.zeros(()), squares, "x")
         work = EagerKernel([entry]) if width is None else cpu.CKernel([entry], width)

@@ -1,121 +1,245 @@
-/* shaped.h for AVX-512. */
+/* shaped.h for AVX-512.
+ *
+ * Division and square root take as long as all other arithmetic together, but beside it. What they wait for and what waits
+ * for them must therefore be under way at the same time, and the processor does not look far enough ahead. So the loop
+ * brings together the first half of the work on some elements, up to the inverse root, and the second on those before. */
 
 #include <immintrin.h>
 
-enum { COUNT = 2 }; /* vectors at a time */
+enum { SIDE = 64, COUNT = SIDE / 16, CHUNK = 1024 }; /* elements of a group, vectors of a group, elements staged at a time */
 
-#define EACH for (int i = 0; i < count; i++)
-#define AT (j + 16 * i)
 #define AVX512_INLINE static inline __attribute__((always_inline, target(AVX512)))
+#define ALL 0xffff
 
-/* Of 16 elements those that are there; `all` is a constant, for masks are slow to store under. */
-AVX512_INLINE __m512 load_there(const float *p, int all, __mmask16 there) {
-    return all ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(there, p);
+/* Of 16 elements those that are there. */
+AVX512_INLINE __m512 load_floats(const float *p, __mmask16 there) {
+    return there == ALL ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(there, p);
 }
 
-AVX512_INLINE void store_there(float *p, __m512 x, int all, __mmask16 there) {
-    if (all)
+AVX512_INLINE void store_floats(float *p, __m512 x, __mmask16 there) {
+    if (there == ALL)
         _mm512_storeu_ps(p, x);
     else
         _mm512_mask_storeu_ps(p, there, x);
 }
 
-AVX512_INLINE __m512 load_moment(const void *m, int64_t j, int moment, int all, __mmask16 there) {
-    if (moment == FLOAT32) return load_there((const float *)m + j, all, there);
-    const uint16_t *p = (const uint16_t *)m + j;
-    __m256i bits = all ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi16(there, p);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+AVX512_INLINE __m256i load_halves(const uint16_t *p, __mmask16 there) {
+    return there == ALL ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi16(there, p);
 }
 
-AVX512_INLINE void store_moment(void *m, int64_t j, __m512 x, int moment, int all, __mmask16 there) {
-    if (moment == FLOAT32) {
-        store_there((float *)m + j, x, all, there);
+AVX512_INLINE void store_halves(uint16_t *p, __m512i x, __mmask16 there) {
+    if (there == ALL)
+        _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(x));
+    else
+        _mm512_mask_cvtepi32_storeu_epi16(p, there, x);
+}
+
+AVX512_INLINE __m512 from_codes(__m512i c) {
+    const __m512i normal = _mm512_set1_epi32(8);
+    __m512i length = _mm512_abs_epi32(c);
+    __mmask16 is_small = _mm512_cmplt_epi32_mask(length, normal);
+    __m512i bits = _mm512_add_epi32(length, _mm512_set1_epi32(CODE_BIAS));
+    /* c * 2^-15 for c < 8 as 2^-12 * (1 + c / 8) - 2^-12 */
+    bits = _mm512_slli_epi32(_mm512_mask_add_epi32(bits, is_small, bits, normal), DROPPED);
+    __m512 value = _mm512_castsi512_ps(bits);
+    value = _mm512_mask_sub_ps(value, is_small, value, _mm512_set1_ps(NORMAL));
+    bits = _mm512_or_epi32(_mm512_castps_si512(value), _mm512_and_epi32(c, _mm512_set1_epi32(INT32_MIN)));
+    __mmask16 is_nan = _mm512_cmpeq_epi32_mask(c, _mm512_set1_epi32(-128));
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, is_nan, _mm512_set1_epi32(0x7fc00000)));
+}
+
+AVX512_INLINE __m512i to_codes(__m512 x, __m512i noise) {
+    const __m512 normal = _mm512_set1_ps(NORMAL);
+    __m512 length = _mm512_andnot_ps(_mm512_set1_ps(-0.0f), x);
+    __m512i fixed = _mm512_cvttps_epi32(_mm512_mul_ps(_mm512_min_ps(length, normal), _mm512_set1_ps(0x1p31f)));
+    __m512i code = _mm512_sub_epi32(_mm512_castps_si512(length), _mm512_set1_epi32(CODE_BIAS << DROPPED));
+    __mmask16 is_small = _mm512_cmp_ps_mask(length, normal, _CMP_LT_OQ);
+    code = _mm512_mask_slli_epi32(code, is_small, fixed, 4);
+    code = _mm512_add_epi32(code, _mm512_slli_epi32(noise, DROPPED - 16));
+    code = _mm512_min_epi32(_mm512_srai_epi32(code, DROPPED), _mm512_set1_epi32(127));
+    code = _mm512_mask_sub_epi32(code, _mm512_movepi32_mask(_mm512_castps_si512(x)), _mm512_setzero_si512(), code);
+    return _mm512_mask_mov_epi32(code, _mm512_cmpunord_ps_mask(x, x), _mm512_set1_epi32(-128));
+}
+
+AVX512_INLINE __m512 load_of(const void *p, int64_t j, int type, __mmask16 there) {
+    if (type == FLOAT32) return load_floats((const float *)p + j, there);
+    if (type == CODE) {
+        const int8_t *codes = (const int8_t *)p + j;
+        __m128i narrow = there == ALL ? _mm_loadu_si128((const __m128i *)codes) : _mm_maskz_loadu_epi8(there, codes);
+        return from_codes(_mm512_cvtepi8_epi32(narrow));
+    }
+    __m256i halves = load_halves((const uint16_t *)p + j, there);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+/* `noise`: 16 bits by element; null: round to the nearest. */
+AVX512_INLINE void store_of(void *p, int64_t j, __m512 x, const uint16_t *noise, int type, __mmask16 there) {
+    if (type == FLOAT32) {
+        store_floats((float *)p + j, x, there);
         return;
     }
-    uint16_t *p = (uint16_t *)m + j;
-    __m512i bits = _mm512_castps_si512(x);
-    __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    __m512i bits = _mm512_castps_si512(x), random = _mm512_setzero_si512();
+    if (noise) random = _mm512_cvtepu16_epi32(load_halves(noise + j, there));
+    if (type == CODE) {
+        __m512i codes = to_codes(x, random);
+        if (there == ALL)
+            _mm_storeu_si128((__m128i *)((int8_t *)p + j), _mm512_cvtepi32_epi8(codes));
+        else
+            _mm512_mask_cvtepi32_storeu_epi8((int8_t *)p + j, there, codes);
+        return;
+    }
+    if (!noise) {
+        random = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        random = _mm512_add_epi32(random, _mm512_set1_epi32(0x7fff));
+    }
+    bits = _mm512_srli_epi32(_mm512_add_epi32(bits, random), 16);
     bits = _mm512_mask_mov_epi32(bits, _mm512_cmpunord_ps_mask(x, x), _mm512_set1_epi32(0x7fc0));
-    if (all)
-        _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(bits));
-    else
-        _mm256_mask_storeu_epi16(p, there, _mm512_cvtepi32_epi16(bits));
+    store_halves((uint16_t *)p + j, bits, there);
 }
 
-struct stretch_state { /* while a stretch is walked through */
+struct line { /* elements of a row, and what is the same for all of them */
     struct settings s;
-    __m512 cover;
-    __mmask16 no_cover; /* it is NaN */
-    __m512i top, sum[2];
+    int weight, grad, moment; /* types, constants wherever this is inlined */
+    void *w, *m;
+    const void *g;
+    const uint16_t *noise[OPERANDS];
+    const float *floors;
+    int32_t *peaks, *nus; /* nus: null, or where to leave the bits of nu */
+    __m512i sum[2];
 };
 
-/* Step `count` vectors of 16 elements from element j on, of which only the first is there if not all are. One operation
- * after another on all vectors, so that each has not to wait for the one before. */
-AVX512_INLINE void step_vectors(int moment, int product, int count, int all, __mmask16 there,
-                                const struct stretch *x, int64_t j, struct stretch_state *v) {
-    const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
-    __m512 g[COUNT], nu[COUNT], u[COUNT], mean[COUNT], old[COUNT];
-    if (all) prefetch(x->w, FLOAT32, x->g, FLOAT32, x->m, moment, j, 16 * count);
-    EACH g[i] = load_there(x->g + AT, all, there);
-    if (v->s.unscale != 1) EACH g[i] = _mm512_mul_ps(g[i], _mm512_set1_ps(v->s.unscale));
-    EACH old[i] = load_there(x->floors + AT, all, there);
-    /* Where a number is NaN, the lesser is taken to be the second operand. */
-    if (product)
-        EACH old[i] = _mm512_mul_ps(v->cover, old[i]);
-    else
-        EACH old[i] = _mm512_mask_mov_ps(_mm512_min_ps(v->cover, old[i]), v->no_cover, v->cover);
-    EACH nu[i] = _mm512_mul_ps(_mm512_mul_ps(g[i], g[i]), _mm512_set1_ps(v->s.one_minus_beta));
-    EACH nu[i] = _mm512_add_ps(nu[i], _mm512_mul_ps(old[i], _mm512_set1_ps(v->s.beta)));
-    EACH u[i] = _mm512_add_ps(_mm512_mul_ps(nu[i], _mm512_set1_ps(v->s.correction)), _mm512_set1_ps(v->s.eps));
-    EACH u[i] = _mm512_div_ps(one, _mm512_sqrt_ps(u[i]));
-    EACH u[i] = _mm512_mul_ps(u[i], g[i]);
-    EACH old[i] = _mm512_mul_ps(_mm512_mul_ps(u[i], u[i]), _mm512_set1_ps(v->s.per_one));
-    EACH old[i] = _mm512_min_ps(old[i], _mm512_set1_ps(v->s.cap));
-    if (!all) old[0] = _mm512_maskz_mov_ps(there, old[0]);
-    EACH v->sum[0] = _mm512_add_epi64(v->sum[0], _mm512_cvtps_epi64(_mm512_castps512_ps256(old[i])));
-    EACH v->sum[1] = _mm512_add_epi64(v->sum[1], _mm512_cvtps_epi64(_mm512_extractf32x8_ps(old[i], 1)));
-    EACH u[i] = _mm512_max_ps(_mm512_set1_ps(-v->s.limit), _mm512_mul_ps(u[i], _mm512_set1_ps(v->s.scale)));
-    EACH u[i] = _mm512_mul_ps(_mm512_min_ps(_mm512_set1_ps(v->s.limit), u[i]), _mm512_set1_ps(v->s.fresh));
-    if (moment != NONE) {
-        const __m512 momentum = _mm512_set1_ps(v->s.momentum);
-        EACH mean[i] = _mm512_add_ps(_mm512_mul_ps(load_moment(x->m, AT, moment, all, there), momentum), u[i]);
-        EACH store_moment(x->m, AT, mean[i], moment, all, there);
-        if (v->s.nesterov)
-            EACH u[i] = _mm512_add_ps(u[i], _mm512_mul_ps(mean[i], momentum));
-        else
-            EACH u[i] = mean[i];
-    }
-    EACH u[i] = _mm512_mul_ps(u[i], _mm512_set1_ps(v->s.lr));
-    EACH {
-        __m512 w = load_there(x->w + AT, all, there);
-        if (v->s.decay != 1) w = _mm512_mul_ps(w, _mm512_set1_ps(v->s.decay));
-        store_there(x->w + AT, _mm512_sub_ps(w, u[i]), all, there);
-    }
-    EACH nu[i] = _mm512_andnot_ps(sign, nu[i]);
-    if (!all) nu[0] = _mm512_maskz_mov_ps(there, nu[0]);
-    EACH v->top = _mm512_max_epi32(v->top, _mm512_castps_si512(nu[i]));
-    EACH {
-        __m512i peak = _mm512_castps_si512(load_there((const float *)(x->peaks + AT), all, there));
-        peak = _mm512_max_epi32(peak, _mm512_castps_si512(nu[i]));
-        store_there((float *)(x->peaks + AT), _mm512_castsi512_ps(peak), all, there);
-    }
+AVX512_INLINE __m512 grads_of(const struct line *x, int64_t j, __mmask16 there) {
+    __m512 g = load_of(x->g, j, x->grad, there);
+    return x->s.unscale == 1 ? g : _mm512_mul_ps(g, _mm512_set1_ps(x->s.unscale));
 }
 
-AVX512_INLINE void stretch_of_avx512(int moment, int product, struct stretch *x) {
-    const __m512i zero = _mm512_setzero_si512();
-    struct stretch_state v = {.s = *x->settings, .sum = {zero, zero}};
-    int64_t end = smaller(x->n, x->block - x->phase);
-    for (int64_t j = 0, b = 0; j < x->n; b++) {
-        v.cover = _mm512_set1_ps(x->covers[b]);
-        v.no_cover = _mm512_cmpunord_ps_mask(v.cover, v.cover);
-        v.top = zero;
-        for (; end - j >= 16 * COUNT; j += 16 * COUNT) step_vectors(moment, product, COUNT, 1, 0xffff, x, j, &v);
-        for (; end - j >= 16; j += 16) step_vectors(moment, product, 1, 1, 0xffff, x, j, &v);
-        if (j < end) step_vectors(moment, product, 1, 0, (__mmask16)((1u << (end - j)) - 1), x, j, &v);
-        x->tops[b] = larger(x->tops[b], _mm512_reduce_max_epi32(v.top));
-        j = end;
-        end = smaller(x->n, end + x->block);
+/* The first half: raises peaks and `top`, and returns the inverse root. */
+AVX512_INLINE __m512 inverse_root(const struct line *x, int64_t j, __m512 cover, int blocked, __mmask16 there,
+                                  __m512i *top) {
+    __m512 g = grads_of(x, j, there), floor = load_floats(x->floors + j, there);
+    if (blocked) floor = _mm512_mul_ps(cover, floor);
+    __m512 nu = _mm512_mul_ps(_mm512_mul_ps(g, g), _mm512_set1_ps(x->s.one_minus_beta));
+    nu = _mm512_add_ps(nu, _mm512_mul_ps(floor, _mm512_set1_ps(x->s.beta)));
+    __m512i bits = _mm512_and_epi32(_mm512_castps_si512(nu), _mm512_set1_epi32(INT32_MAX));
+    __m512i peak = _mm512_castps_si512(load_floats((const float *)(x->peaks + j), there));
+    store_floats((float *)(x->peaks + j), _mm512_castsi512_ps(_mm512_max_epi32(peak, bits)), there);
+    if (blocked)
+        *top = _mm512_max_epi32(*top, bits);
+    else
+        store_floats((float *)(x->nus + j), _mm512_castsi512_ps(bits), there);
+    nu = _mm512_add_ps(_mm512_mul_ps(nu, _mm512_set1_ps(x->s.correction)), _mm512_set1_ps(x->s.eps));
+    return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(nu));
+}
+
+/* The second half. */
+AVX512_INLINE void update_by(struct line *x, int64_t j, __m512 root, __mmask16 there) {
+    __m512 u = _mm512_mul_ps(root, grads_of(x, j, there));
+    if (x->s.per_one != 0) {
+        __m512 square = _mm512_mul_ps(_mm512_mul_ps(u, u), _mm512_set1_ps(x->s.per_one));
+        square = _mm512_min_ps(square, _mm512_set1_ps(x->s.cap)); /* of NaN and the cap, the second */
+        if (there != ALL) square = _mm512_maskz_mov_ps(there, square);
+        x->sum[0] = _mm512_add_epi64(x->sum[0], _mm512_cvtps_epi64(_mm512_castps512_ps256(square)));
+        x->sum[1] = _mm512_add_epi64(x->sum[1], _mm512_cvtps_epi64(_mm512_extractf32x8_ps(square, 1)));
+        u = _mm512_max_ps(_mm512_set1_ps(-x->s.limit), _mm512_mul_ps(u, _mm512_set1_ps(x->s.scale)));
+        u = _mm512_min_ps(_mm512_set1_ps(x->s.limit), u);
     }
-    x->squares += (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(v.sum[0], v.sum[1]));
+    u = _mm512_mul_ps(u, _mm512_set1_ps(x->s.fresh));
+    if (x->moment != NONE) {
+        const __m512 momentum = _mm512_set1_ps(x->s.momentum);
+        __m512 mean = _mm512_add_ps(_mm512_mul_ps(load_of(x->m, j, x->moment, there), momentum), u);
+        store_of(x->m, j, mean, x->noise[MOMENT], x->moment, there);
+        u = x->s.nesterov ? _mm512_add_ps(u, _mm512_mul_ps(mean, momentum)) : mean;
+    }
+    __m512 w = load_of(x->w, j, x->weight, there);
+    if (x->s.decay != 1) w = _mm512_mul_ps(w, _mm512_set1_ps(x->s.decay));
+    w = _mm512_sub_ps(w, _mm512_mul_ps(u, _mm512_set1_ps(x->s.lr)));
+    store_of(x->w, j, w, x->noise[WEIGHT], x->weight, there);
+}
+
+/* n elements; if they are `blocked`, a multiple of SIDE, with a cover and a maximum for each group, else floors are whole. */
+AVX512_INLINE void step_line(struct line *x, int64_t n, int blocked, const float *covers, int32_t *tops) {
+    const __m512i zero = _mm512_setzero_si512();
+    __m512 roots[COUNT], cover = _mm512_setzero_ps();
+    __m512i top = zero;
+    int64_t j = 0;
+    for (; n - j >= SIDE; j += SIDE) {
+        __m512 next[COUNT];
+        if (blocked) cover = _mm512_set1_ps(*covers++);
+        top = zero;
+        for (int i = 0; i < COUNT; i++) {
+            next[i] = inverse_root(x, j + 16 * i, cover, blocked, ALL, &top);
+            if (j) update_by(x, j - SIDE + 16 * i, roots[i], ALL);
+        }
+        for (int i = 0; i < COUNT; i++) roots[i] = next[i];
+        if (blocked) {
+            *tops = larger(*tops, _mm512_reduce_max_epi32(top));
+            tops++;
+        }
+    }
+    for (int i = 0; j && i < COUNT; i++) update_by(x, j - SIDE + 16 * i, roots[i], ALL);
+    for (; n - j >= 16; j += 16) update_by(x, j, inverse_root(x, j, cover, 0, ALL, &top), ALL);
+    if (j == n) return;
+    __mmask16 there = (__mmask16)((1u << (n - j)) - 1);
+    update_by(x, j, inverse_root(x, j, cover, 0, there, &top), there);
+}
+
+AVX512_INLINE void stretch_of_avx512(int weight, int grad, int moment, struct stretch *x) {
+    const __m512i zero = _mm512_setzero_si512();
+    struct line line = {.s = *x->settings, .weight = weight, .grad = grad, .moment = moment, .sum = {zero, zero}};
+    float floors[CHUNK];
+    int32_t nus[CHUNK];
+    int is_blocked = x->product && x->block == SIDE && x->phase == 0 && x->n % SIDE == 0;
+    for (int64_t rest = x->n; rest > 0; rest -= x->n) {
+        x->n = is_blocked ? rest : smaller(rest, CHUNK);
+        line.w = x->w, line.g = x->g, line.m = x->m;
+        for (int o = 0; o < OPERANDS; o++) line.noise[o] = x->noise[o];
+        line.floors = is_blocked ? x->floors : floors;
+        line.peaks = x->peaks, line.nus = nus;
+        if (is_blocked) {
+            step_line(&line, x->n, 1, x->covers, x->tops);
+        } else {
+            stage(x, floors);
+            step_line(&line, x->n, 0, 0, 0);
+            raise_tops(x, nus);
+        }
+        advance(x, size_of(weight), size_of(grad), size_of(moment));
+    }
+    x->squares += (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(line.sum[0], line.sum[1]));
+}
+
+/* random_words(): eight counters in a vector, each in 64 bits, of which the upper half is not looked at; and some vectors
+ * side by side, so that none has to wait for its own round before. */
+enum { VECTORS = 4 };
+
+AVX512_INLINE void random_words_avx512(int64_t groups, uint32_t first, const struct philox *p, uint32_t *words) {
+    const __m512i m0 = _mm512_set1_epi64(0xd2511f53), m1 = _mm512_set1_epi64(0xcd9e8d57);
+    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    const __m512i each = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+    for (int64_t i = 0; i < groups; i += 8 * VECTORS) {
+        __m512i c0[VECTORS], c1[VECTORS], c2[VECTORS], c3[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            c0[v] = _mm512_add_epi64(_mm512_set1_epi64((int64_t)first + i + 8 * v), each);
+            c1[v] = _mm512_set1_epi64(p->row);
+            c2[v] = _mm512_set1_epi64(p->tensor);
+            c3[v] = _mm512_set1_epi64(p->step);
+        }
+        __m512i k0 = _mm512_set1_epi64((uint32_t)p->seed), k1 = _mm512_set1_epi64((uint32_t)(p->seed >> 32));
+        for (int round = 0; round < 10; round++) {
+            for (int v = 0; v < VECTORS; v++) {
+                __m512i p0 = _mm512_mul_epu32(c0[v], m0), p1 = _mm512_mul_epu32(c2[v], m1);
+                c0[v] = _mm512_xor_epi64(_mm512_xor_epi64(_mm512_srli_epi64(p1, 32), c1[v]), k0);
+                c2[v] = _mm512_xor_epi64(_mm512_xor_epi64(_mm512_srli_epi64(p0, 32), c3[v]), k1);
+                c1[v] = p1, c3[v] = p0;
+            }
+            k0 = _mm512_add_epi32(k0, _mm512_set1_epi64(0x9e3779b9));
+            k1 = _mm512_add_epi32(k1, _mm512_set1_epi64(0xbb67ae85));
+        }
+        for (int v = 0; v < VECTORS; v++) {
+            __m512i upper = _mm512_mask_blend_epi32(0xaaaa, c0[v], _mm512_slli_epi64(c1[v], 32));
+            __m512i lower = _mm512_mask_blend_epi32(0xaaaa, c2[v], _mm512_slli_epi64(c3[v], 32));
+            uint32_t *to = words + 4 * i + 32 * v;
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi64(upper, low, lower));
+            _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi64(upper, high, lower));
+        }
+    }
 }

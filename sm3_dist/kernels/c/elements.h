@@ -9,6 +9,8 @@
 
 enum { FLOAT32, BFLOAT16, FLOAT16, NONE, CODE }; /* element types; NONE: no momentum; CODE: see momentum_code.py */
 
+enum { WEIGHT, GRAD, MOMENT, OPERANDS };
+
 union bits {
     float f;
     int32_t i;

@@ -31,7 +31,7 @@ INLINE uint16_t to_bfloat16_randomly(float x, uint32_t noise) {
     return (uint16_t)(x != x ? 0x7fc0 : rounded >> 16);
 }
 
-INLINE void round_randomly(int64_t n, void *restrict to, const float *restrict from, const uint32_t *restrict noise,
+INLINE void round_randomly(int64_t n, void *restrict to, const float *restrict from, const uint16_t *restrict noise,
                            int type) {
     for (int64_t j = 0; j < n; j++) {
         if (type == CODE)

@@ -54,16 +54,6 @@ static int32_t step_row(const struct pass *p, int64_t n, const int64_t *at, floa
     return p->width->row(p->kind, n, w, g, m, floor, floors, peaks, &p->settings);
 }
 
-/* Go on to the elements after this stretch. */
-static void advance(struct stretch *x) {
-    x->phase += x->n;
-    x->covers += x->phase / x->block;
-    x->tops += x->phase / x->block;
-    x->phase %= x->block;
-    x->floors += x->n;
-    x->peaks += x->n;
-}
-
 /* Where elements that follow one another lie, in the memory of the operands and in the original tensor. */
 struct place {
     int64_t offset[OPERANDS];       /* of the first */
@@ -73,21 +63,26 @@ struct place {
     const struct box *box;          /* but if there is one, whatever follows in its memory */
 };
 
-/* 16 random bits for each of the elements of a row from a column on. */
-static void row_noise(const struct pass *p, int64_t row, int64_t column, int64_t n, int stream, uint32_t *noise) {
-    uint32_t words[TILE / 2 + 8];
+struct random { /* bits of some elements: 16 for each, eight elements for each four words */
+    uint32_t words[TILE / 2 + 256];
+};
+
+/* 16 random bits for each of n <= TILE elements of a row from a column on. */
+static const uint16_t *row_noise(const struct pass *p, int64_t row, int64_t column, int64_t n, int stream,
+                                 struct random *random) {
     int64_t phase = column % 8;
     struct philox philox = {(uint32_t)row, (uint32_t)p->t->number | (uint32_t)stream << 31, (uint32_t)*p->param->step,
                             p->settings.seed};
-    p->width->words((phase + n + 7) / 8, (uint32_t)(column / 8), &philox, words);
-    for (int64_t j = 0; j < n; j++) noise[j] = words[(phase + j) / 2] >> 16 * ((phase + j) % 2) & 0xffff;
+    p->width->words((phase + n + 7) / 8, (uint32_t)(column / 8), &philox, random->words);
+    return (const uint16_t *)random->words + phase;
 }
 
 /* Likewise for n elements of a box, from number `skip` after element `at` of its memory on. */
 static void box_noise(const struct pass *p, const struct box *b, int64_t at, int64_t skip, int64_t n, int stream,
-                      uint32_t *noise) {
+                      uint16_t *noise) {
     const struct tensor *t = p->t;
-    int64_t last = t->dims - 1, index[DIMS], rest = at - b->offset[WEIGHT];
+    struct random random;
+    int64_t last = t->dims - 1, index[DIMS] = {0}, rest = at - b->offset[WEIGHT];
     for (int64_t e = 0; e <= last; e++) {
         index[e] = b->shape[e] == 1 ? 0 : rest / b->stride[WEIGHT][e];
         rest -= index[e] * b->stride[WEIGHT][e];
@@ -104,10 +99,10 @@ static void box_noise(const struct pass *p, const struct box *b, int64_t at, int
             column += in_tensor * t->place[1][e];
         }
         if (t->place[1][last] == 1) {
-            row_noise(p, row, column, length, stream, noise);
+            memcpy(noise, row_noise(p, row, column, length, stream, &random), (size_t)length * sizeof *noise);
         } else {
             for (int64_t j = 0; j < length; j++)
-                row_noise(p, row + j * t->place[0][last], column + j * t->place[1][last], 1, stream, noise + j);
+                noise[j] = *row_noise(p, row + j * t->place[0][last], column + j * t->place[1][last], 1, stream, &random);
         }
         noise += length;
         n -= length;
@@ -115,11 +110,12 @@ static void box_noise(const struct pass *p, const struct box *b, int64_t at, int
     }
 }
 
-static void make_noise(const struct pass *p, const struct place *at, int64_t skip, int64_t n, int stream, uint32_t *to) {
-    if (at->box)
-        box_noise(p, at->box, at->offset[WEIGHT], skip, n, stream, to);
-    else
-        row_noise(p, at->row, at->column + skip, n, stream, to);
+static const uint16_t *make_noise(const struct pass *p, const struct place *at, int64_t skip, int64_t n, int o,
+                                  struct random *random) {
+    int stream = o == MOMENT;
+    if (!at->box) return row_noise(p, at->row, at->column + skip, n, stream, random);
+    box_noise(p, at->box, at->offset[WEIGHT], skip, n, stream, (uint16_t *)random->words);
+    return (const uint16_t *)random->words;
 }
 
 /* Elements of an operand from number `skip` on: where they lie, if side by side. */
@@ -140,49 +136,59 @@ static void gather(const struct pass *p, const struct place *at, int o, int64_t 
     }
 }
 
-/* Elements that follow one another. What is not float32, or not side by side, is brought there and back, as much at a time as
- * stays in cache. */
+/* Which operands a stretch cannot take as they are: not side by side, or of a type that it does not have. */
+static int is_staged(const struct pass *p, const struct place *at, int staged[OPERANDS]) {
+    int any = 0;
+    for (int o = 0; o < OPERANDS; o++) {
+        int64_t type = p->t->type[o];
+        int taken = type == FLOAT32 || (type == BFLOAT16 && (p->width->typed || (o == MOMENT && !p->t->rounds))) ||
+                    (type == CODE && p->width->typed);
+        staged[o] = type != NONE && !(taken && is_dense(at, o));
+        any |= staged[o];
+    }
+    /* There is no kind with float32 weights and other gradients. */
+    staged[GRAD] |= staged[WEIGHT] && p->t->type[GRAD] != FLOAT32;
+    return any;
+}
+
+/* Elements that follow one another. What a stretch cannot take is brought there and back, as much at a time as stays in
+ * cache. */
 static void step_stretch(struct pass *p, const struct place *at, struct stretch x) {
     const struct width *width = p->width;
     const int64_t *type = p->t->type;
-    int64_t moment = type[MOMENT], rest = x.n, done = 0;
-    int random[OPERANDS] = {p->t->rounds && type[WEIGHT] == BFLOAT16, 0, moment == CODE || (p->t->rounds && moment == BFLOAT16)};
-    int direct = type[WEIGHT] == FLOAT32 && type[GRAD] == FLOAT32 && !random[MOMENT];
-    int kind = kind_of_stretch(random[MOMENT] ? FLOAT32 : moment, p->settings.product && p->t->block);
+    int random[OPERANDS] = {p->t->rounds && type[WEIGHT] == BFLOAT16, 0,
+                            type[MOMENT] == CODE || (p->t->rounds && type[MOMENT] == BFLOAT16)};
+    int staged[OPERANDS], in_parts = is_staged(p, at, staged) || random[WEIGHT] || random[MOMENT];
+    int64_t as[OPERANDS], rest = x.n;
+    for (int o = 0; o < OPERANDS; o++) as[o] = staged[o] ? FLOAT32 : type[o];
     float wide[OPERANDS][TILE];
     char narrow[OPERANDS][TILE * sizeof(float)];
-    uint32_t noise[TILE];
-    for (int o = 0; o < OPERANDS; o++) direct &= type[o] == NONE || is_dense(at, o);
+    struct random noise[OPERANDS];
     x.settings = &p->settings;
-    for (; rest > 0; rest -= x.n, done += x.n) {
-        char *from[OPERANDS] = {0};
-        x.n = direct ? rest : smaller(rest, TILE);
+    x.product = p->settings.product && p->t->block;
+    for (int64_t done = 0; rest > 0; rest -= x.n, done += x.n) {
+        char *there[OPERANDS] = {0}, *here[OPERANDS];
+        struct stretch part = x;
+        x.n = part.n = in_parts ? smaller(rest, TILE) : rest;
         for (int o = 0; o < OPERANDS; o++) {
-            if (type[o] == NONE) continue;
-            from[o] = is_dense(at, o) ? operand(p, at, o, done) : narrow[o];
-            if (!is_dense(at, o)) gather(p, at, o, done, x.n, narrow[o], 0);
+            if (type[o] != NONE) there[o] = is_dense(at, o) ? operand(p, at, o, done) : narrow[o];
+            here[o] = staged[o] ? (char *)wide[o] : there[o];
+            if (staged[o] && !is_dense(at, o)) gather(p, at, o, done, x.n, narrow[o], 0);
+            if (staged[o]) width->widen(x.n, wide[o], there[o], type[o]);
+            if (random[o]) part.noise[o] = make_noise(p, at, done, x.n, o, &noise[o]);
         }
-        char *to[OPERANDS] = {from[0], from[1], from[2]};
-        for (int o = 0; o < OPERANDS; o++) {
-            if (type[o] == FLOAT32 || type[o] == NONE || (o == MOMENT && !random[o])) continue;
-            width->widen(x.n, wide[o], from[o], type[o]);
-            to[o] = (char *)wide[o];
-        }
-        x.w = (float *)to[WEIGHT];
-        x.g = (const float *)to[GRAD];
-        x.m = to[MOMENT];
-        width->stretch(kind, &x);
+        const uint16_t *bits[OPERANDS] = {part.noise[0], 0, part.noise[MOMENT]};
+        part.w = here[WEIGHT], part.g = here[GRAD], part.m = here[MOMENT];
+        width->stretch(kind_of_stretch(as[WEIGHT], as[GRAD], as[MOMENT]), &part);
         for (int o = 0; o < OPERANDS; o += MOMENT) {
-            if (type[o] == NONE) continue;
-            if (random[o]) {
-                make_noise(p, at, done, x.n, o == MOMENT, noise);
-                width->scatter(x.n, from[o], wide[o], noise, type[o]);
-            } else if (to[o] != from[o]) {
-                width->narrow(x.n, from[o], wide[o], type[o]);
-            }
+            if (!staged[o]) continue;
+            if (random[o])
+                width->scatter(x.n, there[o], wide[o], bits[o], type[o]);
+            else
+                width->narrow(x.n, there[o], wide[o], type[o]);
             if (!is_dense(at, o)) gather(p, at, o, done, x.n, narrow[o], 1);
         }
-        advance(&x);
+        p->squares += part.squares;
+        advance(&x, 0, 0, 0);
     }
-    p->squares += x.squares;
 }

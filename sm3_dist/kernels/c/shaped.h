@@ -1,30 +1,73 @@
 /* SM3 with what shapes the update, and with covers that change along a row.
  *
- * Weights and gradients are float32 here; those of other types are converted before and after. Two versions: plain C,
- * which compilers vectorize, and one for AVX-512 by hand, with 64-bit integers, ends of rows under a mask, and vectors side
- * by side, so that each operation has not to wait for the one before. */
-
-enum { WITH_MOMENT = 2, WITH_PRODUCT = 1 };
+ * Two versions: plain C, which compilers vectorize and which takes float32 alone (momentum in bfloat16 too), and one for
+ * AVX-512 by hand. */
 
 struct stretch { /* contiguous elements */
     int64_t n;
-    float *w;
-    const float *g;
-    void *m;
-    int64_t block;        /* elements per block of the covers, */
-    int64_t phase;        /* of which the first ones lie before this stretch */
-    const float *covers;  /* of each block, floor[j] with it: their product or minimum */
+    void *w, *m;
+    const void *g;
+    int64_t block;         /* elements per block of the covers, */
+    int64_t phase;         /* of which the first ones lie before this stretch */
+    const float *covers;   /* of each block, floor[j] with it: their product or minimum */
     const float *floors;
-    int32_t *peaks;       /* raised to the bits of nu, by element */
-    int32_t *tops;        /* likewise, by block */
+    int32_t *peaks;        /* raised to the bits of nu, by element */
+    int32_t *tops;         /* likewise, by block */
+    int32_t product;       /* or minimum */
+    const uint16_t *noise[OPERANDS]; /* random bits of each element, to round weight and momentum; null: to the nearest */
     const struct settings *settings;
-    uint64_t squares;     /* the sum of squared updates, in units, is added to it */
+    uint64_t squares;      /* the sum of squared updates, in units, is added to it */
 };
 
 typedef void stretch_function(int kind, struct stretch *x);
 
-INLINE int kind_of_stretch(int64_t moment, int product) {
-    return (int)moment * WITH_MOMENT + (product ? WITH_PRODUCT : 0);
+/* Types that a stretch may have, as one number: of weight and gradient, and of momentum. */
+enum { FLOATS, BFLOATS, MIXED, FORMS, MOMENTS = 8 };
+
+INLINE int kind_of_stretch(int64_t weight, int64_t grad, int64_t moment) {
+    int form = weight == FLOAT32 ? FLOATS : grad == FLOAT32 ? MIXED : BFLOATS;
+    return form * MOMENTS + (int)moment;
+}
+
+/* Go on to the elements after this stretch. */
+INLINE void advance(struct stretch *x, int64_t weight, int64_t grad, int64_t moment) {
+    x->phase += x->n;
+    x->covers += x->phase / x->block;
+    x->tops += x->phase / x->block;
+    x->phase %= x->block;
+    x->floors += x->n;
+    x->peaks += x->n;
+    x->w = (char *)x->w + x->n * weight;
+    x->g = (const char *)x->g + x->n * grad;
+    x->m = (char *)x->m + x->n * moment;
+    for (int o = 0; o < OPERANDS; o++)
+        if (x->noise[o]) x->noise[o] += x->n;
+}
+
+/* The floors of each element, with the covers. */
+INLINE void stage(const struct stretch *x, float *restrict floors) {
+    int64_t end = smaller(x->n, x->block - x->phase);
+    for (int64_t j = 0, b = 0; j < x->n; b++) {
+        float cover = x->covers[b];
+        if (x->product)
+            for (int64_t i = j; i < end; i++) floors[i] = cover * x->floors[i];
+        else
+            for (int64_t i = j; i < end; i++) floors[i] = lesser(cover, x->floors[i]);
+        j = end;
+        end = smaller(x->n, end + x->block);
+    }
+}
+
+/* Raise the maxima of blocks to the bits of nu. */
+INLINE void raise_tops(const struct stretch *x, const int32_t *nus) {
+    int64_t end = smaller(x->n, x->block - x->phase);
+    for (int64_t j = 0, b = 0; j < x->n; b++) {
+        int32_t top = x->tops[b];
+        for (int64_t i = j; i < end; i++) top = larger(top, nus[i]);
+        x->tops[b] = top;
+        j = end;
+        end = smaller(x->n, end + x->block);
+    }
 }
 
 /* ---- Plain C. Squares are added up as two integers that doubles hold by their last bits: multiples of 2^31, and the
@@ -79,13 +122,16 @@ INLINE int32_t block_of(int moment, int product, int64_t n, float *restrict w, c
     return top;
 }
 
-INLINE void stretch_of(int moment, int product, struct stretch *x) {
+INLINE void stretch_of(int moment, struct stretch *x) {
     struct sums sums = {0, 0};
     int64_t end = smaller(x->n, x->block - x->phase);
     for (int64_t j = 0, b = 0; j < x->n; b++) {
-        void *m = moment == FLOAT32 ? (float *)x->m + j : moment == BFLOAT16 ? (void *)((uint16_t *)x->m + j) : 0;
-        int32_t top = block_of(moment, product, end - j, x->w + j, x->g + j, m, x->covers[b], x->floors + j,
-                               x->peaks + j, x->settings, &sums);
+        float *w = (float *)x->w + j, cover = x->covers[b];
+        const float *g = (const float *)x->g + j, *floors = x->floors + j;
+        void *m = moment == NONE ? 0 : (char *)x->m + j * size_of(moment);
+        int32_t *peaks = x->peaks + j;
+        int32_t top = x->product ? block_of(moment, 1, end - j, w, g, m, cover, floors, peaks, x->settings, &sums)
+                                 : block_of(moment, 0, end - j, w, g, m, cover, floors, peaks, x->settings, &sums);
         x->tops[b] = larger(x->tops[b], top);
         j = end;
         end = smaller(x->n, end + x->block);
@@ -93,15 +139,9 @@ INLINE void stretch_of(int moment, int product, struct stretch *x) {
     x->squares += (sums.high << 31) + sums.low;
 }
 
-#define STRETCHES(m_)                                                                                                \
-    case (m_) * WITH_MOMENT: STRETCH(m_, 0); break;                                                                  \
-    case (m_) * WITH_MOMENT + WITH_PRODUCT: STRETCH(m_, 1); break
-
-#define STRETCH_FUNCTION(name)                                                                                       \
-    static void name(int kind, struct stretch *x) {                                                                  \
-        switch (kind) {                                                                                              \
-            STRETCHES(FLOAT32);                                                                                      \
-            STRETCHES(BFLOAT16);                                                                                     \
-            STRETCHES(NONE);                                                                                         \
-        }                                                                                                            \
-    }
+#define KIND(form, weight, grad, moment)                                                                             \
+    case (form) * MOMENTS + (moment): STRETCH(weight, grad, moment); break
+#define KINDS(form, weight, grad)                                                                                    \
+    KIND(form, weight, grad, NONE);                                                                                  \
+    KIND(form, weight, grad, FLOAT32);                                                                               \
+    KIND(form, weight, grad, BFLOAT16)

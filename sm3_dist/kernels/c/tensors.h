@@ -1,7 +1,6 @@
 /* What a step goes through: tensors, their boxes, and where a tensor may be cut between threads. */
 
 enum { DIMS = 8, TILE = 1024, LONG_ROW = 8192 };
-enum { WEIGHT, GRAD, MOMENT, OPERANDS };
 
 /* The structs are declared once more in cpu.py. */
 

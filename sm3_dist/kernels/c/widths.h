@@ -1,8 +1,8 @@
 /* The functions on rows for each vector width, and which of them this processor has. */
 
 #include "rows.h"
-#include "shaped.h"
 #include "noise.h"
+#include "shaped.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define X86
@@ -35,43 +35,55 @@ INLINE void narrow_of(int64_t n, void *restrict to, const float *restrict from, 
         if (type == BFLOAT16) narrow_of(n, to, from, BFLOAT16);                                                      \
         if (type == FLOAT16) narrow_of(n, to, from, FLOAT16);                                                        \
     }                                                                                                                \
-    target static void words_##width(int64_t groups, uint32_t first, const struct philox *p, uint32_t *words) {      \
-        random_words(groups, first, p, words);                                                                       \
-    }                                                                                                                \
-    target static void scatter_##width(int64_t n, void *to, const float *from, const uint32_t *noise, int64_t type) { \
+    target static void scatter_##width(int64_t n, void *to, const float *from, const uint16_t *noise, int64_t type) { \
         if (type == CODE) round_randomly(n, to, from, noise, CODE);                                                  \
         if (type == BFLOAT16) round_randomly(n, to, from, noise, BFLOAT16);                                          \
     }
 #define WIDTH(width, target)                                                                                         \
     target ROW_FUNCTION(row_##width)                                                                                 \
-    target STRETCH_FUNCTION(stretch_##width)                                                                         \
+    target static void stretch_##width(int kind, struct stretch *x) {                                                \
+        switch (kind) { ALL_KINDS }                                                                                  \
+    }                                                                                                                \
+    target static void words_##width(int64_t groups, uint32_t first, const struct philox *p, uint32_t *words) {      \
+        WORDS(groups, first, p, words);                                                                              \
+    }                                                                                                                \
     CONVERSIONS(width, target)
 
 struct width {
     const char *name;
+    int typed; /* whether stretches may be of other types than float32 */
     row_function *row;
     stretch_function *stretch;
+    void (*words)(int64_t groups, uint32_t first, const struct philox *p, uint32_t *words);
     void (*widen)(int64_t n, float *to, const void *from, int64_t type);
     void (*narrow)(int64_t n, void *to, const float *from, int64_t type);
-    void (*words)(int64_t groups, uint32_t first, const struct philox *p, uint32_t *words);
-    void (*scatter)(int64_t n, void *to, const float *from, const uint32_t *noise, int64_t type);
+    void (*scatter)(int64_t n, void *to, const float *from, const uint16_t *noise, int64_t type);
 };
 
-#define STRETCH(m_, product_) stretch_of(m_, product_, x)
+#define WORDS random_words
+#define STRETCH(weight, grad, moment) stretch_of(moment, x)
+#define ALL_KINDS KINDS(FLOATS, FLOAT32, FLOAT32);
 WIDTH(baseline, )
 #ifdef X86
 WIDTH(avx2, __attribute__((target("avx2"))))
+#undef WORDS
 #undef STRETCH
-#define STRETCH(m_, product_) stretch_of_avx512(m_, product_, x)
+#undef ALL_KINDS
+#define WORDS random_words_avx512
+#define STRETCH(weight, grad, moment) stretch_of_avx512(weight, grad, moment, x)
+#define TYPED_KINDS(form, weight, grad) KINDS(form, weight, grad); KIND(form, weight, grad, CODE);
+#define ALL_KINDS                                                                                                    \
+    TYPED_KINDS(FLOATS, FLOAT32, FLOAT32) TYPED_KINDS(BFLOATS, BFLOAT16, BFLOAT16) TYPED_KINDS(MIXED, BFLOAT16, FLOAT32)
 WIDTH(avx512, __attribute__((target(AVX512))))
 #endif
 
-#define NAMED(width) {#width, row_##width, stretch_##width, widen_##width, narrow_##width, words_##width, scatter_##width}
+#define NAMED(width, typed)                                                                                          \
+    {#width, typed, row_##width, stretch_##width, words_##width, widen_##width, narrow_##width, scatter_##width}
 static const struct width widths[] = {
-    NAMED(baseline),
+    NAMED(baseline, 0),
 #ifdef X86
-    NAMED(avx2),
-    NAMED(avx512),
+    NAMED(avx2, 0),
+    NAMED(avx512, 1),
 #endif
 };
 
