@@ -25,6 +25,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
+from launch.footprint.bars import draw_bars
 from launch.footprint.footprint import WAYS
 from launch.job.command_line import Parser
 from launch.job.model import PRESETS
@@ -106,21 +107,8 @@ class Measurements:
         matplotlib.use("agg")
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-        for way in self.ways:
-            records = [self.records[way, model] for model in self.models if (way, model) in self.records]
-            sizes, heights = [record["parameters"] for record in records], list(map(per_parameter, records))
-            axes.plot(sizes, heights, "o-", label=WAYS[way].label)
-        axes.set(xscale="log", yscale="log", xlabel="parameters")
-        axes.set_ylabel(f"peak resident bytes per parameter, summed over {self.ranks} ranks")
-        ticks = [2, 4, 8, 16]
-        axes.set_yticks(ticks, [str(tick) for tick in ticks])
-        axes.set_yticks([], minor=True)
-        axes.grid(axis="y")
-        sizes = [PRESETS[model].count(seq_len=1) for model in self.models]
-        axes.set_xticks(sizes, self.models)
-        axes.set_xticks([], minor=True)
-        figure.legend(loc="outside lower center", ncols=2)
+        figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+        draw_bars(axes, [self.records[key] for key in self.records if key[0] in self.ways and key[1] in self.models])
         figure.savefig(self.out / PICTURE, dpi=120)
         pyplot.close(figure)
 

@@ -57,7 +57,7 @@ def strip(tensors: list[Original], part: int, top: float) -> list[str]:
     for original in tensors:
         x = LEFT + original.start * width
         lines.append(rectangle(x, top, original.numel * width, CELL, "none", "#333"))
-        lines.append(text(x + 2, top - 6, f"{original.name} {original.shape}"))
+        lines.append(text(x + 2, top - 6, original.name))  # shapes stand below: there is no room for that of the bias
     return lines
 
 
@@ -66,7 +66,7 @@ def matrix(original: Original, part: int, left: float, top: float) -> list[str]:
     held = shards(original, part)
     rows, columns = original.shape
     x0, y0 = left + CELL + GAP, top + CELL + GAP
-    lines = [text(left, top - 8, f"{original.name}", 'font-weight="bold"')]
+    lines = [text(left, top - 8, f"{original.name}, {rows} x {columns}", 'font-weight="bold"')]
     for i, count in enumerate((rows, columns)):
         for k in range(count):
             at = (k, 0) if i == 0 else (0, k)

@@ -52,7 +52,7 @@ def panel(left: float, title: str, subtitle: str, ranks: list[list[Box]]) -> lis
     parts = [text(left, 16, title, 'font-weight="bold"'), text(left, 32, subtitle)]
 
     def holders(box: Box, i: int | None) -> list[int]:
-        area = [[b if i is None else touched(b, i) for b in boxes] for boxes in ranks]
+        area = [[b if i is None else touched(b, (1, 0) if i == 0 else (0, 1)) for b in boxes] for boxes in ranks]
         return [rank for rank, boxes in enumerate(area) if any((b & box).numel for b in boxes)]
 
     for row in range(SHAPE[0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from statistics import stdev
@@ -10,7 +11,12 @@ from typing import Any
 from rich.table import Table
 
 from launch.comparison.comparison import Comparison, Contestant, at_rate
+from launch.comparison.pictures import OTHER_COLOURS, OTHERS, OURS, apart, running_mean
 
+SMOOTHED = 10
+"""Logged values in a running mean."""
+PAPER = (0, (4, 2))
+"""A dashed line."""
 CURVES, BYTES, TABLE = "curves.png", "bytes.png", "table.txt"
 
 
@@ -46,7 +52,6 @@ def draw(comparison: Comparison) -> None:
             1, len(models), figsize=(7 * len(models), 5), layout="constrained", squeeze=False
         )
         for model, ax in zip(models, axes[0], strict=True):
-            ax.set_prop_cycle(color=pyplot.colormaps["tab20"](range(20)))
             draw_one(comparison, ax, of_model(comparison.contestants, model))
             ax.set_title(model)
         figure.savefig(comparison.out / name, dpi=120)
@@ -55,21 +60,30 @@ def draw(comparison: Comparison) -> None:
 
 def draw_curves(comparison: Comparison, axes: Any, contestants: Iterable[Contestant]) -> None:
     finite = [c for c in contestants if not math.isinf(at_rate(*comparison.best(c)))]
-    curves = {c.name: comparison.curve(c) for c in finite}
-    for name, (steps, losses) in curves.items():
-        axes.plot(steps, losses, label=name, linewidth=1)
+    curves = {c.name: running_mean(*comparison.curve(c), SMOOTHED) for c in finite}
+    colours = itertools.cycle(OTHER_COLOURS)
+    for name, (steps, losses) in sorted(curves.items(), key=lambda curve: -curve[1][1][-1]):  # as they end, from above
+        if name.startswith("sm3"):
+            axes.plot(steps, losses, label=name, linewidth=2.4, color=OURS, linestyle=PAPER if "paper" in name else "-")
+        else:
+            axes.plot(steps, losses, label=name, linewidth=1, color=next(colours))
     axes.set_ylim(top=max((1.3 * losses[-1] for _, losses in curves.values()), default=None))
-    axes.set(xlabel="step", ylabel="training, bits per byte, mean of the seeds")
-    axes.legend(loc="lower left")
+    seeds = {sum(k == best for k, _ in results) for results, best in map(comparison.best, finite)}
+    axes.set(xlabel="step", ylabel="training loss, bits per byte")
+    several = f", mean of {max(seeds)} seeds" if max(seeds, default=1) > 1 else ", one seed"
+    axes.text(0.01, 0.01, f"running mean over {SMOOTHED} logged values{several}", transform=axes.transAxes, fontsize=8)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_bytes(comparison: Comparison, axes: Any, contestants: Iterable[Contestant]) -> None:
-    for c in contestants:
-        size, loss = comparison.bytes_per_parameter(c), at_rate(*comparison.best(c))
-        if math.isinf(loss):
-            continue
-        axes.plot(size, loss, "o")
-        axes.annotate(c.name, (size, loss), xytext=(4, 4), textcoords="offset points")
+    points = [(c.name, comparison.bytes_per_parameter(c), at_rate(*comparison.best(c))) for c in contestants]
+    points = [point for point in points if not math.isinf(point[2])]
+    losses = [loss for _, _, loss in points]
+    heights = apart(losses, 0.045 * (max(losses, default=0) - min(losses, default=0)))
+    for (name, size, loss), height in zip(points, heights, strict=True):
+        colour, weight = (OURS, "bold") if name.startswith("sm3") else (OTHERS, "normal")
+        axes.plot(size, loss, "o", color=colour)
+        axes.annotate(name, (size, loss), xytext=(size + 0.15, height), va="center", color=colour, weight=weight)
     axes.margins(x=0.15)  # for the names
     axes.set(xlabel="bytes of optimizer state per parameter", ylabel="validation, bits per byte")
 

@@ -1,0 +1,59 @@
+"""What pyproject.toml cannot say: a wheel for every Python, and a description whose links do not need this checkout.
+
+The C kernel is a plain library, loaded with ctypes, and knows nothing of Python. `release/build.sh` sets
+SM3_DIST_WHEEL: "any-python" names the library and the wheel for the platform alone, "pure" leaves the library out.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+WHEEL = os.environ.get("SM3_DIST_WHEEL")
+
+
+class AnyPython(bdist_wheel):
+    """Tags the wheel for its platform alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return Python, ABI and platform."""
+        return "py3", "none", super().get_tag()[2]
+
+
+class PlainLibrary(build_ext):
+    """Names the library for no Python, and does without it in no case."""
+
+    def finalize_options(self) -> None:
+        """A wheel that is given to others has the library."""
+        super().finalize_options()
+        for extension in self.extensions:
+            extension.optional = False
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Return its path."""
+        return os.path.join(*fullname.split(".")) + ".so"
+
+
+class Pure(Distribution):
+    """Has no library."""
+
+    def has_ext_modules(self) -> bool:
+        """Nothing is compiled, and the wheel is for every platform."""
+        return False
+
+
+def description() -> str:
+    """README without what leads to files of this checkout: links become text, pictures go."""
+    text = re.sub(r"^!\[.*?\]\((?!https?://).*?\)\n\n?", "", Path("README.md").read_text(), flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]*)\]\((?!https?://|#)[^)]*\)", r"\1", text)
+
+
+setup(
+    cmdclass={"bdist_wheel": AnyPython, "build_ext": PlainLibrary} if WHEEL == "any-python" else {},
+    distclass=Pure if WHEEL == "pure" else Distribution,
+    long_description=description(),
+    long_description_content_type="text/markdown",
+)
