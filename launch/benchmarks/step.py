@@ -72,6 +72,10 @@ def contenders(params: list[Tensor], weights: Tensor, grads: Tensor) -> dict[str
             steps[f"recipe, {backend}"] = SM3.adamw_like(params, LR, backend=backend).step
             narrow = SM3.adamw_like(params, LR, momentum_dtype=torch.bfloat16, backend=backend)
             steps[f"recipe, {backend}, bfloat16 momentum"] = narrow.step
+            narrowest = SM3.adamw_like(
+                params, LR, momentum_dtype=torch.int8, stochastic_rounding=True, rounding_seed=0, backend=backend
+            )
+            steps[f"recipe, {backend}, 8-bit momentum, stochastic rounding"] = narrowest.step
     for name, module in (("torch-SM3", "SM3"), ("pytorch_optimizer SM3", "pytorch_optimizer")):
         if importlib.util.find_spec(module) is not None:
             steps[name] = importlib.import_module(module).SM3(params, LR).step

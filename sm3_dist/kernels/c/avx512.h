@@ -183,10 +183,44 @@ AVX512_INLINE void step_line(struct line *x, int64_t n, int blocked, const float
     update_by(x, j, inverse_root(x, j, cover, 0, there, &top), there);
 }
 
+/* The first of the lanes, as many as there are left. */
+AVX512_INLINE __mmask16 lanes(int64_t left) { return left >= 16 ? ALL : (__mmask16)((1u << left) - 1); }
+
+/* The floors of each element with the covers, for blocks of any length; up to 15 more are written. */
+AVX512_INLINE void stage(const struct stretch *x, float *floors) {
+    int64_t end = smaller(x->n, x->block - x->phase);
+    for (int64_t j = 0, b = 0; j < x->n; b++) {
+        const __m512 cover = _mm512_set1_ps(x->covers[b]);
+        const __mmask16 is_nan = _mm512_cmpunord_ps_mask(cover, cover);
+        for (int64_t i = j; i < end; i += 16) {
+            __m512 floor = _mm512_maskz_loadu_ps(lanes(end - i), x->floors + i);
+            /* Where a number is NaN, the lesser is taken to be the second operand. */
+            floor = x->product ? _mm512_mul_ps(cover, floor)
+                               : _mm512_mask_mov_ps(_mm512_min_ps(cover, floor), is_nan, cover);
+            _mm512_storeu_ps(floors + i, floor);
+        }
+        j = end;
+        end = smaller(x->n, end + x->block);
+    }
+}
+
+/* Raise the maxima of blocks to the bits of nu. */
+AVX512_INLINE void raise_tops(const struct stretch *x, const int32_t *nus) {
+    int64_t end = smaller(x->n, x->block - x->phase);
+    for (int64_t j = 0, b = 0; j < x->n; b++) {
+        __m512i top = _mm512_setzero_si512();
+        for (int64_t i = j; i < end; i += 16)
+            top = _mm512_max_epi32(top, _mm512_maskz_loadu_epi32(lanes(end - i), nus + i));
+        x->tops[b] = larger(x->tops[b], _mm512_reduce_max_epi32(top));
+        j = end;
+        end = smaller(x->n, end + x->block);
+    }
+}
+
 AVX512_INLINE void stretch_of_avx512(int weight, int grad, int moment, struct stretch *x) {
     const __m512i zero = _mm512_setzero_si512();
     struct line line = {.s = *x->settings, .weight = weight, .grad = grad, .moment = moment, .sum = {zero, zero}};
-    float floors[CHUNK];
+    float floors[CHUNK + 16];
     int32_t nus[CHUNK];
     int is_blocked = x->product && x->block == SIDE && x->phase == 0 && x->n % SIDE == 0;
     for (int64_t rest = x->n; rest > 0; rest -= x->n) {

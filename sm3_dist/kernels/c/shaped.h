@@ -44,32 +44,6 @@ INLINE void advance(struct stretch *x, int64_t weight, int64_t grad, int64_t mom
         if (x->noise[o]) x->noise[o] += x->n;
 }
 
-/* The floors of each element, with the covers. */
-INLINE void stage(const struct stretch *x, float *restrict floors) {
-    int64_t end = smaller(x->n, x->block - x->phase);
-    for (int64_t j = 0, b = 0; j < x->n; b++) {
-        float cover = x->covers[b];
-        if (x->product)
-            for (int64_t i = j; i < end; i++) floors[i] = cover * x->floors[i];
-        else
-            for (int64_t i = j; i < end; i++) floors[i] = lesser(cover, x->floors[i]);
-        j = end;
-        end = smaller(x->n, end + x->block);
-    }
-}
-
-/* Raise the maxima of blocks to the bits of nu. */
-INLINE void raise_tops(const struct stretch *x, const int32_t *nus) {
-    int64_t end = smaller(x->n, x->block - x->phase);
-    for (int64_t j = 0, b = 0; j < x->n; b++) {
-        int32_t top = x->tops[b];
-        for (int64_t i = j; i < end; i++) top = larger(top, nus[i]);
-        x->tops[b] = top;
-        j = end;
-        end = smaller(x->n, end + x->block);
-    }
-}
-
 /* ---- Plain C. Squares are added up as two integers that doubles hold by their last bits: multiples of 2^31, and the
  * rest, rounded to even. ---- */
 
