@@ -10,7 +10,7 @@ for a flat range), so reading and writing state are the same for all of them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +92,29 @@ class Canonical:
             for shard in self.optimizer._keeper.describe(param, label, group["cover_block"]):
                 yield param, label, shard
 
+    def make_room(self, names: Collection[str]) -> list[Tensor]:
+        """Make states for those of the named tensors that are frozen and have none; names are the same on every rank.
+
+        Returns:
+            Their parameters.
+        """
+        found = []
+        for g, group in enumerate(self.optimizer.param_groups):
+            for param, label, shard in self._originals(group, g):
+                stateless = param not in self.optimizer._keeper.states
+                if stateless and not param.requires_grad and self._name(param, shard, label) in names:
+                    self.optimizer._keeper.states[param] = {}
+                    found.append(param)
+        if found:
+            self._refresh()
+        return found
+
+    def _give_up(self, params: Iterable[Tensor]) -> None:
+        """Take back what :meth:`make_room` did."""
+        for param in params:
+            del self.optimizer._keeper.states[param]
+        self._refresh()
+
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The state by name: live tensors and DTensors, and for flat ranges BoxedTensors with views of the state."""
         slots: dict[str, dict[str, Slot]] = {}
@@ -134,7 +157,12 @@ class Canonical:
             ValueError: names are missing, shapes or hyperparameters do not fit; the optimizer is then as it was.
         """
         options = self._matching_options(groups, strict)
-        self._check(shapes, options, strict)
+        frozen = self.make_room(shapes)
+        try:
+            self._check(shapes, options, strict)
+        except ValueError:
+            self._give_up(frozen)
+            raise
         for group, inner, new in zip(self.groups_of_all, self.optimizer.param_groups, options, strict=True):
             group.update(new)
             inner.update(new)

@@ -10,6 +10,7 @@ import io
 import os
 import pathlib
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 
-from sm3_dist.checkpoint.train_state import check_version
+from sm3_dist.checkpoint.train_state import TrainState, check_version
 
 _CLASSES = (
     metadata.Metadata,
@@ -75,6 +76,9 @@ def load(state_dict: dict[str, Any], checkpoint_id: str | os.PathLike[str], *, n
     """
     alone = no_dist or not dist.is_initialized()
     reader = SafeReader(checkpoint_id)
+    for key, value in state_dict.items():
+        if isinstance(value, TrainState):
+            value.make_room(_names_with_state(reader, f"{key}.optimizer.state.", alone))
     try:
         torch_load(state_dict, storage_reader=reader, planner=SafeLoadPlanner(reader), no_dist=alone)
     except CheckpointException as error:
@@ -83,6 +87,19 @@ def load(state_dict: dict[str, Any], checkpoint_id: str | os.PathLike[str], *, n
         raise CheckpointError(f"cannot load the checkpoint {checkpoint_id}{where}: {explain(reason)}") from error
     except ValueError as error:
         raise CheckpointError(f"cannot load the checkpoint {checkpoint_id}: {error}") from error
+
+
+def _names_with_state(reader: SafeReader, prefix: str, alone: bool) -> list[str]:
+    """The tensors of which a checkpoint has state of an optimizer; none if it cannot be read, which shows at once."""
+    names: list[list[str]] = [[]]
+    if alone or dist.get_rank() == 0:
+        with suppress(CheckpointError):
+            keys = reader.read_metadata().state_dict_metadata
+            found = (key.removeprefix(prefix).rpartition(".")[0] for key in keys if key.startswith(prefix))
+            names = [list(dict.fromkeys(found))]
+    if not alone:
+        dist.broadcast_object_list(names, src=0)
+    return names[0]
 
 
 def explain(reason: BaseException) -> str:

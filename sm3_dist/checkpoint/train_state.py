@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from sm3_dist.checkpoint.canonical import Canonical, sm3_within
 from sm3_dist.checkpoint.rng import restore_rng, save_rng
 from sm3_dist.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -84,6 +85,16 @@ class TrainState(Stateful):
         if self.data is not None:
             state["data"] = self.data.state_dict()
         return state
+
+    def make_room(self, names: Collection[str]) -> None:
+        """Have optimizers make the state of frozen parameters that a checkpoint has something of. On every rank.
+
+        Args:
+            names: canonical names of the tensors of which there is state in the checkpoint.
+        """
+        for optimizer in self.optimizers:
+            if sm3_within(optimizer) is not None:
+                Canonical(self.model, optimizer).make_room(names)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take everything over. Call it on every rank.

@@ -7,7 +7,6 @@ from itertools import chain
 from operator import is_, ne
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sm3_dist.layout.kinds import is_dtensor
@@ -37,25 +36,27 @@ class Watch:
         self._sharded: list[Any] = [tensor for tensor in tensors if is_dtensor(tensor)]
         self._are_sharded = list(map(is_dtensor, self._params))
         self._addresses = self._where()
-        self._layouts = self._how()
+        self._layouts = self._strides()
+        self._types = [param.dtype for param in self._params]  # of these the plan's signature tells
 
     def sees_a_change(self) -> bool:
         """Whether anything is not as it was."""
         now = self._now()
         if len(now) != len(self._values) or not all(map(is_, now, self._values)):
             return True
-        return self._where() != self._addresses or self._how() != self._layouts
+        return self._where() != self._addresses or self._strides() != self._layouts
 
     @property
     def changed(self) -> set[Tensor]:
         """The parameters that have other tensors in their state, other strides, or another type."""
         before = iter(self._values)
         kept = [[next(before) for _ in range(count)] for count in self._counts]
-        laid_out = map(ne, self._how(), self._layouts)
+        laid_out = map(ne, self._strides(), self._layouts)
+        rows = zip(self._params, self._states, kept, laid_out, self._types, strict=True)
         return {
             param
-            for param, state, old, moved in zip(self._params, self._states, kept, laid_out, strict=True)
-            if moved or len(state) != len(old) or not all(map(is_, state.values(), old))
+            for param, state, old, anew, dtype in rows
+            if anew or dtype != param.dtype or len(state) != len(old) or not all(map(is_, state.values(), old))
         }
 
     def _now(self) -> list[Any]:
@@ -65,7 +66,6 @@ class Watch:
         addresses = list(map(Tensor.data_ptr, self._plain))
         return addresses + [tensor._local_tensor.data_ptr() for tensor in self._sharded]
 
-    def _how(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    def _strides(self) -> list[tuple[int, ...]]:
         pairs = zip(self._params, self._are_sharded, strict=True)
-        weights = (param._local_tensor if sharded else param for param, sharded in pairs)
-        return [(weight.dtype, weight.stride()) for weight in weights]
+        return [(param._local_tensor if sharded else param).stride() for param, sharded in pairs]
