@@ -140,34 +140,68 @@ class MaxBucket:
 
 
 class SumBucket:
-    """One all-reduce SUM of integers per process group and step, for ``update_rms``; under way like the maxima.
+    """One all-reduce SUM of integers per process group and step; under way like the maxima.
+
+    It carries the sums of squares of ``update_rms``, and which tensors took a step: a tensor counts a step where any of
+    its ranks takes one, for one count is saved, and bias correction and random numbers go by it.
 
     Args:
         group: the process group; ``None`` for tensors that lie whole on this rank.
         sums: the sums of squares, the same on every rank. Their ``partial`` become views of the buffer.
+        steps: step counters of tensors that several ranks hold parts of, the same on every rank.
+        device: where the buffer lies.
     """
 
-    def __init__(self, group: ProcessGroup | None, sums: Sequence[SquareSum]) -> None:
+    def __init__(
+        self, group: ProcessGroup | None, sums: Sequence[SquareSum], steps: Sequence[Tensor], device: torch.device
+    ) -> None:
         self.group = group
         self.averages = [each.average for each in sums]
-        self._buffer = torch.stack([each.partial for each in sums])
-        for each, view in zip(sums, self._buffer.unbind(), strict=True):
-            each.partial.set_(view)  # type: ignore[call-overload]
+        self.steps = list(steps) if group is not None else []
+        self._buffer = torch.zeros(len(sums) + len(self.steps), dtype=torch.int64, device=device)
+        self._sums, self._stepped = self._buffer.split([len(sums), len(self.steps)])
+        for each, view in zip(sums, self._sums.unbind(), strict=True):
+            view.copy_(each.partial)
+            each.partial.set_(view)
         self._work: dist.Work | None = None
         self._sent = False
+        self.recount()
+
+    def recount(self) -> None:
+        """Take the steps counted so far for those of all ranks."""
+        self.counted = torch.stack(self.steps) if self.steps else None
+
+    def carry_over(self, older: SumBucket) -> None:
+        """Take over what an older bucket had counted when it last sent, for steps taken before this one sends."""
+        if self.counted is None or older.counted is None:
+            return
+        before = {id(step): count for step, count in zip(older.steps, older.counted.unbind(), strict=True)}
+        self.counted = torch.stack(
+            [before.get(id(step), count) for step, count in zip(self.steps, self.counted.unbind(), strict=True)]
+        )
 
     def start(self) -> None:
         """Send what this rank has added up."""
         self._sent = True
+        if self.counted is not None:
+            self._taken = torch.stack(self.steps) != self.counted
+            self._stepped.copy_(self._taken)
         if self.group is not None:
             self._work = dist.all_reduce(self._buffer, op=dist.ReduceOp.SUM, group=self.group, async_op=True)
 
     def finish(self) -> None:
-        """Bring the moving averages up to date."""
+        """Bring the moving averages up to date, and the step counters."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        if self._sent:
-            self._sent = False
-            torch._foreach_copy_(self.averages, list(averaged(torch.stack(self.averages), self._buffer).unbind()))
-            self._buffer.zero_()
+        if not self._sent:
+            return
+        self._sent = False
+        if self.averages:
+            torch._foreach_copy_(self.averages, list(averaged(torch.stack(self.averages), self._sums).unbind()))
+        if self.counted is not None:
+            missed = (self._stepped > 0).to(self._taken.device) & ~self._taken
+            if missed.device.type != "cpu" or missed.any():  # a GPU is not asked
+                torch._foreach_add_(self.steps, list(missed.to(self.counted.dtype).unbind()))
+            self.recount()
+        self._buffer.zero_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -73,8 +74,11 @@ class StepPlan:
 
     def receive(self) -> None:
         """Bring the accumulators up to date with what the other ranks sent at the end of the last step."""
+        unedited = [cover for cover in self._cut_covers if not cover.edited()]
         for bucket in self.buckets:
             bucket.finish()
+        for cover in unedited:  # a step may have been counted
+            cover.note()
         for exchange in self.exchanges:  # what comes from states is not among the maxima
             exchange.finish()
 
@@ -109,6 +113,9 @@ class StepPlan:
         """Make the working copies anew, of states that were written into. On every rank; to be shared next."""
         for cover in self._cut_covers:
             cover.read()
+        for bucket in self.buckets:
+            if isinstance(bucket, SumBucket):
+                bucket.recount()
 
     def share(self) -> None:
         """Make every accumulator the maximum of what the ranks' states hold of it. Under way until ``receive``."""
@@ -138,6 +145,9 @@ class StepPlan:
 
     def carry_over_squares(self, older: StepPlan) -> None:
         """Go on adding squares where another plan was, for steps that are taken before they are sent."""
+        for bucket, other in product(self.buckets, older.buckets):
+            if isinstance(bucket, SumBucket) and isinstance(other, SumBucket) and bucket.counted is not None:
+                bucket.carry_over(other)
         before = {(entry.param, entry.number): entry.squares for entry in older.entries}
         for entry in self.entries:
             squares = before.get((entry.param, entry.number))
@@ -218,6 +228,7 @@ def _buckets(
     """One bucket of each kind for each group of peers (and device), in the order in which the tensors need them."""
     slots: dict[tuple[tuple[int, ...], torch.device], list[Slot]] = {}
     sums: dict[tuple[tuple[int, ...], torch.device], list[SquareSum]] = {}
+    steps: dict[tuple[tuple[int, ...], torch.device], dict[int, Tensor]] = {}
     peers: dict[tuple[int, ...], Peers] = {}
     for entry in entries:
         for accumulator, stored, shared in zip(entry.accumulators, entry.shard.stored, entry.shard.shared, strict=True):
@@ -225,17 +236,22 @@ def _buckets(
                 slot = Slot(accumulator, stored, shared.regions, contributes=bool(entry.shard.boxes))
                 slots.setdefault((shared.peers.ranks, accumulator.device), []).append(slot)
                 peers.setdefault(shared.peers.ranks, shared.peers)
-        if entry.squares is not None:
-            listeners = entry.shard.listeners or entry.shard.holders
-            ranks = listeners.ranks if listeners else ()
-            sums.setdefault((ranks, entry.squares.average.device), []).append(entry.squares)
+        listeners = entry.shard.listeners or entry.shard.holders
+        if entry.squares is not None or (listeners is not None and (entry.group["bias_correction"] or entry.rounds)):
+            ranks, device = listeners.ranks if listeners else (), local_tensor(entry.param).device
+            sums.setdefault((ranks, device), []).extend([] if entry.squares is None else [entry.squares])
+            steps.setdefault((ranks, device), {})[id(entry.step)] = entry.step
             if listeners:
                 peers.setdefault(ranks, listeners)
     for ranks, these in peers.items():
         if ranks not in groups:
             groups[ranks] = these.group()
     maxima = [MaxBucket(groups[ranks], these, device, shard_covers) for (ranks, device), these in slots.items()]
-    return [*maxima, *(SumBucket(groups.get(ranks), these) for (ranks, _), these in sums.items())]
+    tallies = [
+        SumBucket(groups.get(ranks), these, list(steps[ranks, device].values()), device)
+        for (ranks, device), these in sums.items()
+    ]
+    return [*maxima, *tallies]
 
 
 def _exchanges(entries: Sequence[Entry], groups: dict[tuple[int, ...], ProcessGroup]) -> list[ChunkExchange]:
