@@ -251,6 +251,10 @@ class SM3(Optimizer):
         Raises:
             ValueError: for a learning rate that is negative or not finite; nothing is updated then.
         """
+        with self._keeper.watch.step():
+            return self._step(closure)
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -260,7 +264,8 @@ class SM3(Optimizer):
         warn_of_cycled_momentum(self.param_groups, self._without_momentum)
         blank = is_blank(self._keeper.states)
         plan = self._current_plan()
-        if self._overflowed(plan):
+        found = getattr(self, "found_inf", None)  # by a GradScaler
+        if found is not None and plan.on_any_rank(bool(found)):
             return loss
         # 1. Receive: the maxima that were on their way since the end of the last step.
         plan.receive()
@@ -275,16 +280,10 @@ class SM3(Optimizer):
             plan.forget()
             raise
         if blank:
-            for entry in plan.entries:
-                entry.step.zero_()
+            plan.count_from_0()
         # 3. Send: the new maxima travel while the next gradients are computed.
         plan.send()
         return loss
-
-    def _overflowed(self, plan: StepPlan) -> bool:
-        """Whether a GradScaler found a gradient that is not finite, on any rank that holds part of these tensors."""
-        found = getattr(self, "found_inf", None)
-        return found is not None and plan.on_any_rank(bool(found))
 
     @property
     def state(self) -> States:
@@ -303,6 +302,12 @@ class SM3(Optimizer):
         ``update_rms`` keeps of them is in the param groups, by the names of the original tensors.
         """
         return self._keeper.without_flat_shapes(super().state_dict(), self.param_groups)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients; see :meth:`torch.optim.Optimizer.zero_grad`."""
+        if set_to_none:
+            self._keeper.watch.drop_gradients(param for group in self.param_groups for param in group["params"])
+        super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; see :meth:`torch.optim.Optimizer.add_param_group`. On every rank, if on any."""

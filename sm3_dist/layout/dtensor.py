@@ -51,9 +51,11 @@ def describe(param: Tensor, label: str, cover_block: int | None) -> tuple[LocalS
                 f"dimension {dim}. SM3 takes contiguous shards; redistribute the parameter to Shard placements."
             )
     box = _box(cut, tuple(here))
-    if param.dim() and tuple(param.to_local().shape) != box.shape:
+    local = tuple(param.to_local().shape) if param.dim() else box.shape
+    # (What is cut along two dimensions, and along one of them into nothing, torch may leave with other zeros in it.)
+    if local != box.shape and (box.numel or param.to_local().numel()):
         raise ValueError(
-            f"{label}: the local tensor has shape {tuple(param.to_local().shape)}, but placements {cut.placements} on "
+            f"{label}: the local tensor has shape {local}, but placements {cut.placements} on "
             f"a mesh of shape {cut.sizes} give this rank {box.shape} of {cut.shape}. Make the DTensor with the shape "
             "and stride of the whole tensor (DTensor.from_local(..., shape=, stride=))."
         )
@@ -72,6 +74,7 @@ def describe(param: Tensor, label: str, cover_block: int | None) -> tuple[LocalS
             cover_block=cover_block,
             holders=_peers(mesh, sharding) if sharding else None,
             holdings=Holdings(_peers(mesh, sharding), partial(_holdings, cut, mesh, sharding)) if sharding else None,
+            replicas=_members(mesh, tuple(d for d in range(mesh.ndim) if d not in sharding), tuple(here)),
         ),
     )
 

@@ -1,10 +1,10 @@
-"""Process groups by their ranks: those that exist already, and those made here; and waiting for collectives."""
+"""Process groups by their ranks: those that exist already, and those made here."""
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -75,10 +75,3 @@ def _world() -> dist.ProcessGroup:
     if world is None:
         raise RuntimeError("torch.distributed is not initialized, but parameters are sharded over ranks")
     return world
-
-
-def wait(works: Iterable[dist.Work | None]) -> None:
-    """Wait for collectives, in order."""
-    for work in works:
-        if work is not None:  # a rank that does not belong to the group has nothing to wait for
-            work.wait()

@@ -129,6 +129,7 @@ class LocalShard:
         layout: how the tensor is cut, in words that are the same on each of these ranks.
         name: distinguishes the original tensors within one flattened parameter; empty where there is just one.
         cover_block: indices per block of the covers, see :mod:`~sm3_dist.layout.cover`; ``None``: whole slices.
+        replicas: the ranks that hold just the same of it, this one among them, where others do.
         holders: the ranks that hold the tensor together, each element once (no replicas); ``None`` where this rank
             holds all or nothing of it.
         listeners: the ranks that are told the sum of squares of its updates, where those are more than the holders.
@@ -151,6 +152,7 @@ class LocalShard:
     holders: Peers | None = None
     listeners: Peers | None = None
     holdings: Holdings | None = field(default=None, compare=False)
+    replicas: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.extent is _UNSET:

@@ -111,6 +111,7 @@ class Replicas:
                 cover_block=cover_block,
                 holders=peers if inside else None,
                 holdings=Holdings(peers, lambda: self._holdings(shape, ranges)),
+                replicas=self.ranks,  # of the gradients, which every rank has whole
             ),
         )
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from sm3_dist.layout.shard import accumulator_dtype
 from sm3_dist.planner.rank_shards import REPLICATED, WRAPPERS, rank_shards
+from sm3_dist.ranks.fingerprint import FIELDS
 
 IN_BACKWARD = ("none", "fsdp2", "hsdp", "tp")
 """Wrappers with which steps may be taken during backward."""
@@ -26,7 +27,7 @@ class RankBytes:
         gradients: as much of the gradients, once backward is through. With ``step_in_backward`` those that are there
             at a time: of the largest unit under FSDP2, of the largest parameter otherwise.
         state: of SM3: accumulators, momentum, step counts, and what ``update_rms`` keeps.
-        sent: the buffers of maxima that are sent in each step.
+        sent: the buffers of maxima that are sent in each step, with what tells a rank apart that differs.
         adam_moments: the two moments that Adam would hold in place of ``state``, in the type of the weights.
     """
 
@@ -87,7 +88,7 @@ def plan(
         ...     model = torch.nn.Linear(4096, 4096, dtype=torch.bfloat16)
         >>> first, second = sm3_dist.plan(model, world=2, wrapper="fsdp2")
         >>> first
-        RankBytes(weights=16781312, gradients=16781312, state=32776, sent=16384, adam_moments=33562624)
+        RankBytes(weights=16781312, gradients=16781312, state=32776, sent=16400, adam_moments=33562624)
     """
     check_plan(module, world, wrapper, replicas, tensor_parallel)
     if step_in_backward and (wrapper not in IN_BACKWARD or shard_covers):
@@ -135,6 +136,8 @@ def plan(
     result = []
     for part, by_unit, buffer in zip(parts, gradients, owned, strict=True):
         total = RankBytes(*map(sum, zip(*map(astuple, part), strict=True)))
+        if total.sent:
+            total = replace(total, sent=total.sent + FIELDS * widest)
         if step_in_backward:
             total = replace(total, gradients=max(by_unit.values(), default=0))
         if widest:  # with shard_covers each rank owns an equal part of the buffer

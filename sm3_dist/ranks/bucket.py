@@ -13,10 +13,13 @@ from torch import Tensor
 from sm3_dist.compat import all_gather_single, reduce_scatter_single
 from sm3_dist.layout.box import Box
 from sm3_dist.maths.rms import SquareSum, averaged
+from sm3_dist.ranks.fingerprint import FIELDS, Seal
+from sm3_dist.ranks.watch import RankWatch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_MAXIMA, _SUMS = "the all-reduce of new maxima", "the all-reduce of sums of squares"
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 """The integer type as wide as a floating one."""
 
@@ -56,16 +59,31 @@ class MaxBucket:
         device: where the buffer lies.
         shard_covers: keep every entry on one rank alone between steps. ``start`` is then a reduce-scatter that frees
             the accumulators, and ``finish`` an all-gather that brings them back.
+        watch: this rank's view of the others.
+        seal: the fingerprint that it carries; ``None`` where another bucket of the group does.
     """
 
-    def __init__(self, group: ProcessGroup, slots: Sequence[Slot], device: torch.device, shard_covers: bool) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        slots: Sequence[Slot],
+        device: torch.device,
+        shard_covers: bool,
+        watch: RankWatch,
+        seal: Seal | None = None,
+    ) -> None:
         self.group = group
         self.slots = slots
+        self._watch = watch
+        self._seal = seal
+        self._ranks, self._on_host = dist.get_process_group_ranks(group), device.type == "cpu"
+        self._empty = False
         self.device = device
         self.shard_covers = shard_covers
         wide = any(slot.accumulator.dtype == torch.float64 for slot in slots)
         self.dtype = torch.int64 if wide else torch.int32
-        self.numel = sum(region.numel for slot in slots for region in slot.regions)
+        self._first = FIELDS if seal is not None else 0
+        self.numel = self._first + sum(region.numel for slot in slots for region in slot.regions)
         self._pieces = list(self._cut())
         # Accumulators of which every entry is shared need no storage of their own while the owners hold the entries.
         self._releasable = [
@@ -82,48 +100,64 @@ class MaxBucket:
         """Whether the accumulators are still those of before the reduction."""
         return self._work is not None or self._owned is not None
 
-    def start(self) -> None:
-        """Send this rank's maxima. The accumulators must not be read before ``finish``."""
+    def start(self, event: str = "", words: str = "", empty: bool = False) -> None:
+        """Send this rank's maxima. The accumulators must not be read before ``finish``.
+
+        Args:
+            event: what else this is than the end of a step, see :class:`~sm3_dist.ranks.fingerprint.Seal`.
+            words: more about it.
+            empty: send the fingerprint alone; the accumulators then stay as they are.
+        """
+        self._empty = empty
         world = dist.get_world_size(self.group)
         padding = -self.numel % world if self.shard_covers else 0
         if self._buffer is None:
             self._buffer = torch.empty(self.numel + padding, dtype=self.dtype, device=self.device)
         self._buffer.zero_()
         for slot, region, part in self._parts():
-            if slot.contributes:
+            if slot.contributes and not empty:
                 part.copy_(slot.bits[region.within(slot.stored)])
         # Clear the sign: a maximum of squares has none, but the NaN that x86 makes does.
         self._buffer.bitwise_and_(torch.iinfo(self.dtype).max)
-        if not self.shard_covers:
-            self._work = dist.all_reduce(self._buffer, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
-            return
-        self._owned = self._buffer.new_empty(self._buffer.numel() // world)
-        reduce_scatter_single(self._owned, self._buffer, op=dist.ReduceOp.MAX, group=self.group)
-        self._buffer = None
+        if self._seal is not None:
+            self._seal.write(self._buffer[:FIELDS], event, words)
+        with self._watch.explained(_MAXIMA, self._ranks):
+            if not self.shard_covers:
+                self._work = dist.all_reduce(self._buffer, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+                return
+            owned = self._buffer.new_empty(self._buffer.numel() // world)
+            scatter = reduce_scatter_single(owned, self._buffer, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+            self._watch.wait([scatter], _MAXIMA, self._ranks, self._on_host)
+        self._owned, self._buffer = owned, None
         for accumulator in self._releasable:
             accumulator.untyped_storage().resize_(0)
 
     def finish(self) -> None:
         """Overwrite the shared accumulator entries with the maxima over all ranks."""
         if self._work is not None:
-            self._work.wait()
+            self._watch.wait([self._work], _MAXIMA, self._ranks, self._on_host)
             self._work = None
         elif self._owned is not None:
             self._buffer = self._owned.new_empty(self._owned.numel() * dist.get_world_size(self.group))
-            all_gather_single(self._buffer, self._owned, group=self.group)
+            with self._watch.explained(_MAXIMA, self._ranks):
+                gather = all_gather_single(self._buffer, self._owned, group=self.group, async_op=True)
+            self._watch.wait([gather], _MAXIMA, self._ranks, self._on_host)
             self._owned = None
             for accumulator in self._releasable:
                 accumulator.untyped_storage().resize_(accumulator.numel() * accumulator.element_size())
         else:
             return
-        for slot, region, part in self._parts():
+        assert self._buffer is not None
+        if self._seal is not None:
+            self._seal.read(self._buffer[:FIELDS], dist.get_world_size(self.group))
+        for slot, region, part in () if self._empty else self._parts():
             slot.bits[region.within(slot.stored)] = part.to(BITS[slot.accumulator.dtype])
         if self.shard_covers:
             self._buffer = None
 
     def _cut(self) -> Iterator[tuple[Slot, Box, Box, int]]:
         """For each shared rectangle that this rank stores some of: that part, the rectangle, where it is sent."""
-        offset = 0
+        offset = self._first
         for slot in self.slots:
             for region in slot.regions:
                 held = region & slot.stored
@@ -150,21 +184,34 @@ class SumBucket:
         sums: the sums of squares, the same on every rank. Their ``partial`` become views of the buffer.
         steps: step counters of tensors that several ranks hold parts of, the same on every rank.
         device: where the buffer lies.
+        watch: this rank's view of the others.
+        seal: the fingerprint that it carries; ``None`` where another bucket of the group does.
     """
 
     def __init__(
-        self, group: ProcessGroup | None, sums: Sequence[SquareSum], steps: Sequence[Tensor], device: torch.device
+        self,
+        group: ProcessGroup | None,
+        sums: Sequence[SquareSum],
+        steps: Sequence[Tensor],
+        device: torch.device,
+        watch: RankWatch,
+        seal: Seal | None = None,
     ) -> None:
         self.group = group
         self.averages = [each.average for each in sums]
         self.steps = list(steps) if group is not None else []
-        self._buffer = torch.zeros(len(sums) + len(self.steps), dtype=torch.int64, device=device)
-        self._sums, self._stepped = self._buffer.split([len(sums), len(self.steps)])
+        self._watch = watch
+        self._seal = seal
+        self._ranks = [] if group is None else dist.get_process_group_ranks(group)
+        parts = [len(sums), len(self.steps), FIELDS if seal is not None else 0]
+        self._buffer = torch.zeros(sum(parts), dtype=torch.int64, device=device)
+        self._sums, self._stepped, _ = self._buffer.split(parts)
         for each, view in zip(sums, self._sums.unbind(), strict=True):
             view.copy_(each.partial)
             each.partial.set_(view)
         self._work: dist.Work | None = None
-        self._sent = False
+        self._sent: Tensor | None = None
+        self._empty = False
         self.recount()
 
     def recount(self) -> None:
@@ -180,23 +227,32 @@ class SumBucket:
             [before.get(id(step), count) for step, count in zip(self.steps, self.counted.unbind(), strict=True)]
         )
 
-    def start(self) -> None:
-        """Send what this rank has added up."""
-        self._sent = True
-        if self.counted is not None:
+    def start(self, event: str = "", words: str = "", empty: bool = False) -> None:
+        """Send what this rank has added up; see :meth:`MaxBucket.start`."""
+        self._empty = empty
+        self._sent = torch.zeros_like(self._buffer) if empty else self._buffer
+        if self.counted is not None and not empty:
             self._taken = torch.stack(self.steps) != self.counted
             self._stepped.copy_(self._taken)
-        if self.group is not None:
-            self._work = dist.all_reduce(self._buffer, op=dist.ReduceOp.SUM, group=self.group, async_op=True)
+        if self.group is None:
+            return
+        if self._seal is not None:
+            self._seal.write(self._sent[-FIELDS:], event, words)
+        with self._watch.explained(_SUMS, self._ranks):
+            self._work = dist.all_reduce(self._sent, op=dist.ReduceOp.SUM, group=self.group, async_op=True)
 
     def finish(self) -> None:
         """Bring the moving averages up to date, and the step counters."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        if not self._sent:
+        if self._sent is None:
             return
-        self._sent = False
+        sent, self._sent = self._sent, None
+        if self._work is not None:
+            self._watch.wait([self._work], _SUMS, self._ranks, sent.device.type == "cpu")
+            self._work = None
+            if self._seal is not None:
+                self._seal.read(sent[-FIELDS:], len(self._ranks))
+        if self._empty:
+            return
         if self.averages:
             torch._foreach_copy_(self.averages, list(averaged(torch.stack(self.averages), self._sums).unbind()))
         if self.counted is not None:

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from sm3_dist.layout.box import Box
 from sm3_dist.layout.shard import Elsewhere
 from sm3_dist.ranks.bucket import BITS
+from sm3_dist.ranks.watch import RankWatch
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,12 @@ class ChunkExchange:
     Args:
         group: the process group.
         lendings: what it carries, the same on every rank but for the boxes; all of one type, on one device.
+        watch: this rank's view of the others.
     """
 
-    def __init__(self, group: ProcessGroup, lendings: Sequence[Lending]) -> None:
+    def __init__(self, group: ProcessGroup, lendings: Sequence[Lending], watch: RankWatch) -> None:
         self.group = group
+        self._watch = watch
         self.lendings = lendings
         places = {rank: place for place, rank in enumerate(lendings[0].elsewhere.peers.ranks)}
         self._order = [places[rank] for rank in dist.get_process_group_ranks(group)]
@@ -83,7 +86,8 @@ class ChunkExchange:
     def finish(self) -> None:
         """Wait for what is on its way. What comes from the states is then in the working copies."""
         if self._work is not None:
-            self._work.wait()
+            ranks, on_host = dist.get_process_group_ranks(self.group), self._lent.device.type == "cpu"
+            self._watch.wait([self._work], "the exchange of accumulator entries", ranks, on_host)
             self._work = None
         if self._returning:
             self._returning = False

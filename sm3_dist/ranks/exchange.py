@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sm3_dist.layout.box import Box
-from sm3_dist.layout.groups import wait
 from sm3_dist.layout.shard import unflattened
+from sm3_dist.ranks.watch import RankWatch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -118,6 +118,7 @@ class Exchange:
         rank: the global number of this rank.
         dtype: type of the elements.
         device: where they lie.
+        watch: this rank's view of the others.
 
     Attributes:
         parts: for each matrix what this rank holds of it, flat: a view of a buffer that has no memory after
@@ -131,8 +132,10 @@ class Exchange:
         rank: int,
         dtype: torch.dtype,
         device: torch.device,
+        watch: RankWatch,
     ) -> None:
         self.matrices, self.group, self.rank = matrices, group, rank
+        self._watch = watch
         self._ranks = [rank] if group is None else dist.get_process_group_ranks(group)
         owned = [[m for m, matrix in enumerate(matrices) if matrix.owner == owner] for owner in self._ranks]
         self._mine = owned[self._ranks.index(rank)]
@@ -184,7 +187,7 @@ class Exchange:
         Args:
             function: of a tensor, returns one of the same shape and type.
         """
-        wait([self._work])
+        self._watch.wait([self._work], "the exchange of matrices", self._ranks, self._buffer.device.type == "cpu")
         ends = list(accumulate((1 + self.matrices[m].numel(s) for s in self._ranks for m in self._mine), initial=0))
         pieces = [self._whole[a:b] for a, b in pairwise(ends)]
         for k, m in enumerate(self._mine):
@@ -208,7 +211,7 @@ class Exchange:
             The matrices of which some ranks have sent their parts and others had nothing to send. Every rank of the
             group knows of them; of what came back for them nothing may be used.
         """
-        wait([self._work])
+        self._watch.wait([self._work], "the exchange of matrices", self._ranks, self._buffer.device.type == "cpu")
         self._work, self._whole = None, self._buffer
         words = torch.cat(self._words).tolist() if self._words else []
         return [m for m, mixed in enumerate(words) if mixed]

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
+
+from sm3_dist.ranks.watch import LOOK_EVERY, wait_for_key
 
 _LONGEST_PAUSE = 0.1
 
@@ -33,7 +35,15 @@ class Rendezvous:
     messages: dict[int, str]
 
 
-def meet(store: Store, place: str, ranks: Sequence[int], rank: int, message: str, timeout: timedelta) -> Rendezvous:
+def meet(
+    store: Store,
+    place: str,
+    ranks: Sequence[int],
+    rank: int,
+    message: str,
+    timeout: timedelta,
+    look: Callable[[], None] = lambda: None,
+) -> Rendezvous:
     """Wait until all ranks are here. Every one of them calls it; the first of them waits for all others.
 
     Args:
@@ -43,6 +53,7 @@ def meet(store: Store, place: str, ranks: Sequence[int], rank: int, message: str
         rank: this one.
         message: what it has to say.
         timeout: how long it waits.
+        look: called from time to time while it waits; what it raises ends the wait.
 
     Raises:
         TimeoutError: the first rank did not answer. On the first rank itself nothing is raised: who is absent has no
@@ -55,23 +66,24 @@ def meet(store: Store, place: str, ranks: Sequence[int], rank: int, message: str
         {0: 'hello'}
     """
     if rank == ranks[0]:
-        return _lead(store, place, ranks, message, timeout)
+        return _lead(store, place, ranks, message, timeout, look)
     call = uuid.uuid4().hex
     store.set(f"{place}/call/{rank}", call)
-    try:
-        store.wait([f"{place}/answer/{call}"], timeout)
-    except RuntimeError as error:  # DistStoreError with some stores
-        raise TimeoutError(f"rank {ranks[0]} did not answer within {timeout}") from error
+    if not wait_for_key(store, f"{place}/answer/{call}", timeout, look):
+        raise TimeoutError(f"rank {ranks[0]} did not answer within {timeout}")
     token = store.get(f"{place}/answer/{call}").decode()
     store.set(f"{token}/message/{rank}", message)
     return Rendezvous(token, {rank: message})
 
 
-def _lead(store: Store, place: str, ranks: Sequence[int], message: str, timeout: timedelta) -> Rendezvous:
+def _lead(
+    store: Store, place: str, ranks: Sequence[int], message: str, timeout: timedelta, look: Callable[[], None]
+) -> Rendezvous:
     token = f"{place}/{uuid.uuid4().hex}"
     leader, *absent = ranks
     messages, answered = {leader: message}, set()
     deadline, pause = time.monotonic() + timeout.total_seconds(), 0.0002
+    next_look = time.monotonic() + LOOK_EVERY.total_seconds()
     while absent:
         for rank in absent:
             if store.check([f"{token}/message/{rank}"]):
@@ -84,6 +96,9 @@ def _lead(store: Store, place: str, ranks: Sequence[int], message: str, timeout:
         absent = [rank for rank in absent if rank not in messages]
         if time.monotonic() > deadline:
             break
+        if absent and time.monotonic() > next_look:
+            look()
+            next_look = time.monotonic() + LOOK_EVERY.total_seconds()
         time.sleep(pause if absent else 0)
         pause = min(2 * pause, _LONGEST_PAUSE)
     return Rendezvous(token, dict(sorted(messages.items())))

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sm3_dist.compat import all_gather_single
 from sm3_dist.layout.box import Box, flat_boxes
-from sm3_dist.layout.groups import wait
 from sm3_dist.layout.zero import Partition
+from sm3_dist.ranks.watch import RankWatch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,6 +28,7 @@ BUCKET_BYTES = 25_000_000
 """Size of a bucket: the parts of all ranks together."""
 IN_FLIGHT = 2
 """Buckets under way at a time. So many of them are the memory that gathering weights takes, for the time of a step."""
+_WHAT = "the exchange of new weights"
 IN_PLACE_BYTES = 1 << 16
 """Contiguous elements of at least this size are broadcast from and into the parameter, smaller ones in one message."""
 
@@ -107,11 +108,10 @@ class Gather:
         own = Message(parts[rank], first.new_empty(numel, requires_grad=False))
         own.pack()
         self._own = own  # alive until it has been sent
-        self._work = all_gather_single(received, own.buffer, group=group, async_op=True)
+        self.works = [all_gather_single(received, own.buffer, group=group, async_op=True)]
 
-    def finish(self) -> None:
-        """Wait for it, and overwrite the weights of the other ranks' ranges."""
-        wait([self._work])
+    def unpack(self) -> None:
+        """Overwrite the weights of the other ranks' ranges."""
         for message in self._others:
             message.unpack()
 
@@ -130,7 +130,7 @@ class Broadcasts:
     def __init__(self, group: ProcessGroup, parts: Sequence[Sequence[Segment]]) -> None:
         rank = dist.get_rank(group)
         self._received: list[Message] = []
-        self._works = []
+        self.works = []
         for source, part in enumerate(parts):
             tensors = [segment.flat() for segment in part if segment.in_place]
             small = [segment for segment in part if not segment.in_place]
@@ -141,11 +141,10 @@ class Broadcasts:
                 else:
                     self._received.append(message)
                 tensors.append(message.buffer)
-            self._works += [dist.broadcast(t, group=group, group_src=source, async_op=True) for t in tensors]
+            self.works += [dist.broadcast(t, group=group, group_src=source, async_op=True) for t in tensors]
 
-    def finish(self) -> None:
-        """Wait for all of them, and overwrite the weights that came in buffers."""
-        wait(self._works)
+    def unpack(self) -> None:
+        """Overwrite the weights that came in buffers."""
         for message in self._received:
             message.unpack()
 
@@ -160,10 +159,18 @@ class WeightGatherer:
         group: the ranks over which the parameters are replicated.
         partitions: which range of which parameters each of them updates.
         moving: whether a parameter's weights can change in this plan.
+        watch: this rank's view of the others.
     """
 
-    def __init__(self, group: ProcessGroup, partitions: Sequence[Partition], moving: Callable[[Tensor], bool]) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        partitions: Sequence[Partition],
+        moving: Callable[[Tensor], bool],
+        watch: RankWatch,
+    ) -> None:
         self.group = group
+        self._watch = watch
         self.buckets = [bucket for partition in partitions for bucket in _buckets(partition, moving)]
         self._in_flight: deque[Gather | Broadcasts] = deque()
 
@@ -174,15 +181,22 @@ class WeightGatherer:
     def start(self, bucket: Parts) -> None:
         """Send a bucket. Every weight of this rank in it has been updated."""
         while len(self._in_flight) >= IN_FLIGHT:
-            self._in_flight.popleft().finish()
+            self._finish_first()
         device = next(segment.param.device for part in bucket for segment in part)
         transport = Broadcasts if device.type == "cpu" else Gather
-        self._in_flight.append(transport(self.group, bucket))
+        with self._watch.explained(_WHAT, dist.get_process_group_ranks(self.group)):
+            self._in_flight.append(transport(self.group, bucket))
 
     def finish(self) -> None:
         """Wait until every weight has arrived."""
         while self._in_flight:
-            self._in_flight.popleft().finish()
+            self._finish_first()
+
+    def _finish_first(self) -> None:
+        first = self._in_flight.popleft()
+        on_host = isinstance(first, Broadcasts)
+        self._watch.wait(first.works, _WHAT, dist.get_process_group_ranks(self.group), on_host)
+        first.unpack()
 
 
 def _buckets(partition: Partition, moving: Callable[[Tensor], bool]) -> list[Parts]:

@@ -58,15 +58,19 @@ class Entry:
         """One line, the same on every rank that plans this tensor."""
         options = {key: self.group[key] for key in HYPERPARAMETERS}
         options["lr"] = float(options["lr"])
-        settings = ", ".join(f"{key}={value}" for key, value in options.items())
-        if self.momentum_buffer is not None:
-            settings += f", momentum in {self.momentum_buffer.dtype}"
-        if self.rounds:
-            settings += f", number {self.number}"
-        return (
+        return ", ".join([self.describe_layout(), *(f"{key}={value}" for key, value in options.items())])
+
+    def describe_layout(self) -> str:
+        """That part of it from which follows what a plan exchanges."""
+        words = (
             f"{self.label}: shape {self.shard.shape}, {self.param.dtype}, requires_grad={self.param.requires_grad}, "
-            f"{self.shard.layout}, {settings}"
+            f"{self.shard.layout}, cover_block={self.shard.cover_block}"
         )
+        if self.momentum_buffer is not None:
+            words += f", momentum in {self.momentum_buffer.dtype}"
+        if self.squares is not None:
+            words += ", with update_rms"
+        return words + (f", number {self.number}" if self.rounds else "")
 
     @property
     def rounds(self) -> bool:

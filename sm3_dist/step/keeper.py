@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from sm3_dist.layout.describe import Flattened, Replicas, describe
 from sm3_dist.layout.shard import LocalShard
 from sm3_dist.ranks.agreement import check_agreement
+from sm3_dist.ranks.watch import PlanMismatchError, RankWatch
 from sm3_dist.ranks.weight_gather import WeightGatherer
 from sm3_dist.step.cut_cover import CutCover, cut_covers
 from sm3_dist.step.entry import Entry
+from sm3_dist.step.lookout import Lookout
 from sm3_dist.step.param_groups import ParamGroup, can_move, label_of, labelled_params, layout_options
-from sm3_dist.step.plan import Kernel, StepPlan, agreement_lines
+from sm3_dist.step.plan import Kernel, StepPlan, agreement_lines, change
 from sm3_dist.step.state import (
     SQUARE_AVERAGES,
     State,
@@ -36,6 +39,9 @@ from sm3_dist.step.watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+PATIENCE = timedelta(seconds=25)
+"""How long a rank that plans anew waits for ranks that it exchanges nothing with: they may never come."""
 
 States = defaultdict[Tensor, State]
 Fitted = dict[Tensor, tuple[State, tuple[LocalShard, ...]]]
@@ -77,7 +83,11 @@ class PlanKeeper:
         self._momentum_dtype = momentum_dtype
         self._shard_covers = shard_covers
         self._launch_list = launch_list
+        self.watch = RankWatch()
+        self._lookout = Lookout(self.watch)
+        self._layouts: dict[tuple[int, ...], list[str]] = {}  # on which ranks have agreed
         self._plan: StepPlan | None = None
+        self._older: StepPlan | None = None  # while there is no plan, the one before
         self._fitted: Fitted = {}
         self._watch = Watch({})
         self._unshared = False  # whether accumulators are yet to be made maxima over all ranks
@@ -98,14 +108,16 @@ class PlanKeeper:
         Where tensors were only moved, replaced or laid out anew, this rank makes its own anew, and asks no other.
         """
         older = self._plan
-        agreed = older is not None and self._signature == self._sign(groups) and not older.edited
-        if older is None or not agreed or self._watch.sees_a_change():
+        same = older is not None and self._signature == self._sign(groups) and not older.edited
+        if older is None or not same or self._watch.sees_a_change():
             if older is not None:
                 older.receive()
                 older.publish()
-            self._plan = self._make_plan(groups, {} if older is None else older.working_copies, agreed)
+                self._older = older
+            self._plan = self._make_plan(groups, {} if older is None else older.working_copies)
             if older is not None:
                 self._plan.carry_over_squares(older)
+            self._older = None
             self._signature = self._sign(groups)
             self._watch = self._new_watch(self._plan)
         assert self._plan is not None
@@ -133,15 +145,12 @@ class PlanKeeper:
         released = (self.states[entry.param][key] for entry in shared for key in accumulator_keys(entry.shard))
         return Watch({entry.param: self.states[entry.param] for entry in plan.entries}, released)
 
-    def _make_plan(
-        self, groups: Sequence[ParamGroup], working_copies: Mapping[int, CutCover], agreed: bool
-    ) -> StepPlan:
-        """A new plan, with states for all parameters that can move.
+    def _make_plan(self, groups: Sequence[ParamGroup], working_copies: Mapping[int, CutCover]) -> StepPlan:
+        """A new plan, with states for all parameters that can move; compared with those of the other ranks.
 
         Args:
             groups: the param groups.
             working_copies: those of the plan before, by the ``id`` of the state tensor.
-            agreed: whether the plan before was compared with those of the other ranks, and this one says the same.
         """
         self.flattened.read()
         self._changed = self._watch.changed
@@ -156,14 +165,30 @@ class PlanKeeper:
             if can_move(param) or param in self.states:
                 entries += self._entries(param, label, group, shards[param], numbers, working_copies)
         self._remember_positions(groups)
-        plans = agreement_lines(entries)
-        # (Working copies of what somebody replaced take a collective, for which the ranks must meet.)
-        if plans and not (agreed and all(id(c.held) in working_copies for e in entries for c in e.cut_covers)):
-            check_agreement(plans)
+        self._agree(entries)
         gatherer = None
         if self.replicas is not None:
-            gatherer = WeightGatherer(self.replicas.group, self.replicas.partitions, can_move)
-        return StepPlan(entries, self._launch_list, self._shard_covers, self._process_groups, gatherer)
+            gatherer = WeightGatherer(self.replicas.group, self.replicas.partitions, can_move, self.watch)
+        return StepPlan(entries, self._launch_list, self._shard_covers, self._process_groups, self._lookout, gatherer)
+
+    def _agree(self, entries: Sequence[Entry]) -> None:
+        """Compare the plan with those of the other ranks, unless it exchanges what the one before it did."""
+        layouts = agreement_lines(entries, Entry.describe_layout)
+        if layouts == self._layouts:
+            return
+        patience, words = {}, ""
+        if self._older is not None:
+            words = change(self._layouts, layouts)
+            self.watch.plan_anew(words)
+            self._older.tell("planned anew", words)
+            self._older.receive()
+            patience = dict.fromkeys(self._lookout.unsealed, PATIENCE)
+        plans = agreement_lines(entries)
+        try:
+            self.watch.follow(check_agreement(plans, self.watch, patience) if plans else {})
+        except PlanMismatchError as error:
+            raise PlanMismatchError(f"{error}\n{words}".rstrip()) from error
+        self._layouts = layouts
 
     def _entries(
         self,
@@ -210,8 +235,6 @@ class PlanKeeper:
 
     def received(self, groups: Sequence[ParamGroup]) -> States:
         """The states, with the maxima that were on their way."""
-        if self._unshared:
-            self.current(groups)
         if self._plan is not None:
             self._plan.receive()
             self._plan.publish()
@@ -226,7 +249,7 @@ class PlanKeeper:
     def replace(self, states: States) -> None:
         """Take other states, of which nothing is known. The plan that was made of the old ones goes."""
         self.states = states
-        self._plan = None
+        self._older, self._plan = self._plan or self._older, None
         self._fitted = {}
         self._watch = Watch({})
 

@@ -23,6 +23,7 @@ from sm3_dist.maths.orthogonal import TYPE, move_along, orthogonalized, work
 from sm3_dist.maths.update import Settings
 from sm3_dist.ranks.exchange import Exchange, Matrix, bucketed, owners
 from sm3_dist.ranks.same_gradients import GradientMismatchError
+from sm3_dist.ranks.watch import RankWatch
 from sm3_dist.step.entry import Entry
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class OrthogonalSteps:
         launch_list: makes of tensors the kernels that step them.
         groups: process groups by ranks, made so far; new ones are added.
         shared: parameters that hold other tensors too, which count their steps.
+        watch: this rank's view of the others.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class OrthogonalSteps:
         launch_list: LaunchList,
         groups: dict[tuple[int, ...], ProcessGroup],
         shared: set[Tensor],
+        watch: RankWatch,
     ) -> None:
-        self.buckets = [_Bucket(launch_list, *bucket) for bucket in _buckets(entries, groups)]
+        self.buckets = [_Bucket(launch_list, *bucket) for bucket in _buckets(entries, groups, watch)]
         self._stand_ins = [part for bucket in self.buckets for part in bucket.parts]
         self._counted = {e.param: e.step for e in entries if e.param not in shared}
 
@@ -193,7 +196,7 @@ def is_orthogonal(entry: Entry) -> bool:
 
 
 def _buckets(
-    entries: Sequence[Entry], groups: dict[tuple[int, ...], ProcessGroup]
+    entries: Sequence[Entry], groups: dict[tuple[int, ...], ProcessGroup], watch: RankWatch
 ) -> Iterator[tuple[list[Entry], Exchange]]:
     """The tensors, bucket by bucket, in an order that all who hold parts of them agree on."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -220,7 +223,7 @@ def _buckets(
         matrices, order = _matrices(these, rank, bool(ranks), loads.get(ranks))
         matrices, these = [matrices[k] for k in order], [these[k] for k in order]
         for bucket in bucketed(matrices, TYPE.itemsize):
-            exchange = Exchange([matrices[k] for k in bucket], group, rank, TYPE, device)
+            exchange = Exchange([matrices[k] for k in bucket], group, rank, TYPE, device, watch)
             yield [these[k] for k in bucket], exchange
 
 

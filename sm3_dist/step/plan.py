@@ -19,13 +19,18 @@ from sm3_dist.maths.rms import SquareSum
 from sm3_dist.maths.update import Settings
 from sm3_dist.ranks.bucket import MaxBucket, Slot, SumBucket
 from sm3_dist.ranks.chunk_exchange import ChunkExchange, Lending
+from sm3_dist.ranks.watch import RankWatch
 from sm3_dist.ranks.weight_gather import Parts, WeightGatherer
 from sm3_dist.step.cut_cover import CutCover
 from sm3_dist.step.entry import Entry
+from sm3_dist.step.lookout import Lookout
 from sm3_dist.step.orthogonal import OrthogonalSteps, is_orthogonal
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_FLAG = "the exchange of whether a gradient was not finite"
 
 
 class Kernel(Protocol):
@@ -47,6 +52,7 @@ class StepPlan:
         launch_list: makes of tensors the kernels that step them.
         shard_covers: see :class:`~sm3_dist.ranks.bucket.MaxBucket`.
         groups: process groups by ranks, made so far; new ones are added.
+        lookout: tells a rank apart that does something else.
         gatherer: brings the new weights to the other ranks, where parameters are replicated.
     """
 
@@ -56,19 +62,25 @@ class StepPlan:
         launch_list: Callable[[Sequence[Entry]], list[Kernel]],
         shard_covers: bool,
         groups: dict[tuple[int, ...], ProcessGroup],
+        lookout: Lookout,
         gatherer: WeightGatherer | None = None,
     ) -> None:
         self.entries = entries
         self._groups = groups
-        self.buckets = _buckets(entries, shard_covers, groups)
-        self.exchanges = _exchanges(entries, groups)
+        self._lookout = lookout
+        lookout.plan(entries)
+        self.buckets = _buckets(entries, shard_covers, groups, lookout)
+        self.exchanges = _exchanges(entries, groups, lookout.watch)
+        lookout.check_the_others()
         self.gatherer = gatherer
         self._params = list(dict.fromkeys(entry.param for entry in entries))
         self._cut_covers = [cover for entry in entries for cover in entry.cut_covers]
         self._published = True  # whether the state holds what working copies do
         matrices = [entry for entry in entries if is_orthogonal(entry)]
         others = [entry for entry in entries if not is_orthogonal(entry)]
-        self.orthogonal = OrthogonalSteps(matrices, launch_list, groups, {entry.param for entry in others})
+        self.orthogonal = OrthogonalSteps(
+            matrices, launch_list, groups, {entry.param for entry in others}, lookout.watch
+        )
         stages = _stages(others, gatherer)
         self._stages = [(launch_list(these), weights) for these, weights in stages]
 
@@ -121,9 +133,8 @@ class StepPlan:
         """Make every accumulator the maximum of what the ranks' states hold of it. Under way until ``receive``."""
         for cover in self._cut_covers:
             cover.fresh = False
-        for bucket in self.buckets:
-            if isinstance(bucket, MaxBucket):
-                bucket.start()
+        for bucket in self.buckets:  # those of sums too: a rank that does this alone is then told apart
+            bucket.start("loaded a state", empty=isinstance(bucket, SumBucket))
         for exchange in self.exchanges:
             exchange.start_return()
 
@@ -161,19 +172,28 @@ class StepPlan:
             if entry.squares is not None:
                 entry.squares.partial.zero_()
 
+    def count_from_0(self) -> None:
+        """Let no step have been taken."""
+        for entry in self.entries:
+            entry.step.zero_()
+
     def on_any_rank(self, found: bool) -> bool:
         """Whether ``found`` is true on any rank that holds part of these tensors. A collective, and the host waits."""
         holders = {tuple(sorted(entry.shard.ranks)): entry for entry in self.entries if entry.shard.ranks}
         for ranks in sorted(holders, key=lambda ranks: (len(ranks), ranks)):  # smaller sets lie within larger ones
             if ranks not in self._groups:
                 self._groups[ranks] = group_of(ranks)
-            flag = torch.tensor(int(found), dtype=torch.int32, device=local_tensor(holders[ranks].param).device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups[ranks])
+            device, watch = local_tensor(holders[ranks].param).device, self._lookout.watch
+            flag = torch.tensor(int(found), dtype=torch.int32, device=device)
+            with watch.explained(_FLAG, ranks):
+                work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups[ranks], async_op=True)
+            watch.wait([work], _FLAG, ranks, device.type == "cpu")
             found = bool(flag)
         return found
 
     def send(self) -> None:
         """Send the new maxima, and wait for the weights that other ranks updated."""
+        self._lookout.look()
         self.note()
         self._published = False
         for bucket in self.buckets:
@@ -182,6 +202,21 @@ class StepPlan:
             exchange.start()
         if self.gatherer is not None:
             self.gatherer.finish()
+
+    def tell(self, event: str, words: str) -> None:
+        """Say, in place of the maxima, what this rank does and the others may not.
+
+        Args:
+            event: what it is, the same words on every rank that does it.
+            words: more about it.
+
+        Raises:
+            PlanMismatchError: in :meth:`receive`, if others did not do the same.
+        """
+        for bucket in self.buckets:
+            bucket.start(event, words, empty=True)
+        for exchange in self.exchanges:
+            exchange.start()
 
 
 def mark_changed(params: Iterable[Tensor]) -> None:
@@ -196,7 +231,9 @@ def mark_changed(params: Iterable[Tensor]) -> None:
     increment_version([*params, *(local_tensor(param) for param in params if is_dtensor(param))])
 
 
-def agreement_lines(entries: Iterable[Entry]) -> dict[tuple[int, ...], list[str]]:
+def agreement_lines(
+    entries: Iterable[Entry], describe: Callable[[Entry], str] = Entry.describe
+) -> dict[tuple[int, ...], list[str]]:
     """The plan in words, for each set of ranks that must agree on it.
 
     A set also hears of tensors that lie on a larger set: whoever lacks one of those differs here at the latest.
@@ -205,8 +242,19 @@ def agreement_lines(entries: Iterable[Entry]) -> dict[tuple[int, ...], list[str]
     lines: dict[tuple[int, ...], list[str]] = {}
     for ranks in {entry.shard.ranks for entry in entries}:
         wider = {other for other in {entry.shard.ranks for entry in entries} if set(ranks) <= set(other)}
-        lines[tuple(sorted(ranks))] = [entry.describe() for entry in entries if entry.shard.ranks in wider]
+        lines[tuple(sorted(ranks))] = [describe(entry) for entry in entries if entry.shard.ranks in wider]
     return lines
+
+
+def change(before: Mapping[tuple[int, ...], list[str]], after: Mapping[tuple[int, ...], list[str]]) -> str:
+    """The first difference between what two plans have for the same ranks, in words."""
+    for ranks in {**before, **after}:
+        old, new = before.get(ranks, []), after.get(ranks, [])
+        if old != new:
+            at = next((k for k, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+            was, now = (lines[at] if at < len(lines) else "(no more parameters)" for lines in (old, new))
+            return f"Number {at} of its tensors was\n  {was}\nand is\n  {now}"
+    return ""
 
 
 def _stages(entries: Sequence[Entry], gatherer: WeightGatherer | None) -> list[tuple[list[Entry], Parts | None]]:
@@ -223,7 +271,7 @@ def _stages(entries: Sequence[Entry], gatherer: WeightGatherer | None) -> list[t
 
 
 def _buckets(
-    entries: Sequence[Entry], shard_covers: bool, groups: dict[tuple[int, ...], ProcessGroup]
+    entries: Sequence[Entry], shard_covers: bool, groups: dict[tuple[int, ...], ProcessGroup], lookout: Lookout
 ) -> list[MaxBucket | SumBucket]:
     """One bucket of each kind for each group of peers (and device), in the order in which the tensors need them."""
     slots: dict[tuple[tuple[int, ...], torch.device], list[Slot]] = {}
@@ -246,15 +294,28 @@ def _buckets(
     for ranks, these in peers.items():
         if ranks not in groups:
             groups[ranks] = these.group()
-    maxima = [MaxBucket(groups[ranks], these, device, shard_covers) for (ranks, device), these in slots.items()]
+    watch = lookout.watch
+    maxima = [
+        MaxBucket(groups[ranks], these, device, shard_covers, watch, lookout.seal(ranks, False, device))
+        for (ranks, device), these in slots.items()
+    ]
     tallies = [
-        SumBucket(groups.get(ranks), these, list(steps[ranks, device].values()), device)
+        SumBucket(
+            groups.get(ranks),
+            these,
+            list(steps[ranks, device].values()),
+            device,
+            watch,
+            lookout.seal(ranks, True, device),
+        )
         for (ranks, device), these in sums.items()
     ]
     return [*maxima, *tallies]
 
 
-def _exchanges(entries: Sequence[Entry], groups: dict[tuple[int, ...], ProcessGroup]) -> list[ChunkExchange]:
+def _exchanges(
+    entries: Sequence[Entry], groups: dict[tuple[int, ...], ProcessGroup], watch: RankWatch
+) -> list[ChunkExchange]:
     """One exchange for each group of peers, device and type, in the order in which the tensors need them."""
     found: dict[tuple[tuple[int, ...], torch.device, torch.dtype], list[Lending]] = {}
     for lending in (cover.lending() for entry in entries for cover in entry.cut_covers):
@@ -263,4 +324,4 @@ def _exchanges(entries: Sequence[Entry], groups: dict[tuple[int, ...], ProcessGr
             found.setdefault((peers.ranks, tensor.device, tensor.dtype), []).append(lending)
             if peers.ranks not in groups:
                 groups[peers.ranks] = peers.group()
-    return [ChunkExchange(groups[ranks], lendings) for (ranks, _, _), lendings in found.items()]
+    return [ChunkExchange(groups[ranks], lendings, watch) for (ranks, _, _), lendings in found.items()]
