@@ -274,11 +274,7 @@ class SM3(Optimizer):
             self._gradient_check(params)
         # 2. Update: every box from its slices of the accumulators.
         unscale = inverse_of(getattr(self, "grad_scale", None))
-        try:
-            plan.update({id(group): settings_of(group, unscale) for group in self.param_groups})
-        except Exception:
-            plan.forget()
-            raise
+        plan.update({id(group): settings_of(group, unscale) for group in self.param_groups})
         if blank:
             plan.count_from_0()
         # 3. Send: the new maxima travel while the next gradients are computed.

@@ -13,6 +13,11 @@ pytest_plugins = ["sampling", "worlds"]
 collect_ignore = ["data"]  # scripts that made recorded values, and need more than the tests do
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-rank-seconds", type=float, default=30, help="try random faults of one rank for so long")
+    parser.addoption("--one-rank-seed", type=int, help="and begin with this case")
+
+
 @pytest.fixture(scope="session")
 def workers() -> Iterator[Pool]:
     """Run functions on several ranks: ``workers(world_size).run(function, *args)``; see harness.py."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -74,6 +73,8 @@ def in_which_they_differ(
     for other, odd in by_digest.items():
         if other != digest:
             lines.append(f"  {_difference(found[odd[0]], odd, found[most[0]], most, names, labels)}")
+    if len(by_digest) == 1 and len(found) == len(ranks):  # what the facts do not have
+        lines.append("  a learning rate, which is a tensor on the GPU, is not the same on all of them")
     silent = [rank for rank in ranks if rank not in found]
     if silent:
         lines.append(f"  ranks {in_words(silent)} have not said what they did; see their logs")
@@ -108,6 +109,4 @@ def _difference(
                 f"in step number {a.call} {label} has {'a' if x else 'no'} gradient on {here}, and "
                 f"{'a' if y else 'no'} gradient on {there}, which hold the same part of it"
             )
-    if Counter(a.settings) == Counter(b.settings):
-        return f"the learning rate, which is a tensor on the GPU, is another on {here} than on {there}"
     return f"{here} have {len(a.settings)} param groups, and {there} {len(b.settings)}"

@@ -145,12 +145,16 @@ class StepPlan:
 
     def update(self, settings: Mapping[int, Settings]) -> None:
         """Update every entry, from the settings of its param group by ``id``. New weights leave as they are made."""
-        self.orthogonal.update(settings)
-        for launches, weights in self._stages:
-            for kernel in launches:
-                kernel.update(settings)
-            if self.gatherer is not None and weights is not None:
-                self.gatherer.start(weights)
+        try:
+            self.orthogonal.update(settings)
+            for launches, weights in self._stages:
+                for kernel in launches:
+                    kernel.update(settings)
+                if self.gatherer is not None and weights is not None:
+                    self.gatherer.start(weights)
+        except Exception:
+            self._forget()
+            raise
         # (Where ranks send one another their weights, all of them have the same gradients.)
         mark_changed([param for param in self._params if param.grad is not None])
 
@@ -165,7 +169,7 @@ class StepPlan:
             if squares is not None and entry.squares is not None:
                 entry.squares.partial.copy_(squares.partial)
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Forget the squares of a step that failed on the way, so that the next one does not count them."""
         self.note()
         for entry in self.entries:

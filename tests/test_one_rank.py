@@ -1,0 +1,125 @@
+"""One rank does something else than the others: every rank learns what, or the run ends with the right bits.
+
+``--one-rank-seconds`` says for how long random cases are tried, and ``--one-rank-seed`` from which seed on.
+"""
+
+import random
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Pool
+from layouts import LAYOUTS, Tensors, give, sharded_like
+from one_rank import SAID, try_case
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from sm3_dist import SM3, PlanMismatchError
+from sm3_dist.ranks import fingerprint
+from sm3_dist.ranks.bucket import MaxBucket, SumBucket
+from sm3_dist.ranks.difference import Facts, facts_from, facts_to, in_which_they_differ
+
+
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Pool]:
+    """Workers that may be killed by what they do."""
+    with Pool() as pool:
+        yield pool
+
+
+def test_random_cases(apart: Pool, pytestconfig: pytest.Config) -> None:
+    seconds, seed = pytestconfig.getoption("one_rank_seconds"), pytestconfig.getoption("one_rank_seed")
+    seed = random.SystemRandom().randrange(1 << 30) if seed is None else seed
+    print(f"cases from seed {seed} on")
+    deadline, tried = time.monotonic() + seconds, 0
+    while tried < 3 or time.monotonic() < deadline:
+        case, verdict, words = try_case(apart, seed + tried)
+        assert verdict in ("right", "told"), f"{verdict}: {case}\n{words}"
+        tried += 1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("fault", ["none", *SAID])
+def test_every_fault(apart: Pool, fault: str) -> None:
+    """Sharded, with a replica of each part: told by a bucket and through the store."""
+    case, verdict, words = try_case(apart, 7, fault, "hsdp")
+    assert verdict in ("right", "told"), f"{verdict}: {case}\n{words}"
+
+
+def thin_shards() -> None:
+    """Tensor parallelism leaves a rank nothing, and FSDP2 shards that."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = nn.Linear(1, 5, bias=False)
+    model.weight = nn.Parameter(distribute_tensor(torch.ones(5, 1), mesh["tp"], [Shard(1)]))
+    fully_shard(model, mesh=mesh["dp"])
+    alone = nn.Parameter(torch.ones(5, 1))
+    optimizer, whole = SM3.adamw_like(model.parameters(), cover_block=2), SM3.adamw_like([alone], cover_block=2)
+    for _ in range(3):
+        give(model.weight, torch.ones(5, 1))
+        alone.grad = torch.ones(5, 1)
+        optimizer.step()
+        whole.step()
+    here, there = model.weight.to_local(), sharded_like(model.weight, alone.detach()).to_local()
+    assert torch.equal(here.reshape(-1), there.reshape(-1))  # (torch itself cannot put them together)
+    assert here.numel() == (0 if mesh.get_coordinate()[1] else 3 - mesh.get_coordinate()[0])
+
+
+def test_a_rank_that_tensor_parallelism_leaves_nothing(workers: Pool) -> None:
+    workers(4).run(thin_shards)
+
+
+def learning_rates_as_on_a_gpu(kind: str) -> None:
+    """The fields for what the host does not read; looked at two steps later, as on a GPU."""
+    model = LAYOUTS["fsdp2"].wrap(Tensors([(3, 5), (8, 4)]))
+    options = {} if kind == "maxima" else {"beta": 0.9, "update_rms": 1.0, "cover_block": 1}
+    optimizer = SM3(model.parameters(), lr=0.1, **options)
+    rate = torch.tensor(0.1)
+    fingerprint.Circle.lr_on_device = lambda self: [rate]  # type: ignore[method-assign]
+    bucket = {"maxima": MaxBucket, "sums": SumBucket}[kind]
+    for step in range(6):
+        for param in model.parameters():
+            give(param, torch.ones(param.shape))
+        if step == 0:
+            optimizer.step()
+            sealed = [each for each in optimizer._current_plan().buckets if each._seal is not None]
+            assert [type(each) for each in sealed] == [bucket]
+            sealed[0]._seal._lag = 2
+            continue
+        if step == 2 and dist.get_rank() == 1:
+            rate.fill_(0.1000001)
+        if step < 5:
+            optimizer.step()
+            continue
+        with pytest.raises(PlanMismatchError, match="a learning rate, which is a tensor on the GPU"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["maxima", "sums"])
+def test_learning_rates_that_are_tensors_on_a_gpu(apart: Pool, kind: str) -> None:
+    apart(2).run(learning_rates_as_on_a_gpu, kind)
+    apart.kill()
+
+
+def test_facts_survive_the_store() -> None:
+    facts = Facts(7, ((0.1, 1e-30, True, None),), b"\x00\x01", 2, "stopped", "why")
+    assert facts_from(facts_to(facts)) == facts
+    assert facts_from(facts_to(facts)).digest == facts.digest
+
+
+def test_the_words_for_a_difference() -> None:
+    same = Facts(7, ((0.1,), (0.2,)), b"\x01\x01")
+    for other, words in (
+        (Facts(8, same.settings, same.moved), r"ranks \[1\] came to the exchange in call number 8 .*\[0, 2\] .* 7"),
+        (Facts(7, ((0.1,), (0.3,)), same.moved), r"lr of param group 1 is 0.3 on ranks \[1\], and 0.2 on"),
+        (Facts(7, same.settings, b"\x01\x00"), r"b has no gradient on ranks \[1\], and a gradient on ranks \[0, 2\]"),
+        (Facts(7, same.settings, same.moved, 1), r"\[1\] threw gradients away 1 times"),
+        (Facts(7, event="planned anew", words="Because."), r"\[1\] planned anew in step number 7, .* Because\."),
+    ):
+        found = in_which_they_differ([0, 1, 2], {0: same, 1: other, 2: same}, ["lr"], ["a", "b"])
+        assert re.search(words, found), found
+    assert "ranks [2] have not said" in in_which_they_differ([0, 1, 2], {0: same, 1: same}, ["lr"], [])
