@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sm3_dist.layout.shard import in_words
 from sm3_dist.ranks.difference import Facts, facts_from, facts_to, in_which_they_differ
-from sm3_dist.ranks.watch import PlanMismatchError, RankWatch, store_of_world, wait_for_key
+from sm3_dist.ranks.watch import LOOK_EVERY, PlanMismatchError, RankWatch, store_of_world, wait_for_key
 
 FIELDS = 4
 """Integers of a bucket that a fingerprint takes."""
@@ -112,12 +112,16 @@ class Circle:
         self.leave(exchange, facts)
         if rank == self.ranks[0]:
             found, deadline = {rank: facts}, time.monotonic() + PATIENCE.total_seconds()
+            next_look = time.monotonic() + LOOK_EVERY.total_seconds()
             while len(found) < len(self.ranks) and not store.check([f"{place}/verdict"]):
                 for other in self.ranks:
                     if other not in found and store.check([f"{place}/{other}"]):
                         found[other] = facts_from(store.get(f"{place}/{other}").decode())
                 if time.monotonic() > deadline:
                     break
+                if time.monotonic() > next_look:  # one may have stopped for what it found in another group
+                    self.watch.look()
+                    next_look += LOOK_EVERY.total_seconds()
                 time.sleep(0.001)
             if not store.check([f"{place}/verdict"]):
                 store.set(f"{place}/verdict", in_which_they_differ(self.ranks, found, *self.names))
