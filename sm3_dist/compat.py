@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
@@ -19,3 +20,13 @@ def all_gather_single(output: Any, input: Any, **options: Any) -> Any:
 def reduce_scatter_single(output: Any, input: Any, **options: Any) -> Any:
     """What is ``torch.distributed.reduce_scatter_single`` from 2.13 on."""
     return getattr(dist, REDUCE_SCATTER)(output, input, **options)
+
+
+def give_gradient(tensor: Tensor, grad: Tensor) -> None:
+    """Let ``tensor``, which is as wide as any gradient, have one of another type; up to 2.9 it must be of its own."""
+    if hasattr(tensor, "grad_dtype"):
+        if tensor.grad_dtype is not None:
+            tensor.grad_dtype = None
+        tensor.grad = grad
+    else:
+        tensor.grad = grad.to(tensor.dtype)

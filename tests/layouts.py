@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
 from torch.nn.parallel import DistributedDataParallel
 
 # Odd and even, longer and shorter than any world, of every rank from 1 to 5, and with dimensions of size 1.
@@ -97,7 +97,11 @@ def _distribute(
     def partition(_: str, part: nn.Module, mesh: DeviceMesh) -> None:
         for key, param in list(part.named_parameters(recurse=False)):
             placements = placements_of(next(number), param)
-            part.register_parameter(key, nn.Parameter(distribute_tensor(param.detach(), mesh, placements)))
+            # distribute_tensor of PyTorch 2.9 cannot cut what leaves nothing to some ranks twice
+            whole = DTensor.from_local(param.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+            local = whole.redistribute(placements=placements).to_local().clone(memory_format=torch.contiguous_format)
+            shape = {"shape": param.shape, "stride": param.stride()}
+            part.register_parameter(key, nn.Parameter(DTensor.from_local(local, mesh, placements, **shape)))
 
     distribute_module(module, mesh, partition)
 

@@ -4,8 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+from harness import Pool
 from steps import parameters, weights
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from sm3_dist import SM3
 
@@ -133,3 +137,17 @@ def test_dense_gradients_may_follow_sparse_ones() -> None:
         state = optimizer.state[param]
         assert (state["accumulator_0"] >= total.amax(1) * 0.999999).all()
         assert (state["accumulator_1"] >= total.amax(0) * 0.999999).all()
+
+
+def of_another_cut() -> None:
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 3), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    local = torch.ones(3 if dist.get_rank() else 1, 3)
+    shape = {"shape": weight.shape, "stride": weight.stride()}
+    weight.grad = DTensor.from_local(local, weight.device_mesh, weight.placements, run_check=False, **shape)
+    SM3([weight]).step()
+
+
+def test_a_gradient_that_is_cut_otherwise_is_told(workers: Pool) -> None:
+    workers(2).run_raises(
+        ValueError, of_another_cut, match="holds 6 elements, but of its gradient [39], with the same placements"
+    )

@@ -135,4 +135,12 @@ class Entry:
                 )
             if grad.placements != self.param.placements:  # Partial, where autograd left the reduction to the optimizer
                 grad = grad.redistribute(self.param.device_mesh, self.param.placements)
-        return local_tensor(grad)
+            part = local_tensor(grad)
+            if part.numel() != self.shard.numel:  # PyTorch compares the whole tensors alone
+                raise ValueError(
+                    f"of {self.label} this rank holds {self.shard.numel} elements, but of its gradient "
+                    f"{part.numel()}, with the same placements {self.param.placements}: it was not cut as the "
+                    "parameter was."
+                )
+            return part
+        return grad

@@ -278,6 +278,8 @@ class PlanKeeper:
             self.replicas.include(params[key][0] for key in loaded["state"] if key in params)
         loaded_groups = {key: group for group in loaded["param_groups"] for key in group["params"]}
         for key, (param, label, _) in params.items():
+            if key not in loaded["state"] and SQUARE_AVERAGES not in loaded_groups[key]:
+                continue  # nothing to adopt, of a model that is perhaps yet to be attached
             shards = self.describe(param, label, loaded_groups[key].get("cover_block", cover_block))
             value = loaded["state"].get(key, {})
             if param in self.flattened:  # FSDP1 leaves out what lies on other ranks; they share the averages

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sm3_dist.compat import give_gradient
 from sm3_dist.layout.box import Box
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.shard import LocalShard, unflattened
@@ -117,7 +118,6 @@ class _Part:
         else:
             within, take = shard, lambda grad: grad
             flat = unflattened(flat, local_tensor(entry.param).shape, order)
-        flat.grad_dtype = None  # gradients are not of the type of updates
         return cls(
             entry, replace(entry, param=flat, shard=within, momentum_buffer=momentum, step=entry.step.clone()), take
         )
@@ -133,7 +133,7 @@ class _Part:
                 "into a param group with orthogonalize=False, or use nn.Embedding(..., sparse=False)."
             )
         if self.entry.shard.boxes:
-            self.stand_in.param.grad = self.take(self.entry.local_grad(grad))
+            give_gradient(self.stand_in.param, self.take(self.entry.local_grad(grad)))
         return True
 
     def move(self, settings: Settings) -> None:
