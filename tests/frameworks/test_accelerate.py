@@ -1,4 +1,4 @@
-"""accelerate, unmodified: DDP, FSDP1 and FSDP2 come to what a plain loop comes to; DDP and FSDP2 when interrupted too."""
+"""accelerate, unmodified: DDP, FSDP1 and FSDP2 come to what a plain loop comes to; DDP and FSDP2 after a break too."""
 
 from __future__ import annotations
 
