@@ -117,7 +117,11 @@ class StepInBackward:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} got a second gradient before optimizer.step(), but its "
                 "first has been used and freed. Call optimizer.step() after every backward(). To accumulate gradients, "
-                "step after backward instead: call remove() on the handle of step_in_backward()."
+                "step after backward instead: call remove() on the handle of step_in_backward(). If a backward pass "
+                f"was aborted (out of memory, say), {len(self._stepped)} parameters have taken their step and the "
+                "others have not: drop the gradients that are left and call optimizer.step(), on every rank, to go on "
+                "from there; or "
+                "load the last checkpoint."
             )
         if not self._stepped:
             self._begin()

@@ -21,6 +21,7 @@ from sm3_dist.step.param_groups import (
     inverse_of,
     label_of,
     labelled_params,
+    refuse_options_of_adam,
     settings_of,
     validate,
 )
@@ -31,6 +32,7 @@ from sm3_dist.step.state import SQUARE_AVERAGES
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Never
 
 
 class SM3(Optimizer):
@@ -148,7 +150,9 @@ class SM3(Optimizer):
         check_gradients: int = 3,
         unscale_in_step: bool = False,
         backend: str = "auto",
+        **others: Never,
     ) -> None:
+        refuse_options_of_adam(others)
         if backend not in kernels.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, kernels.BACKENDS))}, but is {backend!r}")
         if check_gradients < 0:

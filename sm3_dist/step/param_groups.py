@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -129,12 +130,44 @@ def validate(group: ParamGroup, number: int) -> None:
         group["orthogonalize"] = tuple(sorted(group["orthogonalize"]))
 
 
+OF_ADAM = {
+    "betas": "pass momentum=betas[0] and beta=betas[1]",
+    "fused": "leave it out: every step is one pass already, and backend= says by which kernel",
+    "foreach": "leave it out: every step is one pass already, and backend= says by which kernel",
+    "capturable": "leave it out: on a GPU steps are counted there",
+    "amsgrad": "leave it out: SM3 has nothing like it",
+    "differentiable": "leave it out: SM3 has nothing like it",
+}
+"""What PyTorch's Adam takes and SM3 does not, and what to do."""
+
+
+def refuse_options_of_adam(names: Iterable[str]) -> None:
+    """Raise for arguments that there are not.
+
+    Raises:
+        TypeError: says what to pass instead.
+
+    Example:
+        >>> refuse_options_of_adam(["betas"])
+        Traceback (most recent call last):
+        TypeError: SM3 has no argument betas: pass momentum=betas[0] and beta=betas[1]
+    """
+    for name in names:
+        raise TypeError(f"SM3 has no argument {name}" + (f": {OF_ADAM[name]}" if name in OF_ADAM else ""))
+
+
 def _validate(group: ParamGroup) -> None:
+    refuse_options_of_adam(set(group) & {"betas"})
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a float or a tensor of one element, not a tensor of shape {tuple(lr.shape)}")
     bounds = {"lr": math.inf, "momentum": 1.0, "beta": 1.0, "eps": math.inf, "weight_decay": math.inf}
     for name, bound in bounds.items():
+        if not isinstance(group[name], (Real, Tensor)):
+            raise TypeError(
+                f"{name} must be a number, but is the {type(group[name]).__name__} {group[name]!r}. (YAML reads 1e-3 "
+                "as a string: write 1.0e-3.)"
+            )
         if not 0.0 <= float(group[name]) < bound:
             raise ValueError(f"{name} must be at least 0 and less than {bound}, but is {float(group[name])}")
     if group["bias_correction"] and not group["beta"]:

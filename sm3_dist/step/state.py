@@ -97,6 +97,12 @@ def adopt_state(
     Raises:
         ValueError: if a tensor does not have the shape that this rank stores.
     """
+    if "exp_avg_sq" in loaded:
+        raise ValueError(
+            f"the loaded state of {label} is that of Adam ({', '.join(loaded)}). Convert it with "
+            "sm3_dist.checkpoint.from_adamw(state_dict, names), and load what that returns with "
+            "sm3_dist.checkpoint.set_optimizer_state_dict."
+        )
     dtype = accumulator_dtype(param.dtype)
     step = as_tensor(loaded.get("step", 0)).detach()
     state: State = {"step": step.to(step_device(param), torch.float32, copy=True)}
