@@ -23,7 +23,7 @@ from sm3_dist.layout.flat_metadata import FlatTensor, Original
 from sm3_dist.layout.shard import LocalShard, Peers
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.param_groups import settings_of
-from sm3_dist.step.state import fill_state, local_accumulators
+from sm3_dist.step.state import fill_state, held_accumulators
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Rank:
                 self.param,
                 group,
                 shard,
-                local_accumulators(state, shard),
+                held_accumulators(state, shard),
                 self.momentum,
                 state["step"],
                 None,
