@@ -1,232 +1,185 @@
 """The Triton backend: the tensors of one GPU in a few launches, without the host waiting for the device.
 
-The tables that the kernel reads are written anew only when they change. What changes in every step, corrections and
+The tables that the kernels read are written anew only when they change. What changes in every step, corrections and
 scales, is computed on the device. So a step whose gradients stay where they are launches kernels and nothing else.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sm3_dist.kernels import fused
-from sm3_dist.kernels.fused import Operands
-from sm3_dist.kernels.triton import kernel
+from sm3_dist.kernels.fused import EMPTY, Operands
+from sm3_dist.kernels.triton import ends, matrix
 from sm3_dist.kernels.triton.availability import interpreting
-from sm3_dist.kernels.triton.tiling import cut, padded
+from sm3_dist.kernels.triton.strips import too_far
+from sm3_dist.kernels.triton.tables import Table, capturing
+from sm3_dist.kernels.triton.work_list import Flags, WorkList
 from sm3_dist.layout.describe import local_tensor
-from sm3_dist.maths.rms import CUT_OFF, scale
+from sm3_dist.maths.rms import CUT_OFF
 from sm3_dist.maths.update import Settings
 from sm3_dist.step.entry import Entry
-from sm3_dist.step.param_groups import correction, first_rms
+from sm3_dist.step.param_groups import first_rms
+
+LEAST_EPS = 2.0**-100
+"""From here on root and reciprocal take their short paths, see :func:`~sm3_dist.kernels.triton.values.inverse_root`."""
+MOMENT_TYPES = (*fused.MOMENT_TYPES, torch.int8)
 
 
 def refusal(entry: Entry) -> str | None:
     """Why this tensor is not for the Triton backend, where that is available; ``None`` if it is."""
-    if (reason := fused.refusal(entry, "cpu" if interpreting() else "cuda")) is not None:
+    if (reason := fused.refusal(entry, "cpu" if interpreting() else "cuda", MOMENT_TYPES)) is not None:
         return reason
-    if entry.rounds:
-        return "the Triton kernel has no stochastic rounding."
-    if entry.shard.cover_block is not None and len(entry.shard.shape) > 2:
-        return "the Triton kernel has block covers for matrices alone."
-    return fused.strided_refusal(entry)
+    if entry.shard.cover_block is None or len(entry.shard.shape) < 2:
+        return fused.strided_refusal(entry)
+    weight = local_tensor(entry.param)
+    operands = fused.views(entry, weight, fused.grad_strides(weight))
+    if too_far(entry.shard, [views for _, views in operands]):
+        return "its rows are so long that 32 bits do not tell where the elements of a block lie."
+    return None
 
 
 class TritonKernel:
     """Tensors that :func:`refusal` has no objection to; see :class:`sm3_dist.kernels.Kernel`.
 
     Args:
-        entries: the tensors, all on one device.
+        entries: the tensors, all on one device, those of a parameter one after another.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = entries
         self._device = local_tensor(entries[0].param).device
         self._groups = list({id(entry.group): entry.group for entry in entries}.values())
-        self._operands = Operands(entries, lambda param, dtype: self._write_list())
-        self._steps = [entries[0].step for entries in self._operands.entries_of]
-        self._flags = [(bool(group["nesterov"]), bool(group["cover_product"])) for group in self._groups]
-        # What corrections and scales are made of, where somebody asks for them.
-        self._shaped = any(e.squares is not None or e.group["bias_correction"] for e in entries)
-        nothing = torch.zeros((), dtype=torch.int64, device=self._device)
-        self._averages = [nothing if e.squares is None else e.squares.average for e in entries]
+        self._stale = True
+        self._operands = Operands(entries, self._retype)
+        self._unaligned: frozenset[int] = frozenset()
+        self._flags: list[Flags] = []
+        self._seen: list[int] = []
+        self._where: list[int] = []
         self._released = [e for e in entries if any(e.shard.shared)]
-        self._write_list()
+        self._addresses = Table(2 * len(self._operands.params), torch.int64, self._device)
+        self._settings = Table(len(self._groups) * int(matrix.GROUP_FIELDS), torch.float32, self._device)
+        self._made_of = Table(len(entries) * int(ends.MADE_OF_FIELDS), torch.float64, self._device)
+        self._clean = True  # whether what lies aside is 0
+        self._write_counters()
 
-    def _write_list(self) -> None:
-        """Write down where everything lies in memory, and which launches it takes."""
-        boxes: list[list[int]] = []
-        tensors: list[list[int]] = []
-        launches: dict[tuple[Any, ...], list[tuple[int, int]]] = defaultdict(list)  # kind: boxes with their tiles
-        groups = {id(group): i for i, group in enumerate(self._groups)}
-        aside = 0
-        for entry in self.entries:
-            shard, momentum, weight = entry.shard, entry.momentum_buffer, local_tensor(entry.param)
-            order, param = fused.memory_order(entry, weight), self._operands.index[id(entry.param)]
-            group, squares = groups[id(entry.group)], entry.squares
-            block = (shard.cover_block or 0) if len(order) > 1 else 0
-            in_turn = _in_turn(entry, order)
-            sizes = [each.numel() for each in in_turn]
-            starts = [aside + sum(sizes[:i]) for i in range(len(sizes))]
-            aside += sum(sizes)
-            strides = [[each.stride(dim) for dim in order] for each in in_turn]
-            tensors.append(
-                [
-                    *(param, group, 0 if momentum is None else momentum.data_ptr()),
-                    0 if squares is None else squares.partial.data_ptr(),
-                    *padded([each.data_ptr() for each in in_turn], fused.DIMS + 1),
-                    *padded(starts, fused.DIMS + 1),
-                    *padded([stride for each in strides for stride in padded(each)], fused.DIMS * (fused.DIMS + 1)),
-                ]
-            )
-            operands = fused.views(entry, weight, self._operands.strides[param])
-            dtypes = weight.dtype, self._operands.dtypes[param], None if momentum is None else momentum.dtype
-            nesterov, product = self._flags[group]
-            options = (
-                *(bool(entry.group["bias_correction"]), squares is not None, nesterov, block),
-                sum(order.index(dim) << 4 * dim for dim in range(len(order))) if product and block else -1,
-            )
-            for b, box in enumerate(shard.boxes):
-                tiling, fields = cut(
-                    [box.start[dim] for dim in order],
-                    [box.shape[dim] for dim in order],
-                    [shard.extent.start[dim] for dim in order],
-                    [[views[b].stride(dim) for dim in order] for _, views in operands],
-                    [int(views[b].storage_offset() - local.storage_offset()) for local, views in operands],
-                    block,
-                )
-                kind = (*dtypes, len(order), tiling.lead, tiling.tall, tiling.wide, *options, *tiling.side_by_side)
-                launches[kind].append((len(boxes), tiling.tiles))
-                boxes.append([len(tensors) - 1, 0, *fields])
-        self._launches: list[tuple[tuple[Any, ...], Tensor]] = []
-        for kind, members in launches.items():
-            first = 0
-            for box_index, tiles in members:
-                boxes[box_index][kernel.BOX_FIRST_TILE] = first
-                first += tiles
-            numbers, counts = torch.tensor(members, dtype=torch.int64, device="cpu").unbind(1)
-            self._launches.append((kind, torch.repeat_interleave(numbers.int(), counts).to(self._device)))
-        self._boxes = torch.tensor(boxes, dtype=torch.int64, device=self._device).view(-1, int(kernel.BOX_FIELDS))
-        self._tensors = torch.tensor(tensors, dtype=torch.int64, device=self._device)
-        self._aside = torch.zeros(aside, dtype=torch.int32, device=self._device)
-        self._accumulators, self._new = self._pairs()
-        self._addresses: list[int] = []
-        self._written: list[list[float]] = []
-        self._address_table = torch.zeros(2 * len(self._operands.params), dtype=torch.int64, device=self._device)
-        self._settings = torch.zeros(
-            (len(self._groups), int(kernel.GROUP_FIELDS)), dtype=torch.float32, device=self._device
-        )
-        self._where = self._released_addresses()
-        units = [(1.0, 1) if e.squares is None else (e.squares.per_one, e.squares.cap) for e in self.entries]
-        self._factors = torch.tensor([[1.0, 1.0, *each] for each in units], dtype=torch.float32, device=self._device)
-        self._made_of: list[list[float]] = []
-        self._make_of = torch.zeros(4, len(self.entries), dtype=torch.float64, device=self._device)
+    def _retype(self, param: int, dtype: torch.dtype) -> None:
+        self._stale = True
+
+    def _write_counters(self) -> None:
+        """Write down where steps are counted, and what averages of squares there are."""
+        rows, first = [], 0
+        for entries in self._operands.entries_of:
+            rows.append([entries[0].step.data_ptr(), first, len(entries)])
+            first += len(entries)
+        averages = [0 if e.squares is None else e.squares.average.data_ptr() for e in self.entries]
+        self._params = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        self._param_count = torch.tensor([len(rows)], dtype=torch.int32, device=self._device)
+        self._averages = torch.tensor(averages, dtype=torch.int64, device=self._device)
 
     def _released_addresses(self) -> list[int]:
         """Where the accumulators lie that ``shard_covers`` moves between steps."""
         return [accumulator.data_ptr() for entry in self._released for accumulator in entry.accumulators]
 
-    def _pairs(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-        """For each tensor the accumulators, and what overwrites them. A vector's was overwritten on the way."""
-        accumulators, new, at = [], [], 0
-        values = self._aside.view(torch.float32)
-        for entry in self.entries:
-            order = fused.memory_order(entry, local_tensor(entry.param))
-            old = _in_turn(entry, order)
-            parts = []
-            for each in old:
-                parts.append(values.narrow(0, at, each.numel()).view(each.shape))
-                at += each.numel()
-            keep = len(order) > 1
-            accumulators.append(old if keep else [])
-            new.append(parts if keep else [])
-        return accumulators, new
-
     def update(self, settings: Mapping[int, Settings]) -> None:
         """Take one step of every tensor that has a gradient, and count it."""
         operands = self._operands
-        flags = [(s.nesterov, s.cover_product) for s in (settings[id(group)] for group in self._groups)]
+        of_groups = [settings[id(group)] for group in self._groups]
         weights, as_surveyed = operands.weights()
         if not as_surveyed:
             operands.survey()
-        if not as_surveyed or flags != self._flags or self._released_addresses() != self._where:
-            self._flags = flags
-            self._write_list()
         grads, kept, eager = operands.grads()
-        self._write_addresses([each for pair in zip(weights, grads, strict=True) for each in pair])
-        self._write_settings([settings[id(group)] for group in self._groups])
-        if self._shaped:
-            self._write_factors()
-        self._aside.zero_()
-        for (weight, grad, moment, *constants), tiles in self._launches:
-            kernel.step_tiles[(len(tiles),)](
-                *(tiles, self._boxes, self._tensors, self._address_table, self._settings, self._factors, self._aside),
-                *(kernel.type_of(weight), kernel.type_of(grad), kernel.type_of(moment), *constants),
-                **kernel.OPTIONS,
+        self._keep_list([*weights], grads, of_groups, as_surveyed)
+        work = self._work
+        addresses = self._addresses.written([each for pair in zip(weights, grads, strict=True) for each in pair])
+        table = self._write_settings(of_groups)
+        if not self._clean:
+            work.aside.zero_()
+        self._clean = False
+        lanes = int(ends.LANES)
+        ends.begin_step[(-(-len(operands.params) // lanes),)](
+            *(self._params, self._param_count, self._averages, self._write_made_of()),
+            *(addresses, work.factors, work.counts),
+            enable_fp_fusion=False,
+        )
+        for launch in work.launches:
+            s, group = of_groups[launch.group], self._groups[launch.group]
+            launch.kernel[(launch.programs,)](
+                *(launch.work, launch.table, *launch.more, addresses, table, work.factors, work.counts),
+                *_numbers(s, group["update_rms"], group["rounding_seed"] or 0),
+                *launch.constants,
+                **launch.options,
             )
-        there = [bool(grads[operands.index[id(e.param)]] and e.shard.boxes) for e in self.entries]
-        old = [each for these, yes in zip(self._accumulators, there, strict=True) if yes for each in these]
-        if old:
-            new = [each for these, yes in zip(self._new, there, strict=True) if yes for each in these]
-            torch._foreach_copy_(old, new)
-        stepped = [step for step, grad in zip(self._steps, grads, strict=True) if grad]
-        if stepped:
-            torch._foreach_add_(stepped, 1)
+        if len(work.pieces):
+            ends.end_step[(len(work.pieces),)](work.pieces, addresses)
+        self._clean = True
         del kept
         for i in eager:
             for entry in operands.entries_of[i]:
                 entry.update(settings[id(entry.group)])
             operands.entries_of[i][0].step.add_(1)
 
-    def _write_addresses(self, addresses: list[int]) -> None:
-        if addresses != self._addresses:
-            self._address_table.copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu"))
-            self._addresses = addresses
+    def _keep_list(
+        self, weights: list[int], grads: list[int], of_groups: Sequence[Settings], as_surveyed: bool
+    ) -> None:
+        """Write the work list anew, if it is not that of these addresses and settings."""
+        flags = [Flags(s.nesterov, s.cover_product, s.eps >= LEAST_EPS, s.unscale is not None) for s in of_groups]
+        if grads != self._seen:
+            odd = {i for i, address in enumerate(grads) if address % 16 and address != EMPTY}
+            if not odd <= self._unaligned:
+                self._unaligned, self._stale = self._unaligned | odd, True
+            self._seen = grads
+        where = [*weights, *self._released_addresses()]
+        if self._stale or not as_surveyed or flags != self._flags or where != self._where:
+            if capturing(self._device):
+                raise RuntimeError(
+                    "a CUDA graph is being captured, but SM3 must first write down where its tensors lie. Take a step "
+                    "(or a few, as torch.cuda.graph's warm-up on a side stream) with the same parameters before."
+                )
+            groups = list(zip(self._groups, flags, strict=True))
+            self._work = WorkList(self.entries, self._operands, groups, self._unaligned)
+            self._flags, self._where, self._stale, self._clean = flags, where, False, True
 
-    def _write_settings(self, settings: Sequence[Settings]) -> None:
-        numbers = []
-        for s, group in zip(settings, self._groups, strict=True):
+    def _write_settings(self, of_groups: Sequence[Settings]) -> Tensor:
+        numbers: list[float] = []
+        for s in of_groups:
             on_host = [0.0 if isinstance(x, Tensor) else x for x in (s.lr, 1 - s.lr * s.weight_decay)]
-            fresh = (1 - s.momentum if s.momentum else 1.0) * (-1 if s.maximize else 1)
-            averages = (s.beta, 1 - s.beta) if s.beta > 0 else (1.0, 1.0)
             unscale = 1.0 if s.unscale is None or isinstance(s.unscale, Tensor) else s.unscale
-            limit = math.inf if group["update_rms"] is None else CUT_OFF * group["update_rms"]
-            numbers.append([*on_host, s.momentum, fresh, *averages, s.eps, unscale, limit])
-        if numbers != self._written:
-            self._settings.copy_(torch.tensor(numbers, dtype=torch.float32, device="cpu"))
-            self._written = numbers
-        for row, s in zip(self._settings, settings, strict=True):  # what is on the device stays there
+            numbers += [*on_host, unscale]
+        table = self._settings.written(numbers)
+        for row, s in zip(table.view(len(of_groups), -1), of_groups, strict=True):  # what is on the device stays there
             if isinstance(s.lr, Tensor):
-                row[int(kernel.LR)].copy_(s.lr)
-                row[int(kernel.DECAY)].copy_(1 - s.lr * s.weight_decay)
+                row[int(matrix.LR)].copy_(s.lr)
+                row[int(matrix.DECAY)].copy_(1 - s.lr * s.weight_decay)
             if isinstance(s.unscale, Tensor):
-                row[int(kernel.UNSCALE)].copy_(s.unscale)
+                row[int(matrix.UNSCALE)].copy_(s.unscale)
+        return table
 
-    def _write_factors(self) -> None:
-        """What depends on the steps that each tensor has taken, made on the device where these numbers are."""
+    def _write_made_of(self) -> Tensor:
+        """What corrections and scales are made of, besides steps and averages."""
         of_group = {
-            id(group): [
+            id(group): (
                 group["beta"] if group["bias_correction"] else 0.0,
                 1.0 if group["update_rms"] is None else group["update_rms"],
                 first_rms(group) ** 2,
-            ]
+            )
             for group in self._groups
         }
-        if (made_of := list(of_group.values())) != self._made_of:
-            units = [1.0 if e.squares is None else e.squares.per_one * e.squares.numel for e in self.entries]
-            rows = [[*of_group[id(e.group)], unit] for e, unit in zip(self.entries, units, strict=True)]
-            self._make_of.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu").t())
-            self._made_of = made_of
-        beta, update_rms, first_square, unit = self._make_of
-        self._factors[:, int(kernel.CORRECTION)].copy_(correction(beta, torch.stack([e.step for e in self.entries])))
-        self._factors[:, int(kernel.SCALE)].copy_(scale(torch.stack(self._averages), unit, update_rms, first_square))
+        numbers: list[float] = []
+        for e in self.entries:
+            unit = 1.0 if e.squares is None else e.squares.per_one * e.squares.numel
+            numbers += [*of_group[id(e.group)], unit]
+        return self._made_of.written(numbers)
 
 
-def _in_turn(entry: Entry, order: Sequence[int]) -> list[Tensor]:
-    """The accumulators in the order of the dimensions in memory, that of the tiles last."""
-    return [entry.accumulators[i] for i in (*order, *range(len(order), len(entry.accumulators)))]
+def _numbers(s: Settings, update_rms: float | None, seed: int) -> tuple[float | int, ...]:
+    """The settings of a param group that are arguments of kernels."""
+    fresh = (1 - s.momentum if s.momentum else 1.0) * (-1 if s.maximize else 1)
+    averages = (s.beta, 1 - s.beta) if s.beta > 0 else (1.0, 1.0)
+    limit = math.inf if update_rms is None else CUT_OFF * update_rms
+    words = (seed & 0xFFFFFFFF, seed >> 32)
+    return (s.momentum, fresh, *averages, s.eps, limit, *(w - (1 << 32) if w >> 31 else w for w in words))

@@ -1,0 +1,210 @@
+"""What the GPU kernels share of arithmetic on single values: types, rounding, random numbers, codes, exact sums.
+
+Each function gives the bits of its twin in :mod:`sm3_dist.maths`. Where the machine has an instruction that Triton's
+interpreter lacks, or gets wrong, there are two ways to the same bits, and ``INTERPRETED`` says which is taken.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sm3_dist.maths.rms import LONGEST
+
+SEED = ["seed_low", "seed_high"]
+unspecialized = triton.jit(do_not_specialize=SEED)
+"""For kernels with a seed, another value of which is to give no other machine code."""
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+"""Whether kernels run in Triton's interpreter. It is decided when this module is imported, as in Triton itself."""
+
+TINY, HUGE = tl.constexpr(torch.finfo(torch.float32).tiny), tl.constexpr(torch.finfo(torch.float32).max)
+MAGIC, MAGIC_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
+"""1.5 * 2^23: adding it to less than 2^22 rounds to an integer, which then stands in the lower bits."""
+HALF = tl.constexpr(22)
+"""Sums of squares of large tensors are added up in two halves, of this many bits the lower one."""
+LONGEST_SQUARE = tl.constexpr(float(LONGEST**2))
+NORMAL = tl.constexpr(2.0**-12)
+NORMAL_BITS = tl.constexpr(127 - 12 << 23)
+"""From here on codes of momentum are further apart, see ``maths/momentum_code.py``."""
+
+
+@triton.jit
+def widened(x, TYPE: tl.constexpr):
+    """A value in float32."""
+    if TYPE == tl.int8:  # noqa: SIM300
+        wide = decoded(x)
+    elif tl.bfloat16 == TYPE:  # by hand: Triton's interpreter gets denormals wrong
+        wide = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def rounded(x, TYPE: tl.constexpr):
+    """The nearest value of a type."""
+    if INTERPRETED and tl.bfloat16 == TYPE:  # it cuts bits off
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        near = tl.where(x != x, 0x7FC0, bits).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        near = x.to(TYPE)
+    return near
+
+
+@triton.jit
+def rounded_randomly(x, noise, TYPE: tl.constexpr):
+    """One of the two neighbours in a type, as ``maths/rounding.py`` and ``maths/momentum_code.py`` have it."""
+    if TYPE == tl.int8:  # noqa: SIM300
+        near = encoded(x, noise)
+    else:
+        bits = (x.to(tl.int32, bitcast=True) + noise) >> 16
+        near = tl.where(x != x, 0x7FC0, bits).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return near
+
+
+@triton.jit
+def decoded(code):
+    """The value of a code. With ``y`` the float whose bits are the code's, shifted: ``y - max(y / 2, 2^-12)``."""
+    wide = code.to(tl.int32)
+    y = ((tl.abs(wide) << 20) + NORMAL_BITS).to(tl.float32, bitcast=True)
+    value = y - tl.maximum(y * 0.5, NORMAL)
+    value = tl.where(wide < 0, -value, value)
+    return tl.where(wide == -128, float("nan"), value)
+
+
+@triton.jit
+def encoded(x, noise):
+    """The code of one of the two neighbours: the longer one if the noise carries over."""
+    length = tl.abs(x)
+    fixed = (tl.minimum(length, NORMAL) * 2147483648.0).to(tl.int32) << 4
+    code = tl.where(length < NORMAL, fixed, length.to(tl.int32, bitcast=True) - (NORMAL_BITS - (1 << 23)))
+    code = tl.minimum((code + (noise << 4)) >> 20, 127)
+    sign = x.to(tl.int32, bitcast=True) >> 31
+    return tl.where(x != x, -128, (code ^ sign) - sign).to(tl.int8)
+
+
+@triton.jit
+def inverse_root(x, NORMAL_RANGE: tl.constexpr):
+    """``1 / sqrt(x)``, each rounded to nearest.
+
+    The compiler makes of either a short path for most numbers, which is correct, a test, and a call for the others.
+    Where it is promised that ``x`` is at least 2^-100 or NaN (``NORMAL_RANGE``), only infinity is among the others. Here
+    is the compiler's own short path then, of root and reciprocal, without the tests.
+    """
+    if INTERPRETED:
+        inverse = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), tl.sqrt_rn(x))
+    elif NORMAL_RANGE:
+        inverse = tl.inline_asm_elementwise(
+            """{
+            .reg .f32 y, s, h, e;
+            rsqrt.approx.ftz.f32 y, $1;
+            mul.rn.f32 s, $1, y;
+            mul.rn.f32 h, y, 0f3F000000;
+            neg.f32 e, s;
+            fma.rn.f32 e, e, s, $1;
+            fma.rn.f32 s, e, h, s;
+            rcp.approx.ftz.f32 y, s;
+            fma.rn.f32 e, y, s, 0fBF800000;
+            neg.f32 e, e;
+            fma.rn.f32 $0, y, e, y;
+            }""",
+            "=f,f",
+            [x],
+            tl.float32,
+            True,
+            1,
+        )
+        inverse = tl.where(x > HUGE, 0.0, inverse)
+    else:
+        inverse = tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [tl.sqrt_rn(x)], tl.float32, True, 1)
+    return inverse
+
+
+@triton.jit
+def bits_of(nu):
+    """The bits of non-negative numbers and NaN, ordered like the numbers; a sign, which x86's NaN has, is dropped."""
+    bits = nu.to(tl.int32, bitcast=True)
+    if INTERPRETED:
+        bits = bits & 0x7FFFFFFF
+    return bits
+
+
+@triton.jit
+def units(update, per_one):
+    """The squares of updates as integers, as :meth:`~sm3_dist.maths.rms.SquareSum.add` has them; of NaN the largest.
+
+    ``per_one`` is a power of 2, so that it does not matter whether the square is cut off before or after.
+    """
+    square = tl.minimum(update * update, LONGEST_SQUARE) * per_one
+    # Numbers from 2^23 on are integers. Others the addition rounds to an integer, half to even.
+    return tl.where(square < 8388608.0, (square + 8388608.0) - 8388608.0, square).to(tl.int64)
+
+
+@triton.jit
+def halves(update, per_one):
+    """As ``units``, where the largest is at most ``2^44``: how many ``2^HALF``, and the rest."""
+    square = tl.minimum(update * update, LONGEST_SQUARE)
+    high = tl.fma(square, per_one * (1.0 / (1 << HALF)), MAGIC)
+    rest = tl.fma(high - MAGIC, -1.0 * (1 << HALF), square * per_one)  # exact
+    low = rest + MAGIC
+    return high.to(tl.int32, bitcast=True) - MAGIC_BITS, low.to(tl.int32, bitcast=True) - MAGIC_BITS
+
+
+@triton.jit
+def random_words(octet, row, tensor, step, seed_low, seed_high):
+    """Four random words for each eight elements of a row: Philox4x32-10, see ``maths/rounding.py``."""
+    k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+    c0, c1, c2, c3 = octet.to(tl.uint32), row.to(tl.uint32), tensor.to(tl.uint32), step.to(tl.uint32)
+    for _ in tl.static_range(10):
+        high, low = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        c0, c1 = tl.umulhi(c2, 0xCD9E8D57) ^ c1 ^ k0, c2 * 0xCD9E8D57
+        c2, c3 = high ^ c3 ^ k1, low
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def noise_of(columns, rows, number, count, seed_low, seed_high):
+    """16 random bits for each element, wherever it lies: one call of the generator for each."""
+    w0, w1, w2, w3 = random_words(columns >> 3, rows, number, count, seed_low, seed_high)
+    which = columns & 7
+    word = tl.where(which < 4, tl.where(which < 2, w0, w1), tl.where(which < 6, w2, w3))
+    return tl.where((which & 1) == 0, word & 0xFFFF, word >> 16).to(tl.int32)
+
+
+@triton.jit
+def noise_at(
+    places,
+    rows,
+    number,
+    count,
+    seed_low,
+    seed_high,
+    VECTOR: tl.constexpr,
+    TALL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """16 random bits for each element of a tile; VECTOR: ``places`` are those of eights, which one call serves."""
+    if VECTOR > 1:
+        w0, w1, w2, w3 = random_words(places[None, :, :], rows, number, count, seed_low, seed_high)
+        # Pairs are joined from the last bit of an element's place to the first.
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        noise = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (TALL, GROUPS, SIDE)).to(tl.int32)
+    else:
+        noise = noise_of(places[None, :, :], rows, number, count, seed_low, seed_high)
+    return noise
+
+
+def type_of(dtype: torch.dtype | None) -> Any:
+    """What Triton calls a dtype; ``None``: it is not there."""
+    names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
+    return None if dtype is None else names[dtype]
