@@ -8,13 +8,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
+from launch.benchmarks import code as bench_code
 from launch.benchmarks import scale as bench_scale
 from launch.benchmarks import sharded as bench_sharded
 from launch.benchmarks import step as bench_step
 from launch.benchmarks import zero1 as bench_zero1
 
 # One module for each benchmark: its `add_arguments(parser)` describes the options, its `run(options)` prints a table.
-BENCHMARKS = {"step": bench_step, "sharded": bench_sharded, "scale": bench_scale, "zero1": bench_zero1}
+BENCHMARKS = {
+    "step": bench_step,
+    "sharded": bench_sharded,
+    "scale": bench_scale,
+    "zero1": bench_zero1,
+    "code": bench_code,
+}
 
 
 def main(arguments: list[str]) -> None:

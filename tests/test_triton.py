@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,8 +22,8 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'sm3_
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = (80, 90, 100)
-KINDS = 7
-"""How many kernels are compiled for them, see ``check_compile``."""
+KINDS = 6
+"""How many kernels are compiled for them, see ``launch/benchmarks/code.py``."""
 
 
 def run(what: str, interpret: str, *arguments: str) -> str:
@@ -37,56 +38,80 @@ def run(what: str, interpret: str, *arguments: str) -> str:
 
 
 def test_the_interpreted_kernel_gives_the_bits_of_eager() -> None:
-    assert run("interpret", "1") == "compared dtypes, options, memory, boxes; the host read nothing\n"
+    assert run("interpret", "1") == "compared plain, recipe, random, memory, boxes; the host read nothing\n"
 
 
-def test_the_kernel_compiles_for_each_architecture_without_spills(sampled: Callable[[Any], list[Any]]) -> None:
-    """And into exact operations: nothing fused, approximated or flushed to zero."""
+def test_the_machine_code_of_the_kernel_of_matrices(sampled: Callable[[Any], list[Any]]) -> None:
+    """Few instructions per element, 16 bytes at a time, no spills, no 64-bit division, nothing fused or flushed.
+
+    But for the short path of root and reciprocal, and the halves of exact sums, which say so themselves.
+    """
     rows = sampled(itertools.product(ARCHITECTURES, range(KINDS)))
     report = run("compile", "0", *(f"{architecture}:{kind}" for architecture, kind in rows))
     print(report)
-    lines = [line.split() for line in report.splitlines()[1:]]
-    assert {int(line[0]) for line in lines} == set(ARCHITECTURES)
+    lines = [line.split() for line in report.splitlines()]
     assert len(lines) == len(rows)
-    for *_, registers, _, spills, operations in lines:
-        assert 0 < int(registers) <= 255
-        assert spills == "0"
-        assert set(operations.split(",")) == {"add.rn", "div.rn", "mul.rn", "sqrt.rn", "sub.rn"}
+    exact = {"add.rn", "add.rz", "div.rn", "mul.rn", "sub.rn", "fma.rn", "rsqrt.approx.ftz", "rcp.approx.ftz"}
+    for _, _, instructions, most, registers, spilled, wide, divides, operations in lines:
+        assert float(instructions) <= float(most)
+        assert 0 < int(registers) <= 128
+        assert spilled == "0"
+        assert (wide, divides) == ("True", "False")
+        assert set(operations.split(",")) <= exact
 
 
-def check_dtypes() -> None:
+SHAPES = [(), (7,), (2100,), (0,), (33, 17), (3, 150), (1, 30), (30, 1), (0, 5), (2, 3, 5), (6, 4, 3, 3)]
+ALIGNED = [(70, 128), (64, 192), (130, 8)]
+"""Matrices whose rows are whole vectors in memory."""
+
+
+def compare_shapes(dtype: Any, settings: dict[str, Any], shapes: list[tuple[int, ...]], missing: int) -> None:
     import torch
-    from against_eager import DTYPES, SETTINGS, compare, gradient
+    from against_eager import compare, gradient
 
-    shapes = [(), (7,), (2100,), (0,), (33, 17), (3, 300), (1, 30), (30, 1), (2, 3, 5), (6, 4, 3, 3), (3, 4, 2, 2, 2)]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(missing)
+    weights = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    grads = [[gradient(s, dtype, generator, special) for s in shapes] for special in (False, True, False)]
+    grads[1][missing % len(shapes)] = None
+    compare(weights, grads, "triton", **settings)
+
+
+def check_plain() -> None:
+    from against_eager import DTYPES, SETTINGS
+
     float32, bfloat16, float16 = DTYPES
-    cases = [(float32, SETTINGS[1]), (float32, SETTINGS[2]), (float32, SETTINGS[4])]
-    cases += [(bfloat16, SETTINGS[2]), (float16, SETTINGS[4])]
-    for number, (dtype, settings) in enumerate(cases):
-        weights = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-        grads = [[gradient(s, dtype, generator, special) for s in shapes] for special in (False, True)]
-        grads[1][number % len(shapes)] = None
-        compare(weights, grads, "triton", **settings)
+    cases = [(float32, SETTINGS[1]), (float32, SETTINGS[4]), (float32, {"eps": 0.0}), (bfloat16, SETTINGS[2])]
+    for number, (dtype, settings) in enumerate([*cases, (float16, SETTINGS[3]), (float32, SETTINGS[8])]):
+        compare_shapes(dtype, settings, [*SHAPES[number % 2 :: 2], *ALIGNED[: 1 + number % 2]], number)
 
 
-def check_options() -> None:
+def check_recipe() -> None:
     """Steps after the second have an average of squares to go by."""
     import torch
-    from against_eager import DTYPES, RECIPE, SETTINGS, compare, gradient
+    from against_eager import DTYPES, RECIPE
 
-    shapes = [(), (7,), (0,), (33, 17), (3, 150), (30, 1), (5, 3, 6), (6, 4, 3, 3)]
-    product = RECIPE | {"cover_block": 4, "cover_product": True, "nesterov": True}
-    generator = torch.Generator().manual_seed(0)
     float32, bfloat16, float16 = DTYPES
-    cases = [(float32, SETTINGS[8]), (bfloat16, SETTINGS[10]), (float32, product), (bfloat16, product)]
-    cases += [(float16, product), (float16, SETTINGS[12])]
+    recipe = RECIPE | {"cover_product": True, "nesterov": True, "weight_decay": 0.1, "cover_block": 64}
+    narrow = {"momentum_dtype": torch.bfloat16}
+    cases = [(float32, recipe), (float32, recipe | {"cover_block": 3}), (bfloat16, recipe | narrow)]
+    cases += [(float16, recipe | {"cover_block": 32, "cover_product": False}), (float32, recipe | {"cover_block": 200})]
     for number, (dtype, settings) in enumerate(cases):
-        taken = [s for s in shapes if len(s) < 3 or "cover_block" not in settings]  # no others with block covers
-        weights = [torch.randn(shape, generator=generator).to(dtype) for shape in taken]
-        grads = [[gradient(s, dtype, generator, special) for s in taken] for special in (False, True, False)]
-        grads[1][number % len(taken)] = None
-        compare(weights, grads, "triton", **settings)
+        compare_shapes(dtype, settings, [*SHAPES[number % 2 :: 2], *ALIGNED[: 1 + number % 2], (5, 3, 6)], number)
+    compare_shapes(float32, recipe, [(400, 400)], 1)  # sums of squares in halves
+
+
+def check_random() -> None:
+    import torch
+    from against_eager import DTYPES, RECIPE
+
+    float32, bfloat16, _ = DTYPES
+    recipe = RECIPE | {"cover_block": 64, "cover_product": True, "nesterov": True}
+    seed = {"stochastic_rounding": True, "rounding_seed": (1 << 63) + 12345}
+    cases = [(bfloat16, recipe, torch.int8), (bfloat16, {"momentum": 0.9}, torch.bfloat16)]
+    cases += [(float32, recipe | {"cover_block": 3}, torch.int8), (bfloat16, {"momentum": 0.9}, torch.int8)]
+    for number, (dtype, settings, narrow) in enumerate(cases):
+        shapes = [*SHAPES[number % 2 :: 2], ALIGNED[number % 2]]
+        compare_shapes(dtype, settings | seed | {"momentum_dtype": narrow}, shapes, number)
 
 
 def check_memory() -> None:
@@ -104,9 +129,9 @@ def check_memory() -> None:
     ]
     grads = [[torch.empty_like(w).copy_(randn(*w.shape)) for w in weights], [randn(*w.shape) for w in weights]]
     product = RECIPE | {"cover_block": 4, "cover_product": True}
-    for settings in ({}, {"momentum": 0.9}, {"cover_block": 3}, product):
-        taken = 4 if "cover_block" in settings else 5
-        compare_views(weights[:taken], [each[:taken] for each in grads], "triton", **settings)
+    codes = {"momentum_dtype": torch.int8}
+    for settings in ({}, {"momentum": 0.9} | codes, {"cover_block": 3}, product, product | codes):
+        compare_views(weights, grads, "triton", **settings)
 
 
 def check_boxes() -> None:
@@ -114,10 +139,10 @@ def check_boxes() -> None:
 
     from sm3_dist.kernels.triton.backend import TritonKernel
 
-    for shape in [(10, 7), (30, 300), (6, 5, 4), (5, 4, 3, 2)]:
+    for shape in [(10, 7), (30, 304), (6, 5, 4), (5, 4, 3, 2)]:
         for replicated in (False, True):
             compare_boxes(shape, replicated, TritonKernel, ranges=2)
-    for shape, block, ranges in [((10, 7), 2, 3), ((30, 70), 8, 2), ((30, 70), 3, 1)]:
+    for shape, block, ranges in [((10, 7), 2, 3), ((40, 72), 8, 2), ((30, 70), 3, 1), ((5, 4, 3, 3), 2, 2)]:
         for replicated in (False, True):
             compare_boxes(shape, replicated, TritonKernel, ranges, block, is_product=block % 2 == 0)
 
@@ -131,7 +156,7 @@ def check_that_the_host_reads_nothing() -> None:
     from against_eager import assert_same
 
     from sm3_dist.kernels.eager import EagerKernel
-    from sm3_dist.kernels.triton import kernel as triton_kernel
+    from sm3_dist.kernels.triton import ends
     from sm3_dist.kernels.triton.backend import TritonKernel
     from sm3_dist.layout.box import Box
     from sm3_dist.layout.shard import LocalShard
@@ -166,75 +191,35 @@ def check_that_the_host_reads_nothing() -> None:
     for expected, actual in zip(*results, strict=True):
         assert_same(actual, expected, "tensor lr")
 
-    launched = MagicMock()  # in the place of the kernel, which the interpreter runs on the host
+    launched = MagicMock()  # in the place of the kernels, which the interpreter runs on the host
     with torch.no_grad(), ExitStack() as stack:
         for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
             stack.enter_context(patch.object(torch.Tensor, name, refuse))
         for name in ("tensor", "as_tensor", "from_numpy"):
             stack.enter_context(patch.object(torch, name, refuse))
-        stack.enter_context(patch.object(triton_kernel, "step_tiles", launched))
+        stack.enter_context(patch.object(ends, "begin_step", launched))
+        for launch in works[1]._work.launches:
+            stack.enter_context(patch.object(type(launch.kernel), "__getitem__", launched.__getitem__))
         works[1].update({id(group): settings})
-    assert launched.__getitem__.call_count == 2
-    assert [float(entry.step) for entry in works[1].entries] == [3.0, 3.0]
+    assert launched.__getitem__.call_count == 3  # the beginning, vectors, matrices: nothing goes aside
 
 
 def check_compile(rows: list[str]) -> None:
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    """One line for each kernel: what the test above asserts of it."""
+    from launch.benchmarks.code import KINDS, compiled
 
-    from sm3_dist.kernels.triton import kernel
-
-    pointers = {"tiles": "*i32", "boxes": "*i64", "tensors": "*i64", "addresses": "*i64", "settings": "*fp32"}
-    names = ("WEIGHT", "GRAD", "MOMENT", "NDIM", "LEAD", "TALL", "WIDE")
-    names += ("CORRECT", "SQUARES", "NESTEROV", "BLOCK", "PRODUCT", "ROWS", "COLUMNS")
-    signature = {**pointers, "factors": "*fp32", "aside": "*i32", **dict.fromkeys(names, "constexpr")}
-    plain, recipe = (False, False, False, 0, -1, 1, 1), (True, True, False)
-    kinds = [
-        (tl.float32, tl.float32, None, 2, 1, 8, 256, *plain),
-        (tl.float32, tl.float32, tl.float32, 1, 0, 1, 2048, *plain),
-        (tl.bfloat16, tl.bfloat16, tl.bfloat16, 2, 1, 8, 256, *plain),
-        (tl.float16, tl.float32, tl.float32, 4, 1, 64, 32, *plain),
-        (tl.float32, tl.float32, tl.float32, 2, 1, 8, 256, *recipe, 64, 0x10, 8, 64),
-        (tl.bfloat16, tl.bfloat16, tl.bfloat16, 2, 1, 8, 256, True, True, True, 32, 0x10, 8, 32),
-        (tl.float16, tl.float32, tl.float32, 4, 3, 64, 8, *recipe, 64, 0x3210, 1, 8),
-    ]
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    print("sm weight grad momentum dimensions tile block registers shared spills operations")
-    assert len(kinds) == KINDS
+    names = list(KINDS)
     for row in rows:
         architecture, number = map(int, row.split(":"))
-        kind = kinds[number]
-        source = ASTSource(kernel.step_tiles, signature, constexprs=dict(zip(names, kind, strict=True)))
-        target = GPUTarget("cuda", architecture, 32)
-        compiled = triton.compile(source, target=target, options=kernel.OPTIONS)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(compiled.asm["cubin"])
-            cubin.flush()
-            command = [str(tools / "cuobjdump"), "--dump-resource-usage", cubin.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = re.search(r"Function step_tiles:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-        assert found is not None, usage
-        registers, stack, _, local = map(int, found.groups())
-        shared = compiled.metadata.shared
-        names_of = r"\b(?:fma|mad|div|sqrt|rsqrt|rcp|mul|add|sub)\.[\w.]*f32"
-        operations = {each.removesuffix(".f32") for each in re.findall(names_of, compiled.asm["ptx"])}
-        weight, grad, moment, ndim, _, tall, wide, _, _, _, block, *_ = kind
+        name = names[number]
+        code = compiled(name, architecture)
+        wide = all(code.operations[each] for each in ("LDG.E.128", "STG.E.128"))
+        narrow = [each for each in code.operations if re.match(r"(LDG|STG)\.E\.(U8|U16|S8|S16)", each)]
         print(
-            architecture,
-            weight,
-            grad,
-            moment,
-            ndim,
-            f"{tall}x{wide}",
-            block,
-            registers,
-            shared,
-            stack + local,
-            end=" ",
+            *(architecture, number, f"{code.per_element:.1f}", KINDS[name][3], code.registers, code.spilled),
+            *(wide and not narrow, any("div_s64" in each or "div_u64" in each for each in code.calls)),
+            ",".join(sorted(code.arithmetic)),
         )
-        print(",".join(sorted(operations)))
 
 
 if __name__ == "__main__":
@@ -244,9 +229,9 @@ if __name__ == "__main__":
         import against_eager
 
         against_eager.threads = nullcontext  # the kernel uses none
-        check_dtypes()
-        check_options()
-        check_memory()
-        check_boxes()
+        for check in (check_plain, check_recipe, check_random, check_memory, check_boxes):
+            start = time.process_time()
+            check()
+            print(f"{check.__name__}: {time.process_time() - start:.1f} s", file=sys.stderr)
         check_that_the_host_reads_nothing()
-        print("compared dtypes, options, memory, boxes; the host read nothing")
+        print("compared plain, recipe, random, memory, boxes; the host read nothing")

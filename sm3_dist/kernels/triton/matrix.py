@@ -8,8 +8,8 @@ it, it overwrites them when it is through: each was read before by all that goes
 several programs know of, those of whole rows and columns above all, go to a buffer aside (``ASIDE``), from which
 ``ends.py`` brings them.
 
-A tile is ``TALL`` rows of ``GROUPS`` groups of ``SIDE`` columns, each in one block. ``VECTOR`` promises that columns begin
-and end at multiples of so many elements, and of 16 bytes in memory (8 for codes), that all operands have the same
+A tile is ``TALL`` rows of ``GROUPS`` groups of ``SIDE`` columns, each in one block. ``VECTOR`` promises that columns
+begin and end at multiples of so many elements, and of 16 bytes in memory (8 for codes), that all operands have the same
 distance from row to row, and that blocks are as long as groups.
 """
 
@@ -160,7 +160,10 @@ def step_strip(
         m_start = start_of(tl.load(matrix + M_MOMENT), tl.load(matrix + M_MOMENT_ORIGIN), row, m_line, in_line, MOMENT)
 
     # The covers of columns and tiles.
-    row_line = tl.load(matrix + M_ROW_LINE).to(tl.int32)
+    if BLOCK:
+        row_line = tl.load(matrix + M_ROW_LINE).to(tl.int32)
+    else:
+        row_line = 1
     row_entry, column_entry = row.to(tl.int64) * row_line, column.to(tl.int64)
     row_covers = tl.load(matrix + M_ROW_COVERS).to(tl.pointer_type(tl.float32))
     column_covers = tl.load(matrix + M_COLUMN_COVERS).to(tl.pointer_type(tl.float32))
@@ -238,12 +241,12 @@ def step_strip(
                 nu = nu * tl.load(factor + CORRECTION)
             update = inverse_root(nu + eps, NORMAL_RANGE) * grad
             if SQUARES > 0:
-                per_one = tl.load(factor + PER_ONE)
+                per_one, counted = tl.load(factor + PER_ONE), tl.where(there, update, 0.0)
                 if SQUARES == 2:
-                    upper, lower = halves(tl.where(there, update, 0.0), per_one)
+                    upper, lower = halves(counted, per_one)
                     high += tl.sum(tl.reshape(upper, (TALL, GROUPS, SIDE // THREAD, THREAD)), axis=3)
                 else:
-                    lower = units(tl.where(there, update, 0.0), per_one)
+                    lower = units(counted, per_one)
                 low += tl.sum(tl.reshape(lower, (TALL, GROUPS, SIDE // THREAD, THREAD)), axis=3)
                 update = update * tl.load(factor + SCALE)
                 update = tl.maximum(update, -limit, propagate_nan=tl.PropagateNan.ALL)

@@ -57,7 +57,8 @@ def strips_of(shard: LocalShard, operands: Sequence[Sequence[Tensor]], vector: i
         return None
     if shard.cover_block is not None:
         found = [m for m in matrices(shard, operands) if m.rows.count and m.columns.count]
-        together = not _apart(found)
+        # (Between several boxes lie entries of which this rank knows nothing, and which become 0.)
+        together = len(shard.boxes) > 1 or not _apart(found)
     else:
         found = list(_slices(shard, operands))
         together = True

@@ -26,7 +26,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 TINY, HUGE = tl.constexpr(torch.finfo(torch.float32).tiny), tl.constexpr(torch.finfo(torch.float32).max)
 MAGIC, MAGIC_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
 """1.5 * 2^23: adding it to less than 2^22 rounds to an integer, which then stands in the lower bits."""
-HALF = tl.constexpr(22)
+HALF, UPPER, UPPER_INVERSE = tl.constexpr(22), tl.constexpr(2.0**22), tl.constexpr(2.0**-22)
 """Sums of squares of large tensors are added up in two halves, of this many bits the lower one."""
 LONGEST_SQUARE = tl.constexpr(float(LONGEST**2))
 NORMAL = tl.constexpr(2.0**-12)
@@ -83,8 +83,14 @@ def decoded(code):
 def encoded(x, noise):
     """The code of one of the two neighbours: the longer one if the noise carries over."""
     length = tl.abs(x)
-    fixed = (tl.minimum(length, NORMAL) * 2147483648.0).to(tl.int32) << 4
-    code = tl.where(length < NORMAL, fixed, length.to(tl.int32, bitcast=True) - (NORMAL_BITS - (1 << 23)))
+    if INTERPRETED:
+        fixed = (tl.minimum(length, NORMAL) * 2147483648.0).to(tl.int32) << 4
+        code = tl.where(length < NORMAL, fixed, length.to(tl.int32, bitcast=True) - (NORMAL_BITS - (1 << 23)))
+    else:  # the same in one sum, towards 0: below 2^-12 of fixed point, from there on of twice the length
+        code = tl.inline_asm_elementwise(
+            "add.rz.f32 $0, $1, $2;", "=f,f,f", [length, tl.maximum(length, NORMAL)], tl.float32, True, 1
+        )
+        code = code.to(tl.int32, bitcast=True) - NORMAL_BITS
     code = tl.minimum((code + (noise << 4)) >> 20, 127)
     sign = x.to(tl.int32, bitcast=True) >> 31
     return tl.where(x != x, -128, (code ^ sign) - sign).to(tl.int8)
@@ -95,8 +101,8 @@ def inverse_root(x, NORMAL_RANGE: tl.constexpr):
     """``1 / sqrt(x)``, each rounded to nearest.
 
     The compiler makes of either a short path for most numbers, which is correct, a test, and a call for the others.
-    Where it is promised that ``x`` is at least 2^-100 or NaN (``NORMAL_RANGE``), only infinity is among the others. Here
-    is the compiler's own short path then, of root and reciprocal, without the tests.
+    Where it is promised that ``x`` is at least 2^-100 or NaN (``NORMAL_RANGE``), only infinity is among the others, and
+    what stands here is the compiler's own short path, of root and reciprocal, without the tests.
     """
     if INTERPRETED:
         inverse = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), tl.sqrt_rn(x))
@@ -151,8 +157,8 @@ def units(update, per_one):
 def halves(update, per_one):
     """As ``units``, where the largest is at most ``2^44``: how many ``2^HALF``, and the rest."""
     square = tl.minimum(update * update, LONGEST_SQUARE)
-    high = tl.fma(square, per_one * (1.0 / (1 << HALF)), MAGIC)
-    rest = tl.fma(high - MAGIC, -1.0 * (1 << HALF), square * per_one)  # exact
+    high = tl.fma(square, per_one * UPPER_INVERSE, MAGIC)
+    rest = tl.fma(high - MAGIC, -UPPER, square * per_one)  # exact
     low = rest + MAGIC
     return high.to(tl.int32, bitcast=True) - MAGIC_BITS, low.to(tl.int32, bitcast=True) - MAGIC_BITS
 

@@ -201,12 +201,12 @@ class WorkList:
     def _launches_of_strips(self) -> list[Launch]:
         table = self._table(self._matrices, int(matrix.MATRIX_FIELDS))
         made = []
-        for (group, *constants), members in self._strips.items():
+        for (group, *found), members in self._strips.items():
+            weight, constants = found[0], _constants(found)
             strips = torch.cat(members).to(self._device)
-            options = {"num_warps": 1, "enable_fp_fusion": False}
-            made.append(
-                Launch(matrix.step_strip, group, strips, table, (), len(strips), _constants(constants), options)
-            )
+            names = [name for name in matrix.step_strip.arg_names if name.isupper()]
+            options = options_of(4 if weight.itemsize == 4 else 8, dict(zip(names, constants, strict=True)))
+            made.append(Launch(matrix.step_strip, group, strips, table, (), len(strips), constants, options))
         return made
 
     def _add_boxes(self, number: int, entry: Entry, aside: Sequence[int]) -> None:
@@ -260,6 +260,21 @@ class WorkList:
                 Launch(tiles.step_tiles, group, work, boxes, (tensors,), len(work), _constants(constants), options)
             )
         return made
+
+
+def options_of(thread: int, constants: dict[str, Any]) -> dict[str, Any]:
+    """Options for the compiler of the kernel of matrices, a warp of which is a program.
+
+    64 registers leave room for 32 warps, the most programs that a processor takes. What needs more gets more.
+    """
+    options = {"num_warps": 1, "enable_fp_fusion": False}
+    random = constants["RANDOM"] or constants["MOMENT"] == values.type_of(torch.int8)
+    if constants["VECTOR"] > 1 and not random:
+        if constants["SQUARES"] == 0:
+            options["maxnreg"] = 64 if thread == 4 else 72
+        elif thread == 4:
+            options["maxnreg"] = 80
+    return options
 
 
 def _constants(constants: Sequence[Any]) -> tuple[Any, ...]:

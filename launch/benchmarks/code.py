@@ -1,0 +1,143 @@
+"""Machine code of the Triton kernel of matrices: instructions per element, registers, bytes at a time. Needs no GPU.
+
+A strip is walked through in passes, and a thread takes 16 elements in each. Counted are all instructions of the kernel,
+beginning, end and slow paths that are hardly ever taken included, over these 16: what is executed per element is less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+PLAIN = {"CORRECT": False, "SQUARES": 0, "NESTEROV": False, "PRODUCT": False, "GROUPS": 1, "SIDE": 128}
+PLAIN |= {"BLOCK": False, "ASIDE": True, "RANDOM": False}
+RECIPE = {"CORRECT": True, "SQUARES": 2, "NESTEROV": True, "PRODUCT": True, "GROUPS": 2, "SIDE": 64}
+RECIPE |= {"BLOCK": True, "ASIDE": False, "RANDOM": False}
+RANDOM = RECIPE | {"RANDOM": True}
+KINDS: dict[str, tuple[str, str | None, dict[str, Any], int]] = {  # weight, momentum, options, most per element
+    "float32": ("float32", None, PLAIN, 62),
+    "bfloat16": ("bfloat16", None, PLAIN, 62),
+    "float32, momentum": ("float32", "float32", PLAIN, 62),
+    "recipe, float32, float32 momentum": ("float32", "float32", RECIPE, 95),
+    "recipe, bfloat16, bfloat16 momentum": ("bfloat16", "bfloat16", RECIPE, 95),
+    "recipe, bfloat16 rounded stochastically, 8-bit momentum": ("bfloat16", "int8", RANDOM, 130),
+}
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the compiler made of a kernel.
+
+    Attributes:
+        elements: that a thread takes in a pass.
+        instructions: all of them.
+        registers: of a thread.
+        spilled: bytes of a thread's registers that go to memory.
+        operations: how often each instruction is there, with its modifiers.
+        calls: functions that it calls.
+        arithmetic: floating-point operations of the intermediate code.
+    """
+
+    elements: int
+    instructions: int
+    registers: int
+    spilled: int
+    operations: Counter[str]
+    calls: frozenset[str]
+    arithmetic: frozenset[str]
+
+    @property
+    def per_element(self) -> float:
+        """Instructions per element."""
+        return self.instructions / self.elements
+
+    @property
+    def occupancy(self) -> float:
+        """Part of the warps of a processor that find room: of 64, where a program is one warp and there are 32."""
+        return min(32, 65536 // (32 * -(-self.registers // 8) * 8)) / 64
+
+
+def compiled(name: str, architecture: int) -> Code:
+    """Compile one of ``KINDS``."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sm3_dist.kernels.triton import matrix, values
+    from sm3_dist.kernels.triton.work_list import options_of
+
+    weight, moment, options, _ = KINDS[name]
+    thread = 4 if weight == "float32" else 8
+    constants = {
+        "WEIGHT": getattr(tl, weight),
+        "GRAD": getattr(tl, weight),
+        "MOMENT": None if moment is None else getattr(tl, moment),
+        "UNSCALED": False,
+        "NORMAL_RANGE": True,
+        "TALL": 32 * thread // 128,
+        "PASSES": 16 // thread,
+        "VECTOR": thread,
+        "TABLE": False,
+        **options,
+    }
+    arguments = [name for name in matrix.step_strip.arg_names if name not in constants]
+    types = {"strips": "*i32", "counts": "*i32", "matrices": "*i64", "addresses": "*i64"}
+    types |= {"settings": "*fp32", "factors": "*fp32"} | dict.fromkeys(values.SEED, "i32")
+    signature = {name: types.get(name, "fp32") for name in arguments} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(matrix.step_strip, signature, constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options_of(thread, constants))
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(made.asm["cubin"])
+        cubin.flush()
+        text = _said(tools / "nvdisasm", "-c", cubin.name)
+        usage = _said(tools / "cuobjdump", "--dump-resource-usage", cubin.name)
+    found = re.search(r"Function step_strip:\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+?)[ ;]", text, re.MULTILINE)
+    operations = Counter(line for line in lines if line != "NOP")
+    names = r"\b(?:fma|mad|div|sqrt|rsqrt|rcp|mul|add|sub)\.[\w.]*f32"
+    return Code(
+        16,
+        operations.total(),
+        int(found[1]),
+        int(found[2]) + int(found[3]),
+        operations,
+        frozenset(re.findall(r"\$__internal_\d+_\$(\w+)", text)),
+        frozenset(each.removesuffix(".f32") for each in re.findall(names, made.asm["ptx"])),
+    )
+
+
+def _said(*command: str | Path) -> str:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the options."""
+    parser.add_argument("--sm", type=int, nargs="+", default=list(ARCHITECTURES), help="default: 80 90 100")
+    parser.add_argument("--only", nargs="+", default=list(KINDS), choices=list(KINDS))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compile, and print a Markdown table."""
+    made = {name: [compiled(name, architecture) for architecture in options.sm] for name in options.only}
+    print(
+        f"| sm_{', sm_'.join(map(str, options.sm))} | instructions per element | registers | occupancy | spilled bytes |"
+    )
+    print("|:--|--:|--:|--:|--:|")
+    for name, codes in made.items():
+        cells = [
+            ", ".join(f"{code.per_element:.0f}" for code in codes),
+            ", ".join(str(code.registers) for code in codes),
+            ", ".join(f"{code.occupancy:.0%}".replace("%", " %") for code in codes),
+            ", ".join(str(code.spilled) for code in codes),
+        ]
+        print(f"| {name} | {' | '.join(cells)} |")
