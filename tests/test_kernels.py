@@ -16,7 +16,7 @@ from against_eager import (
 )
 from torch import nn
 
-from sm3_dist import SM3
+from sm3_dist import SM3, kernels
 from sm3_dist.kernels.c import backend as cpu
 from sm3_dist.kernels.eager import EagerKernel
 from sm3_dist.layout.box import Box
@@ -198,3 +198,15 @@ def test_weights_may_move_to_other_memory_or_another_type():
             weight.grad = torch.empty_like(weight.data).copy_(grad)
             optimizer.step()
         assert_same(weights[1].detach(), weights[0].detach(), change)
+
+
+def test_what_a_gpu_leaves_to_eager_is_named(monkeypatch):
+    monkeypatch.setattr(kernels, "_on_gpu", lambda entry: True)
+    monkeypatch.setattr(kernels.triton, "refusal", lambda entry: "it is torch.float64.")
+    large, small = (nn.Parameter(torch.ones(n, 40, dtype=torch.float64)) for n in (40, 2))
+    large.grad, small.grad = torch.ones_like(large), torch.ones_like(small)
+    with pytest.warns(
+        UserWarning, match=r"parameter 1 .*\(40, 40\) on the GPU in eager.*: it is torch.float64"
+    ) as told:
+        SM3([small, large]).step()
+    assert len(told) == 1

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,8 +36,12 @@ def run(what: str, interpret: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_interpreted_kernel_gives_the_bits_of_eager() -> None:
-    assert run("interpret", "1") == "compared plain, recipe, random, memory, boxes; the host read nothing\n"
+CHECKS = ("plain", "recipe", "random", "memory", "boxes", "that_the_host_reads_nothing")
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_interpreted_kernels_give_the_bits_of_eager(check: str) -> None:
+    assert run(check, "1") == f"checked {check}\n"
 
 
 def test_the_machine_code_of_the_kernel_of_matrices(sampled: Callable[[Any], list[Any]]) -> None:
@@ -61,7 +64,7 @@ def test_the_machine_code_of_the_kernel_of_matrices(sampled: Callable[[Any], lis
 
 
 SHAPES = [(), (7,), (2100,), (0,), (33, 17), (3, 150), (1, 30), (30, 1), (0, 5), (2, 3, 5), (6, 4, 3, 3)]
-ALIGNED = [(70, 128), (64, 192), (130, 8)]
+ALIGNED = [(66, 128), (24, 192), (70, 64)]
 """Matrices whose rows are whole vectors in memory."""
 
 
@@ -82,7 +85,7 @@ def check_plain() -> None:
     float32, bfloat16, float16 = DTYPES
     cases = [(float32, SETTINGS[1]), (float32, SETTINGS[4]), (float32, {"eps": 0.0}), (bfloat16, SETTINGS[2])]
     for number, (dtype, settings) in enumerate([*cases, (float16, SETTINGS[3]), (float32, SETTINGS[8])]):
-        compare_shapes(dtype, settings, [*SHAPES[number % 2 :: 2], *ALIGNED[: 1 + number % 2]], number)
+        compare_shapes(dtype, settings, [*SHAPES[number % 4 :: 4], ALIGNED[number % 3]], number)
 
 
 def check_recipe() -> None:
@@ -96,8 +99,8 @@ def check_recipe() -> None:
     cases = [(float32, recipe), (float32, recipe | {"cover_block": 3}), (bfloat16, recipe | narrow)]
     cases += [(float16, recipe | {"cover_block": 32, "cover_product": False}), (float32, recipe | {"cover_block": 200})]
     for number, (dtype, settings) in enumerate(cases):
-        compare_shapes(dtype, settings, [*SHAPES[number % 2 :: 2], *ALIGNED[: 1 + number % 2], (5, 3, 6)], number)
-    compare_shapes(float32, recipe, [(400, 400)], 1)  # sums of squares in halves
+        compare_shapes(dtype, settings, [*SHAPES[number % 4 :: 4], ALIGNED[number % 3], (5, 3, 6)], number)
+    compare_shapes(float32, recipe, [(370, 370)], 1)  # sums of squares in halves
 
 
 def check_random() -> None:
@@ -110,7 +113,7 @@ def check_random() -> None:
     cases = [(bfloat16, recipe, torch.int8), (bfloat16, {"momentum": 0.9}, torch.bfloat16)]
     cases += [(float32, recipe | {"cover_block": 3}, torch.int8), (bfloat16, {"momentum": 0.9}, torch.int8)]
     for number, (dtype, settings, narrow) in enumerate(cases):
-        shapes = [*SHAPES[number % 2 :: 2], ALIGNED[number % 2]]
+        shapes = [*SHAPES[number % 4 :: 4], ALIGNED[number % 3]]
         compare_shapes(dtype, settings | seed | {"momentum_dtype": narrow}, shapes, number)
 
 
@@ -229,9 +232,5 @@ if __name__ == "__main__":
         import against_eager
 
         against_eager.threads = nullcontext  # the kernel uses none
-        for check in (check_plain, check_recipe, check_random, check_memory, check_boxes):
-            start = time.process_time()
-            check()
-            print(f"{check.__name__}: {time.process_time() - start:.1f} s", file=sys.stderr)
-        check_that_the_host_reads_nothing()
-        print("compared plain, recipe, random, memory, boxes; the host read nothing")
+        globals()[f"check_{sys.argv[1]}"]()
+        print("checked", sys.argv[1])

@@ -130,7 +130,7 @@ def run(options: argparse.Namespace) -> None:
     """Compile, and print a Markdown table."""
     made = {name: [compiled(name, architecture) for architecture in options.sm] for name in options.only}
     print(
-        f"| sm_{', sm_'.join(map(str, options.sm))} | instructions per element | registers | occupancy | spilled bytes |"
+        f"| sm_{', '.join(map(str, options.sm))} | instructions per element | registers | occupancy | spilled bytes |"
     )
     print("|:--|--:|--:|--:|--:|")
     for name, codes in made.items():

@@ -12,15 +12,20 @@ they take:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 from sm3_dist.kernels import triton
 from sm3_dist.kernels.c import backend as cpu
 from sm3_dist.kernels.eager import EagerKernel
+from sm3_dist.layout.describe import local_tensor
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.plan import Kernel
 
 __all__ = ["BACKENDS", "Kernel", "available", "launch_list"]
+
+FEW = 1024
+"""So many elements are stepped in eager PyTorch without a word."""
 
 BACKENDS = ("auto", "eager", "c", "triton")
 
@@ -64,7 +69,23 @@ def launch_list(entries: Sequence[Entry], backend: str) -> list[Kernel]:
         entries = [entry for entry in entries if id(entry.param) in refused]
         if mine:
             taken.append(kernel(mine))
+    for entry in entries:
+        _warn_of_eager(entry)
     return [*taken, EagerKernel(entries)] if entries else taken
+
+
+def _on_gpu(entry: Entry) -> bool:
+    return local_tensor(entry.param).device.type == "cuda"
+
+
+def _warn_of_eager(entry: Entry) -> None:
+    """Tell that a tensor on a GPU is stepped by one small operation after another."""
+    if entry.shard.numel > FEW and _on_gpu(entry):
+        warnings.warn(
+            f"sm3_dist steps {entry.label} of shape {entry.shard.shape} on the GPU in eager PyTorch, up to a hundred "
+            f"times slower than by its kernel, which does not take it: {triton.refusal(entry)}",
+            stacklevel=2,
+        )
 
 
 _FUSED: list[tuple[str, Callable[[Entry], str | None], Callable[[Sequence[Entry]], Kernel]]] = [

@@ -115,7 +115,7 @@ class TritonKernel:
                 **launch.options,
             )
         if len(work.pieces):
-            ends.end_step[(len(work.pieces),)](work.pieces, addresses)
+            ends.end_step[(len(work.pieces),)](work.pieces, addresses, enable_fp_fusion=False)
         self._clean = True
         del kept
         for i in eager:

@@ -160,7 +160,7 @@ def step_strip(
         m_start = start_of(tl.load(matrix + M_MOMENT), tl.load(matrix + M_MOMENT_ORIGIN), row, m_line, in_line, MOMENT)
 
     # The covers of columns and tiles.
-    if BLOCK:
+    if BLOCK:  # noqa: SIM108
         row_line = tl.load(matrix + M_ROW_LINE).to(tl.int32)
     else:
         row_line = 1

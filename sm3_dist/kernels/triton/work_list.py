@@ -273,7 +273,7 @@ def options_of(thread: int, constants: dict[str, Any]) -> dict[str, Any]:
         if constants["SQUARES"] == 0:
             options["maxnreg"] = 64 if thread == 4 else 72
         elif thread == 4:
-            options["maxnreg"] = 80
+            options["maxnreg"] = 96
     return options
 
 
