@@ -74,7 +74,7 @@ class SM3(Optimizer):
             taken of exact integers, so that it is the same under every layout.
         cover_block: let an accumulator entry cover a block of so many elements of its row (or column) and not all of
             it. Accumulator 0 of an ``(n, m)`` matrix then has shape ``(n, ceil(m / cover_block))``, accumulator 1
-            ``(ceil(n / cover_block), m)``; of a tensor of more dimensions every other one is cut. One more accumulator,
+            ``(ceil(n / cover_block), m)``; a tensor of more dimensions counts as a matrix. One more accumulator,
             of shape ``(ceil(n / cover_block), ceil(m / cover_block))``, covers the tiles. Ranks share only the blocks
             that an edge of a shard cuts.
         cover_product: estimate :math:`\nu` from the product of the accumulators over that of the tile,

@@ -100,6 +100,7 @@ AVX512_INLINE void store_of(void *p, int64_t j, __m512 x, const uint16_t *noise,
 struct line { /* elements of a row, and what is the same for all of them */
     struct settings s;
     int weight, grad, moment; /* types, constants wherever this is inlined */
+    int is_unscaled, is_scaled, decays; /* gradients, updates, weights */
     void *w, *m;
     const void *g;
     const uint16_t *noise[OPERANDS];
@@ -110,7 +111,7 @@ struct line { /* elements of a row, and what is the same for all of them */
 
 AVX512_INLINE __m512 grads_of(const struct line *x, int64_t j, __mmask16 there) {
     __m512 g = load_of(x->g, j, x->grad, there);
-    return x->s.unscale == 1 ? g : _mm512_mul_ps(g, _mm512_set1_ps(x->s.unscale));
+    return x->is_unscaled ? _mm512_mul_ps(g, _mm512_set1_ps(x->s.unscale)) : g;
 }
 
 /* The first half: raises peaks and `top`, and returns the inverse root. */
@@ -134,7 +135,7 @@ AVX512_INLINE __m512 inverse_root(const struct line *x, int64_t j, __m512 cover,
 /* The second half. */
 AVX512_INLINE void update_by(struct line *x, int64_t j, __m512 root, __mmask16 there) {
     __m512 u = _mm512_mul_ps(root, grads_of(x, j, there));
-    if (x->s.per_one != 0) {
+    if (x->is_scaled) {
         __m512 square = _mm512_mul_ps(_mm512_mul_ps(u, u), _mm512_set1_ps(x->s.per_one));
         square = _mm512_min_ps(square, _mm512_set1_ps(x->s.cap)); /* of NaN and the cap, the second */
         if (there != ALL) square = _mm512_maskz_mov_ps(there, square);
@@ -151,7 +152,7 @@ AVX512_INLINE void update_by(struct line *x, int64_t j, __m512 root, __mmask16 t
         u = x->s.nesterov ? _mm512_add_ps(u, _mm512_mul_ps(mean, momentum)) : mean;
     }
     __m512 w = load_of(x->w, j, x->weight, there);
-    if (x->s.decay != 1) w = _mm512_mul_ps(w, _mm512_set1_ps(x->s.decay));
+    if (x->decays) w = _mm512_mul_ps(w, _mm512_set1_ps(x->s.decay));
     w = _mm512_sub_ps(w, _mm512_mul_ps(u, _mm512_set1_ps(x->s.lr)));
     store_of(x->w, j, w, x->noise[WEIGHT], x->weight, there);
 }
@@ -222,6 +223,7 @@ AVX512_INLINE void stretch_of_avx512(int weight, int grad, int moment, struct st
     struct line line = {.s = *x->settings, .weight = weight, .grad = grad, .moment = moment, .sum = {zero, zero}};
     float floors[CHUNK + 16];
     int32_t nus[CHUNK];
+    line.is_unscaled = line.s.unscale != 1, line.is_scaled = line.s.per_one != 0, line.decays = line.s.decay != 1;
     int is_blocked = x->product && x->block == SIDE && x->phase == 0 && x->n % SIDE == 0;
     for (int64_t rest = x->n; rest > 0; rest -= x->n) {
         x->n = is_blocked ? rest : smaller(rest, CHUNK);
