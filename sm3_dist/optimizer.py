@@ -163,7 +163,9 @@ class SM3(Optimizer):
         self._step_supports_amp_scaling = unscale_in_step
         replicas = None if shard_over is None else Replicas(shard_over)
         self._keeper = self._new_keeper(Flattened(model), replicas)
-        self._gradient_check = None if replicas is None else GradientCheck(replicas.group, check_gradients)
+        self._gradient_check = (
+            None if replicas is None else GradientCheck(replicas.group, check_gradients, self._keeper.watch)
+        )
         self._without_momentum: set[int] = set()  # positions of param groups
         defaults = {
             "lr": lr,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sm3_dist.layout.box import Box
+from sm3_dist.ranks.watch import RankWatch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,21 +32,25 @@ class GradientCheck:
     Args:
         group: the ranks over which they are replicated.
         steps: in how many first steps to compare them across ranks.
+        watch: this rank's view of the others.
     """
 
-    def __init__(self, group: ProcessGroup, steps: int) -> None:
+    def __init__(self, group: ProcessGroup, steps: int, watch: RankWatch) -> None:
         self.group = group
+        self.watch = watch
         self.steps_left = steps
 
     def __call__(self, params: Sequence[tuple[Tensor, str]]) -> None:
         """Raise if one is sparse, or, in the first steps, differs between ranks; see the functions below."""
         refuse_sparse_gradients(params)
         if self.steps_left:
-            check_same_gradients(params, self.group)
+            check_same_gradients(params, self.group, self.watch)
             self.steps_left -= 1
 
 
-def check_same_gradients(params: Sequence[tuple[Tensor, str]], group: ProcessGroup) -> None:
+def check_same_gradients(
+    params: Sequence[tuple[Tensor, str]], group: ProcessGroup, watch: RankWatch | None = None
+) -> None:
     """Raise on every rank unless every rank of the group has the same gradients, to the bit.
 
     One all-reduce of two integers per parameter. It is exact: the checksums are sums of integers.
@@ -53,6 +58,7 @@ def check_same_gradients(params: Sequence[tuple[Tensor, str]], group: ProcessGro
     Args:
         params: the parameters, each with what error messages call it, the same on every rank.
         group: the ranks over which they are replicated.
+        watch: this rank's view of the others.
 
     Raises:
         GradientMismatchError: on every rank; it names the first parameter whose gradients differ.
@@ -71,7 +77,10 @@ def check_same_gradients(params: Sequence[tuple[Tensor, str]], group: ProcessGro
         return
     sums = torch.stack([checksum(param.grad).to(params[0][0].device) for param, _ in params])
     largest = torch.cat([sums, ~sums])  # the largest complement is the complement of the smallest
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    watch, what, ranks = watch or RankWatch(), "the comparison of gradients", dist.get_process_group_ranks(group)
+    with watch.explained(what, ranks):
+        work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group, async_op=True)
+    watch.wait([work], what, ranks, largest.device.type == "cpu")
     top, bottom = largest.chunk(2)
     differ = (top != ~bottom).nonzero().flatten().tolist()
     if differ:
