@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from launch.benchmarks import code as bench_code
+from launch.benchmarks import orthogonal as bench_orthogonal
 from launch.benchmarks import scale as bench_scale
 from launch.benchmarks import sharded as bench_sharded
 from launch.benchmarks import step as bench_step
@@ -19,6 +20,7 @@ BENCHMARKS = {
     "step": bench_step,
     "sharded": bench_sharded,
     "scale": bench_scale,
+    "orthogonal": bench_orthogonal,
     "zero1": bench_zero1,
     "code": bench_code,
 }
