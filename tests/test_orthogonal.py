@@ -17,9 +17,12 @@ import torch
 import torch.distributed as dist
 from harness import Pool
 from layouts import LAYOUTS, Tensors, give
+from test_planning import WRAP, given
+from test_planning import model as planned_model
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+import sm3_dist
 from sm3_dist import SM3, GradientMismatchError, step_in_backward
 from sm3_dist.maths.orthogonal import length, orthogonalized
 from sm3_dist.ranks import exchange
@@ -225,3 +228,28 @@ def test_a_grad_scaler_changes_nothing() -> None:
     optimizer.found_inf = torch.tensor(1.0)
     optimizer.step()
     assert torch.equal(plain, scaled)
+
+
+def planned_buffers(wrapper: str) -> None:
+    """The bytes of the buffers of three buckets in a row, of a small size, as planned and as made."""
+    module = planned_model(torch.float32, wrapper)
+    told = given(wrapper, module)
+    names = [name for name, _ in module.named_parameters()]
+    with SMALL_BUCKETS:
+        planned = sm3_dist.plan(module, **told, orthogonalize=names)[dist.get_rank()]
+        wrapped = WRAP.get(wrapper, lambda module: module)(module)
+        keywords: dict[str, Any] = {"shard_over": dist.group.WORLD} if wrapper == "zero1" else {}
+        optimizer = SM3(wrapped.parameters(), model=wrapped, orthogonalize=True, **keywords)
+        buckets = optimizer._current_plan().orthogonal.buckets
+    sizes = [
+        2 * (sum(bucket.exchange._sent) + (sum(bucket.exchange._received) if bucket.exchange.group else 0))
+        for bucket in buckets
+    ]
+    assert sizes
+    windows = [sum(sizes[k : k + 3]) for k in range(len(sizes))]
+    assert planned.exchanged == max(windows), (planned.exchanged, sizes)
+
+
+@pytest.mark.parametrize(("wrapper", "world_size"), [("fsdp2", 3), ("hsdp", 4), ("zero1", 3), ("fsdp1", 2), ("tp", 2)])
+def test_the_plan_knows_the_buffers(workers: Pool, wrapper: str, world_size: int) -> None:
+    workers(world_size).run(planned_buffers, wrapper)

@@ -47,12 +47,15 @@ def orthogonalized(update: Tensor) -> Tensor:
     matrix = update.flatten(1)
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.mT if tall else matrix).contiguous()
-    wide = x.float()
-    x = wide.div_(torch.linalg.vector_norm(wide).clamp_(min=SHORTEST)).to(TYPE)
+    x = _normalized(x.float())
     for a, b, c in COEFFICIENTS:
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(update.shape)
+
+
+def _normalized(x: Tensor) -> Tensor:
+    return x.div_(torch.linalg.vector_norm(x).clamp_(min=SHORTEST)).to(TYPE)
 
 
 def length(shape: Sequence[int]) -> float:

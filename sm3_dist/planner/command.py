@@ -202,6 +202,8 @@ def table(ranks: Sequence[RankBytes], parameters: int) -> str:
     lines.append(f"{'bytes':<14}{'largest rank':>18}{'all ranks':>20}{'per parameter':>15}")
     for name in (field.name for field in fields(RankBytes)):
         each = [getattr(rank, name) for rank in ranks]
+        if name == "exchanged" and not any(each):  # without orthogonal updates
+            continue
         lines.append(f"{name:<14}{max(each):>18,}{sum(each):>20,}{sum(each) / max(1, parameters):>15.2f}")
     return "\n".join(lines)
 

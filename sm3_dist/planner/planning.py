@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import astuple, dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sm3_dist.layout.shard import accumulator_dtype
-from sm3_dist.planner.rank_shards import REPLICATED, WRAPPERS, rank_shards
+from sm3_dist.planner.exchange_buffers import exchange_bytes
+from sm3_dist.planner.rank_shards import REPLICATED, WRAPPERS, Pieces, rank_shards
 from sm3_dist.ranks.fingerprint import FIELDS
 
 IN_BACKWARD = ("none", "fsdp2", "hsdp", "tp")
@@ -29,6 +30,8 @@ class RankBytes:
         state: of SM3: accumulators, momentum, step counts, and what ``update_rms`` keeps.
         sent: the buffers of maxima that are sent in each step, with what tells a rank apart that differs.
         adam_moments: the two moments that Adam would hold in place of ``state``, in the type of the weights.
+        exchanged: with ``orthogonalize`` the buffers in which updates travel, within a step alone; the owner of a
+            matrix takes about 10 bytes for each of its elements besides, for one matrix at a time.
     """
 
     weights: int
@@ -36,6 +39,7 @@ class RankBytes:
     state: int
     sent: int
     adam_moments: int
+    exchanged: int = 0
 
 
 def plan(
@@ -52,6 +56,7 @@ def plan(
     momentum_dtype: torch.dtype | None = None,
     update_rms: float | None = None,
     cover_block: int | None = None,
+    orthogonalize: Collection[str] = (),
 ) -> list[RankBytes]:
     """What each rank holds of a model that trains with SM3, exactly; activations and gathered weights come on top.
 
@@ -73,6 +78,7 @@ def plan(
         momentum_dtype: see there.
         update_rms: see there.
         cover_block: see there.
+        orthogonalize: names of the tensors whose update is made orthogonal.
 
     Returns:
         for each rank its bytes.
@@ -88,7 +94,11 @@ def plan(
         ...     model = torch.nn.Linear(4096, 4096, dtype=torch.bfloat16)
         >>> first, second = sm3_dist.plan(model, world=2, wrapper="fsdp2")
         >>> first
-        RankBytes(weights=16781312, gradients=16781312, state=32776, sent=16400, adam_moments=33562624)
+    exchanged = exchange_bytes(orthogonal, ranks)
+    for part, by_unit, buffer, buckets in zip(parts, gradients, owned, exchanged, strict=True):
+        total = replace(RankBytes(*map(sum, zip(*map(astuple, part), strict=True))), exchanged=buckets)
+        if total.sent:
+            total = replace(total, sent=total.sent + FIELDS * widest)
     """
     check_plan(module, world, wrapper, replicas, tensor_parallel)
     if step_in_backward and (wrapper not in IN_BACKWARD or shard_covers):
@@ -99,10 +109,14 @@ def plan(
     kept = {p.dtype: accumulator_dtype(p.dtype).itemsize for p in module.parameters() if p.requires_grad}
     widest = max(kept.values(), default=0)  # accumulators of several types are sent in one buffer
     parts = [[RankBytes(0, 0, 0, 0, 0)] for _ in range(ranks)]
+    named: dict[Tensor, str] = {param: name for name, param in module.named_parameters()}
+    orthogonal: list[Pieces] = []
     gradients: list[dict[int, int]] = [{} for _ in range(ranks)]
     owned = [0] * ranks
     for number, piece in enumerate(rank_shards(module, wrapper, ranks, units, tensor_parallel)):
         param, shards = piece.param, piece.shards(cover_block)
+        if param.requires_grad and named[param] in orthogonalize:
+            orthogonal.append(piece)
         shared = [piece.shared(i, cover_block) for i in range(shards[0].accumulator_count)]
         unit = piece.unit if wrapper in ("fsdp2", "hsdp") else number
         for rank, (part, shard) in enumerate(zip(parts, shards, strict=True)):
@@ -134,10 +148,16 @@ def plan(
             part.append(RankBytes(weights, weights, state, sent, moments))
             gradients[rank][unit] = gradients[rank].get(unit, 0) + weights
     result = []
+<<<<<<< HEAD
     for part, by_unit, buffer in zip(parts, gradients, owned, strict=True):
         total = RankBytes(*map(sum, zip(*map(astuple, part), strict=True)))
         if total.sent:
             total = replace(total, sent=total.sent + FIELDS * widest)
+=======
+    exchanged = exchange_bytes(orthogonal, ranks)
+    for part, by_unit, buffer, buckets in zip(parts, gradients, owned, exchanged, strict=True):
+        total = replace(RankBytes(*map(sum, zip(*map(astuple, part), strict=True))), exchanged=buckets)
+>>>>>>> 6146dce (Plan the buffers in which orthogonal updates travel)
         if step_in_backward:
             total = replace(total, gradients=max(by_unit.values(), default=0))
         if widest:  # with shard_covers each rank owns an equal part of the buffer

@@ -87,6 +87,13 @@ class OrthogonalSteps:
             torch._foreach_add_(stepped, 1)
 
 
+class _StandIn(Tensor):
+    """A parameter whose gradient may be of another type than it is, which a plain tensor takes in no version alike."""
+
+    grad: Tensor | None = None
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
 @dataclass(frozen=True)
 class _Part:
     """What this rank holds of one tensor.
