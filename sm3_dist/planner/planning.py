@@ -148,16 +148,11 @@ def plan(
             part.append(RankBytes(weights, weights, state, sent, moments))
             gradients[rank][unit] = gradients[rank].get(unit, 0) + weights
     result = []
-<<<<<<< HEAD
-    for part, by_unit, buffer in zip(parts, gradients, owned, strict=True):
-        total = RankBytes(*map(sum, zip(*map(astuple, part), strict=True)))
-        if total.sent:
-            total = replace(total, sent=total.sent + FIELDS * widest)
-=======
     exchanged = exchange_bytes(orthogonal, ranks)
     for part, by_unit, buffer, buckets in zip(parts, gradients, owned, exchanged, strict=True):
         total = replace(RankBytes(*map(sum, zip(*map(astuple, part), strict=True))), exchanged=buckets)
->>>>>>> 6146dce (Plan the buffers in which orthogonal updates travel)
+        if total.sent:
+            total = replace(total, sent=total.sent + FIELDS * widest)
         if step_in_backward:
             total = replace(total, gradients=max(by_unit.values(), default=0))
         if widest:  # with shard_covers each rank owns an equal part of the buffer
