@@ -91,7 +91,7 @@ class _StandIn(Tensor):
     """A parameter whose gradient may be of another type than it is, which a plain tensor takes in no version alike."""
 
     grad: Tensor | None = None
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
