@@ -20,7 +20,7 @@ from sm3_dist.kernels.c import backend as cpu
 from sm3_dist.kernels.eager import EagerKernel
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.step.entry import Entry
-from sm3_dist.step.plan import Kernel
+from sm3_dist.step.kernel import Kernel
 
 __all__ = ["BACKENDS", "Kernel", "available", "launch_list"]
 

@@ -18,9 +18,10 @@ from sm3_dist.ranks.watch import PlanMismatchError, RankWatch
 from sm3_dist.ranks.weight_gather import WeightGatherer
 from sm3_dist.step.cut_cover import CutCover, cut_covers
 from sm3_dist.step.entry import Entry
+from sm3_dist.step.kernel import Kernel
 from sm3_dist.step.lookout import Lookout
 from sm3_dist.step.param_groups import ParamGroup, can_move, label_of, labelled_params, layout_options
-from sm3_dist.step.plan import Kernel, StepPlan, agreement_lines, change
+from sm3_dist.step.plan import StepPlan, agreement_lines, change
 from sm3_dist.step.state import (
     SQUARE_AVERAGES,
     State,

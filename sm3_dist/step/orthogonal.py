@@ -30,7 +30,7 @@ from sm3_dist.step.entry import Entry
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from sm3_dist.step.plan import Kernel
+    from sm3_dist.step.kernel import Kernel
 
 LaunchList = Callable[[Sequence[Entry]], "list[Kernel]"]
 

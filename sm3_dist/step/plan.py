@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from sm3_dist.ranks.watch import RankWatch
 from sm3_dist.ranks.weight_gather import Parts, WeightGatherer
 from sm3_dist.step.cut_cover import CutCover
 from sm3_dist.step.entry import Entry
+from sm3_dist.step.kernel import Kernel
 from sm3_dist.step.lookout import Lookout
 from sm3_dist.step.orthogonal import OrthogonalSteps, is_orthogonal
 
@@ -31,17 +32,6 @@ if TYPE_CHECKING:
 
 
 _FLAG = "the exchange of whether a gradient was not finite"
-
-
-class Kernel(Protocol):
-    """What takes the steps of some tensors. Built once for a plan, launched in every step."""
-
-    def update(self, settings: Mapping[int, Settings]) -> None:
-        """Take one step of every tensor that has a gradient, and count it.
-
-        Args:
-            settings: of each param group, by its ``id``.
-        """
 
 
 class StepPlan:

@@ -266,8 +266,8 @@ class CKernel:
             tensor.place[side][i] = math.prod(shard.shape[dim + 1 : end])
         if _in_blocks(shard):
             tensor.block = shard.cover_block
-            for target, side in zip(tensor.side, sides(shard), strict=True):
-                for name, number in vars(side).items():
+            for target, made in zip(tensor.side, sides(shard), strict=True):
+                for name, number in vars(made).items():
                     setattr(target, name, number)
         if (squares := entry.squares) is not None:
             tensor.whole_numel, tensor.cap = squares.numel, squares.cap
