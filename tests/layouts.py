@@ -88,7 +88,7 @@ def _hsdp(replicas: int) -> Callable[[Tensors], nn.Module]:
     return wrap
 
 
-def _distribute(
+def distribute(
     module: nn.Module, mesh: DeviceMesh, placements_of: Callable[[int, Tensor], Sequence[Placement]]
 ) -> None:
     """Make every parameter a DTensor, as ``parallelize_module`` does."""
@@ -109,11 +109,11 @@ def _distribute(
 def _tensor_parallel(module: Tensors) -> nn.Module:
     """Rows, columns and replicas in turn."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    _distribute(module, mesh, lambda number, param: [_in_turn(number, param)])
+    distribute(module, mesh, lambda number, param: [in_turn(number, param)])
     return module
 
 
-def _in_turn(number: int, param: Tensor) -> Placement:
+def in_turn(number: int, param: Tensor) -> Placement:
     return [Shard(0), Shard(param.dim() - 1), Replicate()][number % 3]
 
 
@@ -125,14 +125,14 @@ def _tensor_parallel_2d(module: Tensors) -> nn.Module:
         last = Shard(param.dim() - 1)
         return [[Shard(0), last], [last, Shard(0)], [Shard(0), Shard(0)], [Replicate(), last]][number % 4]
 
-    _distribute(module, mesh, placements)
+    distribute(module, mesh, placements)
     return module
 
 
 def _fsdp2_tensor_parallel(module: Tensors) -> nn.Module:
     """Tensor parallel first, what it leaves sharded by FSDP2: ``_StridedShard`` where both cut dimension 0."""
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
-    _distribute(module, mesh["tp"], lambda number, param: [_in_turn(number, param)])
+    distribute(module, mesh["tp"], lambda number, param: [in_turn(number, param)])
     return fully_shard(module, mesh=mesh["dp"])
 
 

@@ -120,10 +120,12 @@ def overlaps(boxes: Sequence[Box]) -> tuple[Box, ...]:
     # How often each cell between the cuts is covered: a difference in every dimension, then the running sums.
     count = torch.zeros([len(cut) for cut in cuts], dtype=torch.int64, device="cpu")
     at = [{cut: k for k, cut in enumerate(cut)} for cut in cuts]
-    for box, repeated in times.items():
-        for corner in product(*zip(box.start, box.stop, strict=True)):
-            ends = sum(a != b for a, b in zip(corner, box.start, strict=True))
-            count[tuple(index[a] for index, a in zip(at, corner, strict=True))] += repeated * (-1) ** ends
+    sides = [[[at[d][cut] for d, cut in enumerate(side)] for side in (box.start, box.stop)] for box in times]
+    index = torch.tensor(sides, dtype=torch.int64, device="cpu").view(len(times), 2, ndim)
+    repeated = torch.tensor(list(times.values()), dtype=torch.int64, device="cpu")
+    for corner in product((0, 1), repeat=ndim):
+        where = (index[:, list(corner), list(range(ndim))] * torch.tensor(count.stride(), device="cpu")).sum(1)
+        count.view(-1).index_add_(0, where.long(), repeated * (-1) ** sum(corner))
     for d in range(count.dim()):
         count = count.cumsum(d)
     cells = [

@@ -1,27 +1,30 @@
-"""``python -m sm3_dist plan``: what a model will need on each rank."""
+"""``sm3_dist plan``, or ``python -m sm3_dist plan``: what a model will need on each rank."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from sm3_dist.planner.collective_volume import SENT, ring
 from sm3_dist.planner.decoder import MODELS, Decoder, of_size, read_config
-from sm3_dist.planner.other_optimizers import RIVALS, rival
-from sm3_dist.planner.planning import IN_BACKWARD, RankBytes, plan
+from sm3_dist.planner.other_optimizers import BASELINES, baseline
+from sm3_dist.planner.planning import IN_BACKWARD, plan
 from sm3_dist.planner.rank_shards import WRAPPERS
+from sm3_dist.planner.tables import Row, comparison, table
 from sm3_dist.step.param_groups import ADAMW_LIKE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOMENTUM_DTYPES = {**DTYPES, "int8": torch.int8}
+_PATIENCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -35,25 +38,8 @@ class Variant:
     """
 
     dtype: torch.dtype
-    options: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
     in_backward: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """What each rank holds with one optimizer.
-
-    Args:
-        name: of the optimizer.
-        ranks: the bytes of each rank.
-        weights: bytes of all weights.
-        trained: of those that are trained.
-    """
-
-    name: str
-    ranks: Sequence[RankBytes]
-    weights: int
-    trained: int
 
 
 MOMENTUM = {"momentum": 0.9}
@@ -67,66 +53,136 @@ VARIANTS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m sm3_dist", description=__doc__)
-    command = parser.add_subparsers(required=True).add_parser(
-        "plan", help="bytes per rank of a model that trains with SM3; it is built without taking memory"
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None, version: str = "") -> None:
+    """Run the command line.
+
+    Args:
+        arguments: those of the command line; ``None`` for those of this process.
+        version: what ``--version`` says.
+    """
+    parser, command = parsers(version)
+    given = parser.parse_args(arguments)
+    try:
+        run(given)
+    except (ValueError, ImportError, AttributeError) as error:
+        command.error(str(error))
+
+
+def parsers(version: str) -> tuple[Parser, Parser]:
+    """That of the program and that of its command."""
+    prog = "sm3_dist" if Path(sys.argv[0]).name == "sm3_dist" else "python -m sm3_dist"
+    parser = Parser(prog=prog, description="SM3 for sharded training.")
+    parser.add_argument("--version", action="version", version=f"sm3_dist {version}")
+    about = (
+        "bytes per rank of a model that trains with SM3, and with other optimizers; it is built without taking memory"
     )
-    what = command.add_mutually_exclusive_group(required=True)
+    command = parser.add_subparsers(required=True, metavar="plan").add_parser("plan", help=about, description=about)
+    model = command.add_argument_group("the model, one of")
+    what = model.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "module",
         nargs="?",
         metavar="MODULE:CALLABLE",
-        help="what makes the model when called, such as torch.nn:Transformer",
+        help="what makes the model when called without arguments, such as torch.nn:Transformer",
     )
-    what.add_argument("--model", choices=MODELS, help="a well-known model")
-    what.add_argument("--params", type=float, metavar="N", help="a Llama of about so many parameters, such as 7e9")
+    what.add_argument("--model", choices=MODELS, metavar="NAME", help=f"a well-known model: {', '.join(MODELS)}")
+    what.add_argument(
+        "--params", type=number, metavar="N", help="a Llama of about so many parameters, such as 7B or 7e9"
+    )
     what.add_argument("--config", type=Path, metavar="FILE", help="config.json of a decoder on Hugging Face")
-    command.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights")
-    command.add_argument("--world", type=int, default=1, help="number of ranks")
-    command.add_argument("--wrapper", choices=WRAPPERS, default="none", help="how they share the work")
-    command.add_argument("--replicas", type=int, default=2, help="hsdp: copies of the model (default: 2)")
-    command.add_argument(
+    ranks = command.add_argument_group("the ranks")
+    ranks.add_argument("--world", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
+    ranks.add_argument(
+        "--wrapper",
+        choices=WRAPPERS,
+        default="none",
+        help=f"how they share the work: {', '.join(WRAPPERS)} (default: none)",
+        metavar="NAME",
+    )
+    ranks.add_argument("--replicas", type=int, default=2, metavar="N", help="hsdp: copies of the model (default: 2)")
+    ranks.add_argument(
+        "--tp-size", type=int, metavar="N", help="fsdp2, hsdp: tensor parallel over so many ranks (decoders)"
+    )
+    ranks.add_argument(
         "--unit", metavar="CLASS", help="class of the submodules that are wrapped one by one (decoders: their blocks)"
     )
-    command.add_argument("--shard-covers", action="store_true")
-    command.add_argument("--step-in-backward", action="store_true")
-    command.add_argument("--momentum", type=float, default=0.0)
-    command.add_argument("--momentum-dtype", choices=MOMENTUM_DTYPES)
-    command.add_argument("--update-rms", type=float)
-    command.add_argument("--cover-block", type=int)
+    sm3 = command.add_argument_group("options of SM3, for the upper table")
+    sm3.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights (default: float32)")
+    sm3.add_argument("--momentum", type=float, default=0.0, metavar="M", help="at least 0 and less than 1 (default: 0)")
+    sm3.add_argument("--momentum-dtype", choices=MOMENTUM_DTYPES, help="type of the momentum (default: float32)")
+    sm3.add_argument("--update-rms", type=float, metavar="RMS", help="as the argument of SM3")
+    sm3.add_argument("--cover-block", type=int, metavar="B", help="as the argument of SM3; the recipe has 64")
+    sm3.add_argument(
+        "--shard-covers", action="store_true", help="each accumulator entry on one rank alone between steps"
+    )
+    sm3.add_argument(
+        "--step-in-backward", action="store_true", help="no gradients are kept (sm3_dist.step_in_backward)"
+    )
+    names = [*VARIANTS, *BASELINES]
     command.add_argument(
         "--optimizer",
         nargs="+",
-        choices=[*VARIANTS, *RIVALS],
-        default=[*VARIANTS, *RIVALS],
+        choices=names,
+        default=names,
         metavar="NAME",
-        help=f"what to compare with: {', '.join([*VARIANTS, *RIVALS])} (default: all)",
+        help=f"rows of the lower table: {', '.join(names)} (default: all)",
     )
-    given = parser.parse_args(arguments)
+    return parser, command
+
+
+def number(text: str) -> float:
+    """A number of parameters, such as ``7B``, ``124M`` or ``7e9``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+
+    Example:
+        >>> number("7B"), number("1.3b"), number("124M"), number("7e9")
+        (7000000000.0, 1300000000.0, 124000000.0, 7000000000.0)
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*([kmbt]?)\s*", text.lower())
     try:
-        module = _model(given)
-        shared = {"world": given.world, "wrapper": given.wrapper, "replicas": given.replicas}
-        shared |= {"units": _units(module, given.unit)}
-        shared |= {"tensor_parallel": getattr(module, "tensor_parallel", None) if given.wrapper == "tp" else None}
-        ranks = plan(
-            module.to(DTYPES[given.dtype]),
-            **shared,
-            shard_covers=given.shard_covers,
-            step_in_backward=given.step_in_backward,
-            momentum=given.momentum,
-            momentum_dtype=MOMENTUM_DTYPES[given.momentum_dtype] if given.momentum_dtype else None,
-            update_rms=given.update_rms,
-            cover_block=given.cover_block,
+        return float(found[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[found[2]] if found else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters, such as 7B, 124M or 7e9") from None
+
+
+def run(given: argparse.Namespace) -> None:
+    """Print what is asked for.
+
+    Raises:
+        ValueError, ImportError, AttributeError: says what is wrong with it.
+    """
+    module = _model(given)
+    shared = {"world": given.world, "wrapper": given.wrapper, "replicas": given.replicas, "tp_size": given.tp_size}
+    shared |= {"units": _units(module, given.unit)}
+    cut = given.wrapper == "tp" or given.tp_size is not None
+    if cut and not hasattr(module, "tensor_parallel"):
+        raise ValueError(
+            "tensor parallelism is planned for --model, --params and --config; in Python plan() takes others"
         )
-        parameters = sum(param.numel() for param in module.parameters())
-        print(table(ranks, parameters))
-        print()
-        rows = [_row(name, module, shared, given.shard_covers) for name in given.optimizer]
-        print(comparison(rows, given.wrapper, given.replicas))
-    except (ValueError, ImportError, AttributeError) as error:
-        command.error(str(error))
+    shared |= {"tensor_parallel": module.tensor_parallel if cut else None}
+    ranks = plan(
+        module.to(DTYPES[given.dtype]),
+        **shared,
+        shard_covers=given.shard_covers,
+        step_in_backward=given.step_in_backward,
+        momentum=given.momentum,
+        momentum_dtype=MOMENTUM_DTYPES[given.momentum_dtype] if given.momentum_dtype else None,
+        update_rms=given.update_rms,
+        cover_block=given.cover_block,
+    )
+    print(table(ranks, sum(param.numel() for param in module.parameters())), end="\n\n", flush=True)
+    rows = [_row(name, module, shared, given.shard_covers) for name in _shown(given.optimizer)]
+    print(comparison(rows, given.wrapper, given.replicas, given.tp_size or 1))
 
 
 def _model(given: argparse.Namespace) -> nn.Module:
@@ -149,9 +205,15 @@ def _built(name: str) -> nn.Module:
     if not path or not attribute:
         raise ValueError(f"the model must be named as MODULE:CALLABLE, but is {name!r}")
     sys.path.insert(0, "")  # as ``python -m`` has it: modules of the directory that it is called in
-    make = getattr(importlib.import_module(path), attribute)
-    with torch.device("meta"):
-        module = make()
+    make: Callable[[], Any] = getattr(importlib.import_module(path), attribute)
+    try:
+        with torch.device("meta"):
+            module = make()
+    except Exception as error:
+        raise ValueError(
+            f"{name} is called without arguments, and raised {type(error).__name__}: {error}. Write a function that "
+            "takes none and returns the model, and name that"
+        ) from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} makes a {type(module).__name__}, not a torch.nn.Module")
     return module
@@ -168,80 +230,43 @@ def _units(module: nn.Module, name: str | None) -> list[nn.Module]:
     return found
 
 
+def _shown(names: Sequence[str]) -> Iterator[str]:
+    """Say on a terminal how far it is, once it has taken some time."""
+    start, shown = time.monotonic(), False
+    for number, name in enumerate(names):
+        if sys.stderr.isatty() and time.monotonic() - start > _PATIENCE:
+            print(f"\r{number} of {len(names)} optimizers", end="", file=sys.stderr, flush=True)
+            shown = True
+        yield name
+    if shown:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
 def _row(name: str, module: nn.Module, shared: dict[str, Any], shard_covers: bool) -> Row:
     """What each rank holds with one of the optimizers that are compared."""
-    if name in RIVALS:
-        module = module.to(torch.float32)
-        ranks = rival(name, module, **shared)
+    if name in BASELINES:
+        size, ranks = BASELINES[name].weight, baseline(name, module, **shared)
     else:
         variant = VARIANTS[name]
         module = module.to(variant.dtype)
         in_backward = variant.in_backward and shared["wrapper"] in IN_BACKWARD and not shard_covers
         options = {**variant.options, "shard_covers": shard_covers, "step_in_backward": in_backward}
-        ranks = plan(module, **shared, **options)
-    params = list(module.parameters())
-    weights = sum(param.numel() * param.element_size() for param in params)
-    trained = sum(param.numel() * param.element_size() for param in params if param.requires_grad)
-    return Row(name, ranks, weights, trained)
+        size, ranks = variant.dtype.itemsize, plan(module, **shared, **options)
+    cuts, parts = shared["tensor_parallel"] or {}, shared["tp_size"] or 1
+    weights, trained = _largest_part(module.named_parameters(), cuts, parts)
+    return Row(name, ranks, size * weights, size * trained)
 
 
-def table(ranks: Sequence[RankBytes], parameters: int) -> str:
-    """The bytes of the rank that holds most, of all ranks together, and of these per parameter.
-
-    Example:
-        >>> print(table([RankBytes(40, 40, 8, 0, 80), RankBytes(40, 40, 12, 0, 80)], 20))
-        20 parameters, 2 ranks
-        bytes               largest rank           all ranks  per parameter
-        weights                       40                  80           4.00
-        gradients                     40                  80           4.00
-        state                         12                  20           1.00
-        sent                           0                   0           0.00
-        adam_moments                  80                 160           8.00
-    """
-    lines = [f"{parameters:,} parameters, {len(ranks)} rank{'s' * (len(ranks) > 1)}"]
-    lines.append(f"{'bytes':<14}{'largest rank':>18}{'all ranks':>20}{'per parameter':>15}")
-    for name in (field.name for field in fields(RankBytes)):
-        each = [getattr(rank, name) for rank in ranks]
-        if name == "exchanged" and not any(each):  # without orthogonal updates
-            continue
-        lines.append(f"{name:<14}{max(each):>18,}{sum(each):>20,}{sum(each) / max(1, parameters):>15.2f}")
-    return "\n".join(lines)
-
-
-def comparison(rows: Sequence[Row], wrapper: str, replicas: int) -> str:
-    """What the rank that holds most needs with each optimizer, and what it sends in a step.
-
-    Example:
-        >>> print(comparison([Row("sm3", [RankBytes(4096, 4096, 96, 64, 0)] * 2, 4096, 4096)], "ddp", 1))
-        on the rank that holds most   weights   gradients       state    together   sent: model   sent: state
-        sm3                           4.10 kB     4.10 kB        96 B     8.29 kB       4.10 kB          64 B
-    """
-    heads = ("weights", "gradients", "state", "together", "sent: model", "sent: state")
-    widths = (9, 12, 12, 12, 14, 14)
-    lines = [_line("on the rank that holds most", heads, widths)]
-    for row in rows:
-        most = max(row.ranks, key=lambda each: each.weights + each.gradients + each.state)
-        held = (most.weights, most.gradients, most.state)
-        world, formula = len(row.ranks), SENT[wrapper]
-        model = size(formula(row.weights, row.trained, world, replicas)) if formula else "activations"
-        group = world // replicas if wrapper == "hsdp" else world
-        cells = [*map(size, held), size(sum(held)), model, size(2 * ring(group) * most.sent)]
-        lines.append(_line(row.name, cells, widths))
-    return "\n".join(lines)
-
-
-def _line(first: str, cells: Sequence[str], widths: Sequence[int]) -> str:
-    return f"{first:<28}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-
-
-def size(count: float) -> str:
-    """Write a number of bytes for people.
-
-    Example:
-        >>> size(980), size(3_370_000), size(2.5e9)
-        ('980 B', '3.37 MB', '2.50 GB')
-    """
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count:.0f} B"
+def _largest_part(named: Iterable[tuple[str, nn.Parameter]], cuts: dict[str, int], parts: int) -> tuple[int, int]:
+    """Elements that tensor parallelism leaves the rank that has most of them, all and those that are trained."""
+    weights = trained = 0
+    for name, param in named:
+        axis = cuts.get(name)
+        n = (
+            param.numel()
+            if axis is None
+            else param.numel() // max(1, param.shape[axis]) * -(-param.shape[axis] // parts)
+        )
+        weights += n
+        trained += n if param.requires_grad else 0
+    return weights, trained

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+
+from sm3_dist.planner.decoder_blocks import FAMILIES, Family, gated_block, layer_norm_block, whole
 
 _LLAMA = {"model_type": "llama", "vocab_size": 32000}
 _GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
@@ -28,11 +32,58 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-2-70b": _llama(8192, 80, 28672, 64, 8),
     "llama-3-8b": {**_llama(4096, 32, 14336, 32, 8), "vocab_size": 128256},
     "mistral-7b": _llama(4096, 32, 14336, 32, 8),
+    "mixtral-8x7b": {**_llama(4096, 32, 14336, 32, 8), "model_type": "mixtral", "num_local_experts": 8},
+    "gemma-2-2b": {
+        **_llama(2304, 26, 9216, 8, 4),
+        "model_type": "gemma2",
+        "head_dim": 256,
+        "vocab_size": 256000,
+    },
+    "gemma-3-1b": {
+        **_llama(1152, 26, 6912, 4, 1),
+        "model_type": "gemma3_text",
+        "head_dim": 256,
+        "vocab_size": 262144,
+    },
+    "phi-3-mini": {**_llama(3072, 32, 8192, 32, 32), "model_type": "phi3", "vocab_size": 32064},
+    "pythia-6.9b": {**_llama(4096, 32, 16384, 32, 32), "model_type": "gpt_neox", "vocab_size": 50432},
+    "deepseek-v2-lite": {
+        **_llama(2048, 27, 10944, 16, 16),
+        "model_type": "deepseek_v2",
+        "vocab_size": 102400,
+        "kv_lora_rank": 512,
+        "v_head_dim": 128,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 1408,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+    },
+    "deepseek-v3": {
+        **_llama(7168, 61, 18432, 128, 128),
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "v_head_dim": 128,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "first_k_dense_replace": 3,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+    },
 }
 """Configurations of well-known models, with the names of Hugging Face's ``config.json``."""
 
-# What tells the families with gated perceptrons apart: biases of query, key and value; norms of queries and keys.
-GATED = {"llama": (False, False), "mistral": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
+LAYER_NORMS = ("gpt2", "gpt_neox")
+"""The older families, by ``model_type``."""
+
+# The dimension that tensor parallelism cuts: attention by heads, perceptrons and experts by their inner channels.
+_CUT = dict.fromkeys(("query", "key", "value", "qkv", "query_up", "key_value_up"), 0)
+_CUT |= {"gate": 0, "up": 0, "gate_up": 0, "shared_gate": 0, "shared_up": 0, "out": 1, "down": 1, "shared_down": 1}
+_CUT_EXPERTS = {"gate_up": 1, "down": 2}
 
 _WIDTH = 128  # of a head; widths are multiples of it
 _SMALLEST, _LARGEST = 2e7, 1e13
@@ -42,7 +93,8 @@ class Decoder(nn.Module):
     """The parameters of a decoder-only transformer. It cannot be called.
 
     Args:
-        config: as Hugging Face's ``config.json`` has it, of a GPT-2 or of a decoder with gated perceptrons.
+        config: as Hugging Face's ``config.json`` has it, of one of :data:`LAYER_NORMS` or
+            :data:`~sm3_dist.planner.decoder_blocks.FAMILIES`. Experts are stacked in one tensor.
 
     Attributes:
         blocks: the transformer's blocks, which a wrapper takes one by one.
@@ -63,76 +115,72 @@ class Decoder(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         family = config.get("model_type", "llama")
-        if family == "gpt2":
-            self._gpt2(config)
-        elif family in GATED:
-            self._gated(config, *GATED[family])
+        if family in LAYER_NORMS:
+            self._layer_norms(config, family)
+        elif family in FAMILIES:
+            self._gated(config, FAMILIES[family])
         else:
-            known = ", ".join(["gpt2", *GATED])
+            known = ", ".join([*LAYER_NORMS, *FAMILIES])
+            hint = (
+                "Take what it has as text_config" if "text_config" in config else "Name what builds the model instead"
+            )
             raise ValueError(
-                f"model_type is {family!r}, and its parameters are not known here, only those of {known}. Name what "
-                "builds the model instead, as MODULE:CALLABLE."
+                f"model_type is {family!r}, and its parameters are not known here, only those of {known}. {hint}, as "
+                "MODULE:CALLABLE."
             )
-        cut = {"query": 0, "key": 0, "value": 0, "gate": 0, "up": 0, "qkv": 0, "out": 1, "down": 1}
-        self.tensor_parallel = {"embedding.weight": 0}
-        for name, param in self.named_parameters():
-            layer, _, kind = name.rpartition(".")
-            axis = cut.get(layer.rpartition(".")[2])
-            if axis is not None and (kind == "weight" or axis == 0):  # the bias of a sum is added once
-                self.tensor_parallel[name] = min(axis, param.dim() - 1)
-        if self.head is not None:
-            self.tensor_parallel["head.weight"] = 0
+        self.tensor_parallel = {
+            name: min(axis, param.dim() - 1)
+            for name, param in self.named_parameters()
+            if (axis := _cut(name)) is not None
+        }
 
-    def _gpt2(self, config: Mapping[str, Any]) -> None:
-        width, layers = _whole(config, "n_embd"), _whole(config, "n_layer")
-        inner = _whole(config, "n_inner", 4 * width)
-        self.embedding = nn.Embedding(_whole(config, "vocab_size"), width)
-        self.position = nn.Embedding(_whole(config, "n_positions", 1024), width)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "norm_attention": nn.LayerNorm(width),
-                    "qkv": nn.Linear(width, 3 * width),
-                    "out": nn.Linear(width, width),
-                    "norm_mlp": nn.LayerNorm(width),
-                    "up": nn.Linear(width, inner),
-                    "down": nn.Linear(inner, width),
-                }
-            )
-            for _ in range(layers)
-        )
+    def _layer_norms(self, config: Mapping[str, Any], family: str) -> None:
+        if family == "gpt2":
+            width, layers = whole(config, "n_embd"), whole(config, "n_layer")
+            inner = whole(config, "n_inner", 4 * width)
+        else:
+            width, layers = whole(config, "hidden_size"), whole(config, "num_hidden_layers")
+            inner = whole(config, "intermediate_size", 4 * width)
+        vocabulary = whole(config, "vocab_size")
+        self.embedding = _embedding(vocabulary, width)
+        if family == "gpt2":
+            self.position = _embedding(whole(config, "n_positions", 1024), width)
+        self.blocks = _stack([layer_norm_block(width, inner)], layers)
         self.norm: nn.Module = nn.LayerNorm(width)
-        self.head: nn.Module | None = None  # tied to the embedding
+        tied = config.get("tie_word_embeddings", family == "gpt2")
+        self.head: nn.Module | None = None if tied else nn.Linear(width, vocabulary, bias=False)
 
-    def _gated(self, config: Mapping[str, Any], qkv_bias: bool, qk_norm: bool) -> None:
-        width, layers = _whole(config, "hidden_size"), _whole(config, "num_hidden_layers")
-        inner, vocabulary = _whole(config, "intermediate_size"), _whole(config, "vocab_size")
-        heads = _whole(config, "num_attention_heads")
-        groups = _whole(config, "num_key_value_heads", heads)
-        head = _whole(config, "head_dim", max(1, width // heads))
-        attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-
-        def block() -> nn.ModuleDict:
-            parts: dict[str, nn.Module] = {
-                "norm_attention": nn.RMSNorm(width),
-                "query": nn.Linear(width, heads * head, bias=qkv_bias or attention_bias),
-                "key": nn.Linear(width, groups * head, bias=qkv_bias or attention_bias),
-                "value": nn.Linear(width, groups * head, bias=qkv_bias or attention_bias),
-                "out": nn.Linear(heads * head, width, bias=attention_bias),
-                "norm_mlp": nn.RMSNorm(width),
-                "gate": nn.Linear(width, inner, bias=mlp_bias),
-                "up": nn.Linear(width, inner, bias=mlp_bias),
-                "down": nn.Linear(inner, width, bias=mlp_bias),
-            }
-            if qk_norm:
-                parts |= {"norm_query": nn.RMSNorm(head), "norm_key": nn.RMSNorm(head)}
-            return nn.ModuleDict(parts)
-
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(block() for _ in range(layers))
+    def _gated(self, config: Mapping[str, Any], family: Family) -> None:
+        width, layers = whole(config, "hidden_size"), whole(config, "num_hidden_layers")
+        vocabulary = whole(config, "vocab_size")
+        dense = whole(config, "first_k_dense_replace", 0, least=0) if family.experts else 0
+        self.embedding = _embedding(vocabulary, width)
+        self.blocks = _stack([gated_block(config, family, layer) for layer in range(min(dense + 1, layers))], layers)
         self.norm = nn.RMSNorm(width)
-        tied = bool(config.get("tie_word_embeddings"))
+        tied = config.get("tie_word_embeddings", family.tied)
         self.head = None if tied else nn.Linear(width, vocabulary, bias=False)
+
+
+def _embedding(count: int, width: int) -> nn.Embedding:
+    """Without the random numbers, which on the meta device cost a second for nothing."""
+    return nn.Embedding(count, width, _weight=torch.empty(count, width))
+
+
+def _stack(blocks: list[nn.ModuleDict], layers: int) -> nn.ModuleList:
+    """These blocks, and copies of the last of them."""
+    return nn.ModuleList([*blocks, *(copy.deepcopy(blocks[-1]) for _ in range(layers - len(blocks)))])
+
+
+def _cut(name: str) -> int | None:
+    """The dimension that tensor parallelism cuts of a parameter of this name; ``None`` where there are replicas."""
+    layer, _, kind = name.rpartition(".")
+    layer = layer.rpartition(".")[2]
+    if layer in ("embedding", "head"):  # by the vocabulary
+        return 0
+    if layer == "experts":
+        return _CUT_EXPERTS[kind]
+    axis = _CUT.get(layer)
+    return axis if kind == "weight" or axis == 0 else None  # the bias of a sum is added once
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -180,15 +228,3 @@ def of_size(parameters: float) -> dict[str, Any]:
             best = score, _llama(width, layers, inner, width // _WIDTH, width // _WIDTH)
     assert best is not None
     return best[1]
-
-
-def _whole(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """A number from the configuration."""
-    value = config.get(name)
-    if value is None:
-        value = default
-    if value is None:
-        raise ValueError(f"the configuration has no {name}")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, but is {value!r}")
-    return value

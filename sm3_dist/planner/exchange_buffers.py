@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from sm3_dist.layout.box import Box
 from sm3_dist.maths.orthogonal import TYPE, work
-from sm3_dist.planner.rank_shards import Pieces
 from sm3_dist.ranks.exchange import Matrix, bucketed, owners
 
 ALIVE = 3
 """Buckets at a time: one is filled, one travels to the owners, one comes back."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor whose update is made orthogonal.
+
+    Attributes:
+        shape: its shape.
+        boxes: what each rank holds of it.
+        replicated: whether that is all of it on every rank, and all do the same.
+        cut: whether it is cut along its dimensions: then all ranks have part in it, even with nothing.
+    """
+
+    shape: tuple[int, ...]
+    boxes: Sequence[tuple[Box, ...]]
+    replicated: bool
+    cut: bool
 
 
 def exchange_bytes(pieces: Sequence[Pieces], ranks: int) -> list[int]:
@@ -20,7 +38,7 @@ def exchange_bytes(pieces: Sequence[Pieces], ranks: int) -> list[int]:
         pieces: the tensors whose update is made orthogonal, in the order of the param groups.
         ranks: how many share them.
     """
-    matrices = [piece for piece in pieces if piece.param.dim() > 1 and piece.param.numel()]
+    matrices = [piece for piece in pieces if len(piece.shape) > 1 and math.prod(piece.shape)]
     kinds = list(dict.fromkeys(_travels(piece, ranks) for piece in matrices))
     by_rank = []
     for rank in range(ranks):
@@ -34,20 +52,20 @@ def exchange_bytes(pieces: Sequence[Pieces], ranks: int) -> list[int]:
 
 
 def _travels(piece: Pieces, ranks: int) -> bool:
-    return ranks > 1 and not piece.replicated and (piece.axis is not None or sum(map(bool, piece.boxes)) > 1)
+    return ranks > 1 and not piece.replicated and (piece.cut or sum(map(bool, piece.boxes)) > 1)
 
 
 def _load(matrices: Sequence[Pieces], rank: int, ranks: int) -> int:
     """What a rank has to do for tensors that it alone holds, where ranks hold them one after another."""
     alone = (p for p in matrices if not p.replicated and not _travels(p, ranks) and p.boxes[rank])
-    return sum(work(tuple(piece.param.shape)) for piece in alone)
+    return sum(work(piece.shape) for piece in alone)
 
 
 def _buckets(
     pieces: Sequence[Pieces], rank: int, ranks: int, travel: bool, loads: dict[int, int] | None
 ) -> Iterator[int]:
     """The bytes of each bucket on a rank."""
-    shapes = [tuple(piece.param.shape) for piece in pieces]
+    shapes = [piece.shape for piece in pieces]
     boxes: list[dict[int, tuple[Box, ...]]] = [
         dict(enumerate(piece.boxes)) if travel else {rank: piece.boxes[rank]} for piece in pieces
     ]

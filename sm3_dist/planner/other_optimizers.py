@@ -1,49 +1,94 @@
-"""What other optimizers hold, by formula: on each rank, of the pieces that SM3 would have."""
+"""What other optimizers hold, by formula: on each rank, of the parts that SM3 would have.
+
+===========  ===========================================================================================================
+adamw        two float32 moments of every element (torch.optim.AdamW)
+adamw-8bit   two moments of a byte and a float32 scale for each 256 elements, float32 below 4096 (bitsandbytes)
+flash-adamw  bfloat16 weights with a byte that makes them 24 bits wide, two moments of a byte and a float16 scale for
+             each 32 elements, bfloat16 gradients (flashoptim, arXiv 2602.23349)
+adam-mini    a float32 momentum; of embeddings and head a second moment of every element, otherwise of a tensor or head,
+             which is not counted (adam-mini, arXiv 2406.16793)
+muon         a float32 momentum of hidden matrices, AdamW for embeddings, head and vectors (KellerJordan/Muon)
+adafactor    a float32 average of each row and each column that the rank holds some of; of vectors every element
+===========  ===========================================================================================================
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from sm3_dist.layout.box import Box
-from sm3_dist.planner.planning import RankBytes, check_plan
-from sm3_dist.planner.rank_shards import REPLICATED, rank_shards
+from sm3_dist.planner.planning import RankBytes, mesh_of
+from sm3_dist.planner.rank_shards import REPLICATED, Kind, rank_shards
+from sm3_dist.planner.rectangles import product
 
 _FLOAT = 4
 _QUANTIZED, _SMALL = 256, 4096
+_FLASH_GROUP = 32
+
+State = Callable[[Tensor, Sequence[Tensor], Kind], Tensor]
+"""Bytes of state: of the elements that each rank updates, of the lengths of the box around them, in a tensor."""
 
 
-def adamw(elements: int, extent: Box, shape: tuple[int, ...]) -> int:
-    """Two float32 moments of every element."""
-    return 2 * _FLOAT * elements
+@dataclass(frozen=True)
+class Baseline:
+    """An optimizer to compare with.
+
+    Attributes:
+        state: its bytes of state.
+        weight: bytes of a weight, and of its gradient.
+    """
+
+    state: State
+    weight: int = _FLOAT
 
 
-def adamw_8bit(elements: int, extent: Box, shape: tuple[int, ...]) -> int:
-    """Two moments of a byte per element and a float32 scale per 256; float32 in tensors of fewer than 4096."""
-    if math.prod(shape) < _SMALL:
-        return adamw(elements, extent, shape)
-    return 2 * (elements + _FLOAT * -(-elements // _QUANTIZED))
+def _adamw(numel: Tensor, lengths: Sequence[Tensor], kind: Kind) -> Tensor:
+    return 2 * _FLOAT * numel
 
 
-def adafactor(elements: int, extent: Box, shape: tuple[int, ...]) -> int:
-    """A float32 average per row and per column that the rank holds some of; no momentum; of vectors every element."""
-    if len(shape) < 2:
-        return _FLOAT * elements
-    *matrices, rows, columns = extent.shape
-    return _FLOAT * math.prod(matrices) * (rows + columns) if elements else 0
+def _adamw_8bit(numel: Tensor, lengths: Sequence[Tensor], kind: Kind) -> Tensor:
+    if kind.numel < _SMALL:
+        return _adamw(numel, lengths, kind)
+    return 2 * (numel + _FLOAT * -(-numel // _QUANTIZED))
 
 
-RIVALS: dict[str, Callable[[int, Box, tuple[int, ...]], int]] = {
-    "adamw": adamw,
-    "adamw-8bit": adamw_8bit,
-    "adafactor": adafactor,
+def _flash_adamw(numel: Tensor, lengths: Sequence[Tensor], kind: Kind) -> Tensor:
+    return numel + 2 * (numel + 2 * -(-numel // _FLASH_GROUP))
+
+
+def _adam_mini(numel: Tensor, lengths: Sequence[Tensor], kind: Kind) -> Tensor:
+    outer = len(kind.shape) > 1 and not kind.hidden
+    return (2 if outer else 1) * _FLOAT * numel
+
+
+def _muon(numel: Tensor, lengths: Sequence[Tensor], kind: Kind) -> Tensor:
+    return (1 if kind.hidden else 2) * _FLOAT * numel
+
+
+def _adafactor(numel: Tensor, lengths: Sequence[Tensor], kind: Kind) -> Tensor:
+    if len(lengths) < 2:
+        return _FLOAT * numel
+    *matrices, rows, columns = lengths
+    averages = _FLOAT * (rows + columns) * (product(matrices) if matrices else 1)
+    return torch.where(numel > 0, averages, 0)
+
+
+BASELINES = {
+    "adamw": Baseline(_adamw),
+    "adamw-8bit": Baseline(_adamw_8bit),
+    "flash-adamw": Baseline(_flash_adamw, weight=2),
+    "adam-mini": Baseline(_adam_mini),
+    "muon": Baseline(_muon),
+    "adafactor": Baseline(_adafactor),
 }
-"""Bytes of state of the elements that a rank updates, of their extent, in a tensor of that shape."""
+"""By name. Their sources stand above."""
 
 
-def rival(
+def baseline(
     name: str,
     module: nn.Module,
     *,
@@ -52,20 +97,22 @@ def rival(
     replicas: int = 2,
     units: Collection[nn.Module] = (),
     tensor_parallel: Mapping[str, int] | None = None,
+    tp_size: int | None = None,
 ) -> list[RankBytes]:
-    """What each rank holds with another optimizer, with float32 weights as in mixed precision.
+    """What each rank holds with another optimizer, most of them with float32 weights as in mixed precision.
 
-    Gradients are float32 too. Not every one of these works under every wrapper: the bytes are those that it would hold
-    if it did.
+    Gradients are of the type of the weights. Not every one of these works under every wrapper: the bytes are those that
+    it would hold if it did.
 
     Args:
-        name: one of :data:`RIVALS`.
+        name: one of :data:`BASELINES`.
         module: see :func:`sm3_dist.plan` for this and all others.
         world: number of ranks.
         wrapper: how they share the work.
         replicas: for HSDP.
         units: what is wrapped one by one.
-        tensor_parallel: for ``"tp"``.
+        tensor_parallel: for tensor parallelism.
+        tp_size: likewise.
 
     Returns:
         for each rank its bytes; nothing is sent.
@@ -77,19 +124,19 @@ def rival(
         >>> import torch
         >>> with torch.device("meta"):
         ...     model = torch.nn.Linear(1024, 1024, bias=False)
-        >>> [rival(name, model)[0].state for name in RIVALS]
-        [8388608, 2129920, 8192]
+        >>> {name: baseline(name, model)[0].state for name in ("adamw", "adamw-8bit", "muon", "adafactor")}
+        {'adamw': 8388608, 'adamw-8bit': 2129920, 'muon': 4194304, 'adafactor': 8192}
     """
-    check_plan(module, world, wrapper, replicas, tensor_parallel)
-    copies = replicas if wrapper == "hsdp" else 1
-    weights, gradients, state = ([0] * (world // copies) for _ in range(3))
-    for piece in rank_shards(module, wrapper, world // copies, units, tensor_parallel):
-        shape = tuple(piece.param.shape) or (1,)
-        for rank, (boxes, extent) in enumerate(zip(piece.boxes, piece.extents, strict=True)):
-            elements = sum(box.numel for box in boxes) + (piece.padding[rank] if piece.padding else 0)
-            kept = _FLOAT * (piece.param.numel() if wrapper in REPLICATED else elements)
-            weights[rank] += kept
-            if piece.param.requires_grad:
-                gradients[rank] += kept
-                state[rank] += RIVALS[name](elements, extent, shape)
-    return [RankBytes(w, g, s, 0, 0) for w, g, s in zip(weights, gradients, state, strict=True)] * copies
+    other, mesh = BASELINES[name], mesh_of(module, world, wrapper, replicas, tensor_parallel, tp_size)
+    weights, gradients, state = torch.zeros((3, math.prod(mesh)), dtype=torch.int64)
+    for unit in rank_shards(module, wrapper, mesh, units, tensor_parallel):
+        for holding in unit.holdings:
+            kind, times, numel = holding.kind, holding.times * unit.times, holding.numel
+            stored = other.weight * (torch.full_like(numel, kind.numel) if wrapper in REPLICATED else numel)
+            weights += times * stored
+            if kind.trained:
+                gradients += times * stored
+                state += times * other.state(numel, holding.part.lengths(), kind)
+    nothing = torch.zeros_like(state)
+    ranks = [RankBytes(*row) for row in torch.stack([weights, gradients, state, nothing, nothing], 1).tolist()]
+    return ranks * (replicas if wrapper == "hsdp" else 1)

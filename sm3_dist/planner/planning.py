@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from sm3_dist.layout.shard import accumulator_dtype
-from sm3_dist.planner.exchange_buffers import exchange_bytes
-from sm3_dist.planner.rank_shards import REPLICATED, WRAPPERS, Pieces, rank_shards
+from sm3_dist.optimizer import SM3
+from sm3_dist.planner.exchange_buffers import Pieces, exchange_bytes
+from sm3_dist.planner.flat_parts import FlatParts
+from sm3_dist.planner.rank_shards import REPLICATED, WRAPPERS, Unit, each_shard, rank_shards
+from sm3_dist.planner.rectangles import Rectangles
 from sm3_dist.ranks.fingerprint import FIELDS
+from sm3_dist.step.param_groups import validate
+
+WITH_TENSOR_PARALLEL = ("fsdp2", "hsdp")
+"""Wrappers that cut what tensor parallelism has left."""
+
+MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8)
 
 IN_BACKWARD = ("none", "fsdp2", "hsdp", "tp")
 """Wrappers with which steps may be taken during backward."""
@@ -50,6 +61,7 @@ def plan(
     replicas: int = 2,
     units: Collection[nn.Module] = (),
     tensor_parallel: Mapping[str, int] | None = None,
+    tp_size: int | None = None,
     shard_covers: bool = False,
     step_in_backward: bool = False,
     momentum: float = 0.0,
@@ -69,8 +81,10 @@ def plan(
         replicas: for HSDP the number of copies of the model, each sharded over ``world / replicas`` ranks.
         units: the submodules that are wrapped one by one before the root, such as ``model.blocks``: what is flattened
             together by FSDP1 and fairscale, and what has its gradients reduced together by FSDP2.
-        tensor_parallel: for ``"tp"`` the dimension in which each parameter is cut, by its name; the others are
-            replicated.
+        tensor_parallel: for ``"tp"``, and where ``tp_size`` is given, the dimension in which each parameter is cut, by
+            its name; the others are replicated.
+        tp_size: for ``"fsdp2"`` and ``"hsdp"`` over how many ranks tensor parallelism cuts, those next to one another,
+            before the wrapper cuts what is left over the others.
         shard_covers: as for :class:`sm3_dist.SM3`, and so are the options after it; all parameters are in one param
             group.
         step_in_backward: whether :func:`sm3_dist.step_in_backward` is used.
@@ -85,8 +99,9 @@ def plan(
 
     Raises:
         ValueError: for another wrapper, for several ranks without any, for fewer than 1, for replicas that do not
-            divide them, for ``"tp"`` without ``tensor_parallel``, for names in that which the model does not have or
-            dimensions that the parameter does not have, and for ``step_in_backward`` where it is refused.
+            divide them, for tensor parallelism without ``tensor_parallel``, for names in that which the model does not
+            have or dimensions that the parameter does not have, for ``step_in_backward`` where it is refused, and for
+            options that SM3 refuses.
 
     Example:
         >>> import torch, sm3_dist
@@ -94,90 +109,166 @@ def plan(
         ...     model = torch.nn.Linear(4096, 4096, dtype=torch.bfloat16)
         >>> first, second = sm3_dist.plan(model, world=2, wrapper="fsdp2")
         >>> first
-    exchanged = exchange_bytes(orthogonal, ranks)
-    for part, by_unit, buffer, buckets in zip(parts, gradients, owned, exchanged, strict=True):
-        total = replace(RankBytes(*map(sum, zip(*map(astuple, part), strict=True))), exchanged=buckets)
-        if total.sent:
-            total = replace(total, sent=total.sent + FIELDS * widest)
+        RankBytes(weights=16781312, gradients=16781312, state=32776, sent=16400, adam_moments=33562624, exchanged=0)
     """
-    check_plan(module, world, wrapper, replicas, tensor_parallel)
     if step_in_backward and (wrapper not in IN_BACKWARD or shard_covers):
         reason = "with shard_covers" if shard_covers else f"with wrapper={wrapper!r}"
         raise ValueError(f"no steps can be taken during backward {reason}; leave step_in_backward out")
-    copies = replicas if wrapper == "hsdp" else 1
-    ranks = world // copies
-    kept = {p.dtype: accumulator_dtype(p.dtype).itemsize for p in module.parameters() if p.requires_grad}
-    widest = max(kept.values(), default=0)  # accumulators of several types are sent in one buffer
-    parts = [[RankBytes(0, 0, 0, 0, 0)] for _ in range(ranks)]
-    named: dict[Tensor, str] = {param: name for name, param in module.named_parameters()}
-    orthogonal: list[Pieces] = []
-    gradients: list[dict[int, int]] = [{} for _ in range(ranks)]
-    owned = [0] * ranks
-    for number, piece in enumerate(rank_shards(module, wrapper, ranks, units, tensor_parallel)):
-        param, shards = piece.param, piece.shards(cover_block)
-        if param.requires_grad and named[param] in orthogonalize:
-            orthogonal.append(piece)
-        shared = [piece.shared(i, cover_block) for i in range(shards[0].accumulator_count)]
-        unit = piece.unit if wrapper in ("fsdp2", "hsdp") else number
-        for rank, (part, shard) in enumerate(zip(parts, shards, strict=True)):
-            padding = piece.padding[rank] if piece.padding else 0
-            stored = param.numel() if wrapper in REPLICATED else shard.numel + padding
-            weights = param.element_size() * stored
-            if not param.requires_grad:
-                part.append(RankBytes(weights, 0, 0, 0, 0))
-                continue
-            entries = [
-                box.numel
-                for box, regions in zip(shard.stored, shared, strict=True)
-                if not (shard_covers and any((region & box) == box for region in regions))
-            ]
-            beside = [box.numel for box, chunk in zip(shard.held, shard.chunks, strict=True) if chunk is not None]
-            state = _STEP * piece.counted + kept[param.dtype] * (sum(entries) + sum(beside))
-            if momentum > 0:
-                elements = shard.numel + padding
-                state += elements * (momentum_dtype.itemsize if momentum_dtype else kept[param.dtype])
-            if update_rms is not None:
-                state += _SQUARE_SUM
-            reduced = widest * sum(box.numel for regions in shared for box in regions)
-            if shard_covers:
-                owned[rank] += reduced
-            sent = reduced + kept[param.dtype] * sum(
-                piece.lent(i, shards, rank) for i in range(shard.accumulator_count)
-            )
-            moments = 2 * param.element_size() * (shard.numel + padding)
-            part.append(RankBytes(weights, weights, state, sent, moments))
-            gradients[rank][unit] = gradients[rank].get(unit, 0) + weights
-    result = []
-    exchanged = exchange_bytes(orthogonal, ranks)
-    for part, by_unit, buffer, buckets in zip(parts, gradients, owned, exchanged, strict=True):
-        total = replace(RankBytes(*map(sum, zip(*map(astuple, part), strict=True))), exchanged=buckets)
-        if total.sent:
-            total = replace(total, sent=total.sent + FIELDS * widest)
-        if step_in_backward:
-            total = replace(total, gradients=max(by_unit.values(), default=0))
-        if widest:  # with shard_covers each rank owns an equal part of the buffer
-            total = replace(total, state=total.state + -(-buffer // widest // ranks) * widest)
-        result.append(total)
-    return result * copies
+    check_options(momentum, momentum_dtype, update_rms, cover_block)
+    mesh = mesh_of(module, world, wrapper, replicas, tensor_parallel, tp_size)
+    options = _Options(shard_covers, momentum > 0, momentum_dtype, update_rms is not None, cover_block)
+    wrapped = rank_shards(module, wrapper, mesh, units, tensor_parallel)
+    ranks = _all_ranks(wrapped, wrapper, mesh, options, step_in_backward)
+    if orthogonalize:
+        if tp_size is not None and wrapper != "tp":
+            raise ValueError("orthogonalize= is not planned together with tp_size=; leave one of them out")
+        shards = each_shard(module, wrapper, mesh, units, tensor_parallel)
+        trained = {name for name, param in module.named_parameters() if param.requires_grad} & set(orthogonalize)
+        pieces = [pieces_of(part) for name, part in shards if name in trained]
+        exchanged = exchange_bytes(pieces, math.prod(mesh))
+        ranks = [replace(rank, exchanged=count) for rank, count in zip(ranks, exchanged, strict=True)]
+    return ranks * (replicas if wrapper == "hsdp" else 1)
 
 
-def check_plan(
-    module: nn.Module, world: int, wrapper: str, replicas: int, tensor_parallel: Mapping[str, int] | None
-) -> None:
-    """Raise for what cannot be planned."""
+def pieces_of(part: Rectangles | FlatParts) -> Pieces:
+    """What an exchange of updates asks of what ranks hold."""
+    along = isinstance(part, Rectangles)
+    uncut = isinstance(part, Rectangles) and all(cut is None for cut in part.cuts)
+    return Pieces(part.shape, part.boxes(), replicated=uncut, cut=along and not uncut)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Of SM3's options what the bytes depend on."""
+
+    shard_covers: bool
+    momentum: bool
+    momentum_dtype: torch.dtype | None
+    update_rms: bool
+    cover_block: int | None
+
+
+class _Totals:
+    """What is added up for each rank, in bytes; of what is shared the entries, by the mesh dimensions of its group."""
+
+    def __init__(self, ranks: int) -> None:
+        self.weights, self.gradients, self.largest, self.state, self.moments, self.lent = torch.zeros(
+            (6, ranks), dtype=torch.int64
+        )
+        self.shared: dict[tuple[int, ...], Tensor] = {}
+        self.widest = 0  # accumulators of several types are sent in one buffer
+
+
+def _all_ranks(
+    units: Collection[Unit], wrapper: str, mesh: tuple[int, int], options: _Options, in_backward: bool
+) -> list[RankBytes]:
+    """The bytes of each rank of a mesh."""
+    totals = _Totals(math.prod(mesh))
+    for unit in units:
+        _add(unit, wrapper, options, totals)
+    sent = sum(totals.shared.values(), start=torch.zeros_like(totals.state)) * totals.widest + totals.lent
+    buckets = sum(((entries > 0).long() for entries in totals.shared.values()), start=torch.zeros_like(sent))
+    sent += FIELDS * totals.widest * torch.maximum(buckets, (sent > 0).long())
+    if options.shard_covers:  # each rank of a group owns an equal part of its buffer
+        for axes, entries in totals.shared.items():
+            members = math.prod(mesh[axis] for axis in axes)
+            totals.state += -(-entries // members) * totals.widest
+    gradients = totals.largest if in_backward else totals.gradients
+    columns = torch.stack([totals.weights, gradients, totals.state, sent, totals.moments], 1)
+    different, number = columns.unique(dim=0, return_inverse=True)
+    ranks = [RankBytes(*row) for row in different.tolist()]
+    return [ranks[k] for k in number.tolist()]
+
+
+def _add(unit: Unit, wrapper: str, options: _Options, totals: _Totals) -> None:
+    """Add what every rank holds of some units that are alike."""
+    pending = torch.zeros_like(totals.gradients)
+    for holding in unit.holdings:
+        kind, part, numel, times = holding.kind, holding.part, holding.numel, holding.times * unit.times
+        size, kept = kind.dtype.itemsize, accumulator_dtype(kind.dtype).itemsize
+        stored = torch.full_like(numel, size * kind.numel) if wrapper in REPLICATED else size * numel
+        totals.weights += times * stored
+        if not kind.trained:
+            continue
+        pending += holding.times * stored
+        totals.moments += times * 2 * size * numel
+        totals.state += times * (_STEP * holding.counted + _SQUARE_SUM * options.update_rms)
+        if options.momentum:
+            moment = options.momentum_dtype.itemsize if options.momentum_dtype else kept
+            totals.state += times * moment * numel
+        totals.widest = max(totals.widest, kept)
+        for cells in kind.cells(options.cover_block):
+            entries, (shared, inside) = part.stored(cells), part.shared(cells)
+            if options.shard_covers:
+                entries = torch.where(inside, 0, entries)
+            held, lent = part.beside(cells)
+            totals.state += times * kept * (entries + held)
+            totals.lent += times * kept * lent
+            axes = part.peers(cells)
+            totals.shared[axes] = totals.shared.get(axes, torch.zeros_like(shared)) + times * shared
+    totals.gradients += unit.times * pending
+    totals.largest = torch.maximum(totals.largest, pending)
+
+
+def mesh_of(
+    module: nn.Module,
+    world: int,
+    wrapper: str,
+    replicas: int,
+    tensor_parallel: Mapping[str, int] | None,
+    tp_size: int | None,
+) -> tuple[int, int]:
+    """Over how many ranks (of a replica, for HSDP) the wrapper cuts, and over how many tensor parallelism does.
+
+    Raises:
+        ValueError: for what cannot be planned.
+    """
     if wrapper not in WRAPPERS:
         raise ValueError(f"wrapper must be one of {', '.join(map(repr, WRAPPERS))}, but is {wrapper!r}")
-    if world < 1 or (wrapper == "none" and world > 1):
+    if world < 1:
+        raise ValueError(f"world must be at least 1, but is {world}")
+    if wrapper == "none" and world > 1:
         raise ValueError(f"{world} ranks with wrapper={wrapper!r}: name how they share the work, or take world=1")
-    if wrapper == "hsdp" and (replicas < 1 or world % replicas):
+    copies = replicas if wrapper == "hsdp" else 1
+    if copies < 1 or world % copies:
         raise ValueError(f"{world} ranks cannot hold {replicas} replicas of equal size; replicas must divide the ranks")
-    if wrapper != "tp":
-        return
+    ranks = world // copies
+    if wrapper == "tp":
+        tp_size = ranks if tp_size is None else tp_size
+        if tp_size != ranks:
+            raise ValueError(f"tp_size={tp_size} with wrapper='tp', which is over all {ranks} ranks; leave it out")
+    elif tp_size is None:
+        return ranks, 1
+    elif wrapper not in WITH_TENSOR_PARALLEL:
+        known = ", ".join(map(repr, WITH_TENSOR_PARALLEL))
+        raise ValueError(f"tp_size={tp_size} with wrapper={wrapper!r}: tensor parallelism goes together with {known}")
+    if tp_size < 1 or ranks % tp_size:
+        raise ValueError(f"tp_size={tp_size} must divide the {ranks} ranks{' of a replica' * (copies > 1)}")
     if tensor_parallel is None:
-        raise ValueError("wrapper='tp' needs tensor_parallel=, the dimension in which each parameter is cut, by name")
+        raise ValueError(
+            f"wrapper={wrapper!r} {'' if wrapper == 'tp' else 'with tp_size= '}needs tensor_parallel=, the dimension "
+            "in which each parameter is cut, by name"
+        )
     params = dict(module.named_parameters())
     for name, axis in tensor_parallel.items():
         if name not in params:
             raise ValueError(f"tensor_parallel= names {name!r}, and the model has no parameter of that name")
         if not 0 <= axis < params[name].dim():
             raise ValueError(f"tensor_parallel= cuts {name!r} in dimension {axis}, and it has {params[name].dim()}")
+    return ranks // tp_size, tp_size
+
+
+def check_options(
+    momentum: float, momentum_dtype: torch.dtype | None, update_rms: float | None, cover_block: int | None
+) -> None:
+    """Refuse what SM3 refuses.
+
+    Raises:
+        ValueError: says which option, its value and what to do.
+    """
+    if momentum_dtype not in MOMENTUM_DTYPES:
+        raise ValueError(
+            f"momentum_dtype must be one of {', '.join(map(str, MOMENTUM_DTYPES))}, but is {momentum_dtype}"
+        )
+    usual = {name: parameter.default for name, parameter in inspect.signature(SM3).parameters.items()}
+    validate({**usual, "params": [], "momentum": momentum, "update_rms": update_rms, "cover_block": cover_block}, 0)

@@ -1,19 +1,25 @@
-"""What each rank will hold of each parameter under a wrapper, reckoned before there is any."""
+"""What each rank will hold of each parameter under a wrapper, reckoned before there is any.
+
+Parameters that are alike and cut alike are reckoned once, and all ranks at once: a model of a hundred equal blocks on
+thousands of ranks takes as long as one block.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sm3_dist.layout.box import Box, bounding, flat_boxes, overlaps
-from sm3_dist.layout.cover import cell, grid, touched
-from sm3_dist.layout.flat_metadata import Original, held
-from sm3_dist.layout.ranges import Range
-from sm3_dist.layout.shard import Chunk, LocalShard
+from sm3_dist.layout.cover import Cell, accumulator_count, cell
+from sm3_dist.layout.flat_metadata import Original
 from sm3_dist.layout.zero import Partition
+from sm3_dist.planner.flat_parts import FlatParts
+from sm3_dist.planner.rectangles import Rectangles, rectangles
 
 WRAPPERS = ("none", "ddp", "zero1", "fsdp2", "hsdp", "tp", "fsdp1", "fairscale")
 """One process; DistributedDataParallel, alone and with ``SM3(shard_over=)``; ``fully_shard`` over all ranks, and over
@@ -22,183 +28,220 @@ those of each replica; tensor parallel; torch's FullyShardedDataParallel and fai
 REPLICATED = ("none", "ddp", "zero1")
 """Wrappers that leave every parameter whole on every rank."""
 
+T = TypeVar("T", bound=Hashable)
+
 _ALIGNED = 16
 """Bytes at whose multiples FSDP1 lets each tensor begin (with ``use_orig_params=True``)."""
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """One parameter, and what every rank updates of it.
+class Kind:
+    """All that bytes depend on of a parameter.
 
     Attributes:
-        param: the parameter, with its original shape.
-        boxes: for each rank the boxes.
-        extents: for each rank the extent of its boxes.
-        axis: the dimension that is cut, where every rank has its chunk of that; entries of the accumulator of that
-            dimension then have one owner each.
-        replicated: whether every rank updates all of it, and all do the same.
-        unit: number of the module that is gathered together with this parameter.
+        shape: at least one-dimensional.
+        dtype: its type.
+        trained: whether it requires a gradient.
+        hidden: whether it is a matrix (or a stack of them) between others, and no embedding and no head.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained: bool
+    hidden: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def cells(self, cover_block: int | None) -> list[Cell]:
+        """Those of each accumulator."""
+        return [cell(self.shape, i, cover_block) for i in range(accumulator_count(self.shape, cover_block))]
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What every rank updates of a parameter, or of some that are alike.
+
+    Attributes:
+        kind: the parameter's.
+        part: what the ranks update.
+        times: how many there are.
         counted: whether the optimizer counts its steps; not for all but one of the tensors in a flat parameter.
         padding: for each rank the elements of a flat parameter beside those of its tensors.
     """
 
-    param: Tensor
-    boxes: Sequence[tuple[Box, ...]]
-    extents: Sequence[Box]
-    axis: int | None = None
-    replicated: bool = False
-    unit: int = 0
+    kind: Kind
+    part: Rectangles | FlatParts
+    times: int = 1
     counted: bool = True
-    padding: Sequence[int] = ()
+    padding: Tensor | int = 0
 
-    def shards(self, cover_block: int | None) -> list[LocalShard]:
-        """For each rank what it holds."""
-        shape = _shape(self.param)
-        whole = LocalShard(shape, (), cover_block=cover_block)
-        by_accumulator = [self._chunks(i, cover_block) for i in range(whole.accumulator_count)]
-        return [
-            LocalShard(shape, boxes, extent=extent, cover_block=cover_block, chunks=chunks)
-            for boxes, extent, chunks in zip(self.boxes, self.extents, zip(*by_accumulator, strict=True), strict=True)
-        ]
+    @property
+    def numel(self) -> Tensor:
+        """Elements of each rank, with padding."""
+        return self.part.numel() + self.padding
 
-    def _chunks(self, i: int, cover_block: int | None) -> list[Chunk] | list[None]:
-        """For each rank what its state holds of accumulator ``i``; ``None`` if every rank works on just that."""
-        nothing = [None] * len(self.extents)
-        if cover_block is None or self.axis is None:
-            return nothing
-        whole = Box.whole(grid(_shape(self.param), i, cover_block))
-        length = -(-whole.stop[self.axis] // len(self.extents))
-        boxes = [whole.along(self.axis, r * length, (r + 1) * length) for r in range(len(self.extents))]
-        cells = cell(_shape(self.param), i, cover_block)
-        needed = [touched(extent, cells) for extent in self.extents]
-        if all(a == b or not (a.numel or b.numel) for a, b in zip(boxes, needed, strict=True)):
-            return nothing
-        return [Chunk(box) for box in boxes]
 
-    def lent(self, i: int, shards: Sequence[LocalShard], rank: int) -> int:
-        """How many entries of accumulator ``i`` a rank sends to those whose states hold them, though it needs them."""
-        if shards[0].chunks[i] is None or self.axis is None:
-            return 0
-        mine, length = shards[rank].stored[i], max(1, shards[0].held[i].shape[self.axis])
-        others = range(mine.start[self.axis] // length, -(-mine.stop[self.axis] // length) if mine.numel else 0)
-        return sum(
-            (piece & mine).numel for other in others for piece in shards[other].held[i].without(shards[other].stored[i])
-        )
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered and whose gradients are reduced together.
 
-    def shared(self, i: int, cover_block: int | None) -> tuple[Box, ...]:
-        """The entries of accumulator ``i`` that several ranks touch, where they do not compute the same thing."""
-        if self.replicated or (cover_block is None and i == self.axis):
-            return ()
-        holding = [e for e, b in zip(self.extents, self.boxes, strict=True) if self.axis is not None or b]
-        cells = cell(_shape(self.param), i, cover_block)
-        return overlaps([touched(extent, cells) for extent in holding])
+    Attributes:
+        holdings: of the parameters.
+        times: how many such units there are.
+    """
+
+    holdings: tuple[Holding, ...]
+    times: int = 1
 
 
 def rank_shards(
     module: nn.Module,
     wrapper: str,
-    ranks: int,
+    mesh: tuple[int, int],
     units: Collection[nn.Module] = (),
     tensor_parallel: Mapping[str, int] | None = None,
-) -> Iterator[Pieces]:
-    """Each parameter of a model with what every rank updates of it.
+) -> list[Unit]:
+    """The parameters of a model with what every rank updates of them.
 
     Args:
         module: the model, not wrapped.
         wrapper: one of :data:`WRAPPERS`.
-        ranks: how many share it; for HSDP those of one replica.
+        mesh: over how many ranks (for HSDP those of one replica) the wrapper cuts what tensor parallelism over so many
+            has left.
         units: the submodules that are wrapped one by one, before the root.
-        tensor_parallel: for ``"tp"`` the dimension in which each parameter is cut, by name; others are replicated.
+        tensor_parallel: the dimension in which each parameter is cut, by name; others are replicated.
 
     Raises:
         ValueError: if a module that is flattened has parameters of several types.
     """
+    kinds = _kinds(module)
     if wrapper == "zero1":
-        yield from _ranges(list(module.parameters()), ranks)
-    elif wrapper in ("fsdp1", "fairscale"):
-        for number, params in enumerate(_by_unit(module, units)):
-            yield from _flat(params, ranks, number, separate=wrapper == "fsdp1")
-    elif wrapper in ("fsdp2", "hsdp"):
-        for number, params in enumerate(_by_unit(module, units)):
-            yield from (_along(param, 0, ranks, number) for param in params)
-    else:
-        names = tensor_parallel or {}
-        for number, (name, param) in enumerate(module.named_parameters()):
-            yield _along(param, names.get(name) if wrapper == "tp" else None, ranks, number)
+        return [Unit(tuple(holding for _, holding in _ranges(list(module.parameters()), kinds, mesh[0])))]
+    if wrapper in ("fsdp1", "fairscale"):
+        grouped = Counter(tuple(kinds[param] for param in params) for params in _by_unit(module, units))
+        separate = wrapper == "fsdp1"
+        return [Unit(tuple(_flat(alike, mesh[0], separate)), times) for alike, times in grouped.items()]
+    sharded = wrapper in ("fsdp2", "hsdp")
+    axes = {param: (tensor_parallel or {}).get(name) for name, param in module.named_parameters()}
+    together = _by_unit(module, units) if sharded else [[param] for param in module.parameters()]
+    alike = _counted(
+        _counted((kinds[param], (0 if sharded else None, axes[param])) for param in params) for params in together
+    )
+    return [Unit(tuple(_cut(unit, mesh)), times) for unit, times in alike]
 
 
-def _along(param: Tensor, axis: int | None, ranks: int, unit: int) -> Pieces:
-    """Cut along a dimension as ``torch.chunk`` does, or not at all."""
-    whole = Box.whole(_shape(param))
-    if axis is None:
-        return Pieces(param, [(whole,)] * ranks, [whole] * ranks, replicated=True, unit=unit)
-    length = -(-whole.stop[axis] // ranks)
-    extents = [whole.along(axis, r * length, (r + 1) * length) for r in range(ranks)]
-    return Pieces(param, [(box,) if box.numel else () for box in extents], extents, axis=axis, unit=unit)
+def each_shard(
+    module: nn.Module,
+    wrapper: str,
+    mesh: tuple[int, int],
+    units: Collection[nn.Module] = (),
+    tensor_parallel: Mapping[str, int] | None = None,
+) -> Iterator[tuple[str, Rectangles | FlatParts]]:
+    """As :func:`rank_shards`, but parameter by parameter: its name, and what every rank updates of it."""
+    names, kinds = {param: name for name, param in module.named_parameters()}, _kinds(module)
+    if wrapper == "zero1":
+        yield from ((names[param], each.part) for param, each in _ranges(list(module.parameters()), kinds, mesh[0]))
+        return
+    sharded, flat = wrapper in ("fsdp2", "hsdp"), wrapper in ("fsdp1", "fairscale")
+    for params in _by_unit(module, units) if sharded or flat else [list(module.parameters())]:
+        if flat:
+            held = [each.part for each in _flat([kinds[param] for param in params], mesh[0], wrapper == "fsdp1")]
+            yield from zip(map(names.__getitem__, params), held, strict=True)
+            continue
+        for param in params:
+            cuts = (0 if sharded else None, (tensor_parallel or {}).get(names[param]))
+            yield names[param], rectangles(kinds[param].shape, mesh, cuts)
 
 
-def _ranges(params: Sequence[Tensor], ranks: int) -> Iterator[Pieces]:
+def _cut(unit: Iterable[tuple[tuple[Kind, tuple[int | None, ...]], int]], mesh: tuple[int, int]) -> Iterator[Holding]:
+    for (kind, cuts), times in unit:
+        yield Holding(kind, rectangles(kind.shape, mesh, cuts), times)
+
+
+def _counted(some: Iterable[T]) -> tuple[tuple[T, int], ...]:
+    """What there is, and how often."""
+    return tuple(Counter(some).items())
+
+
+def _kinds(module: nn.Module) -> dict[nn.Parameter, Kind]:
+    """The kind of each parameter."""
+    outer = {param for each in module.modules() if isinstance(each, nn.Embedding) for param in each.parameters()}
+    outer |= {param for name, param in module.named_parameters() if name.rpartition(".")[0].endswith("head")}
+    return {
+        param: Kind(
+            tuple(param.shape) or (1,), param.dtype, param.requires_grad, hidden=param.dim() > 1 and param not in outer
+        )
+        for param in module.parameters()
+    }
+
+
+def _ranges(
+    params: Sequence[nn.Parameter], kinds: Mapping[nn.Parameter, Kind], ranks: int
+) -> Iterator[tuple[nn.Parameter, Holding]]:
     """Cut the concatenation of the parameters of each type as ``shard_over=`` does."""
-    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    alike: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
     for param in params:
         if param.requires_grad:
             alike.setdefault((param.dtype, param.device), []).append(param)
         else:
-            yield _in_ranges(param, [(0, 0)] * ranks)
+            yield param, Holding(kinds[param], FlatParts(kinds[param].shape, ranks, 0, (0, 0)))
     for trained in alike.values():
         partition = Partition(trained, ranks)
-        for index, param in enumerate(trained):
-            yield _in_ranges(param, partition.ranges(index))
+        cuts = torch.tensor(partition.cuts)
+        for param, start in zip(trained, partition.starts, strict=True):
+            yield param, Holding(kinds[param], _between(kinds[param].shape, start, cuts))
 
 
-def _flat(params: Sequence[Tensor], ranks: int, unit: int, separate: bool) -> Iterator[Pieces]:
+def _flat(kinds: Sequence[Kind], ranks: int, separate: bool) -> Iterator[Holding]:
     """Lay parameters one after another, and cut that in equal parts.
 
     Args:
-        params: of one unit.
+        kinds: of the parameters of one unit.
         ranks: how many parts.
-        unit: its number.
         separate: whether the optimizer sees a parameter for each tensor (``use_orig_params=True``) or the flat one.
     """
-    types = {param.dtype for param in params}
+    types = {kind.dtype for kind in kinds}
     if len(types) > 1:
         names = ", ".join(sorted(map(str, types)))
         raise ValueError(f"a module that is flattened has parameters of one type, but these have {names}")
     position, originals = 0, []
-    for param in params:
+    for kind in kinds:
         if separate:  # torch lets each begin at a whole multiple
-            position += -position % (_ALIGNED // param.element_size())
-        originals.append(Original("", _shape(param), position))
-        position += param.numel()
-    part = -(-position // ranks)
-    cut = [[held(original, part, rank) for rank in range(ranks)] for original in originals]
-    for k, (param, ranges) in enumerate(zip(params, cut, strict=True)):
-        last, padding = k == len(params) - 1, []
+            position += -position % (_ALIGNED // kind.dtype.itemsize)
+        originals.append(Original("", kind.shape, position))
+        position += kind.numel
+    length = -(-position // ranks)
+    cuts = torch.arange(ranks + 1) * length
+    parts = [_between(original.shape, original.start, cuts) for original in originals]
+    for k, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
+        last, padding = k == len(kinds) - 1, None
         if last and not separate:
-            padding = [part - sum(b - a for a, b in (each[rank] for each in cut)) for rank in range(ranks)]
-        yield _in_ranges(param, ranges, unit, counted=separate or last, padding=padding)
+            padding = length - sum((each.numel() for each in parts), start=torch.zeros(ranks, dtype=torch.int64))
+        yield Holding(kind, part, counted=separate or last, padding=0 if padding is None else padding)
 
 
-def _in_ranges(
-    param: Tensor, ranges: Sequence[Range], unit: int = 0, counted: bool = True, padding: Sequence[int] = ()
-) -> Pieces:
-    shape = _shape(param)
-    boxes = [tuple(flat_boxes(shape, *elements)) for elements in ranges]
-    extents = [bounding(each, len(shape)) for each in boxes]
-    return Pieces(param, boxes, extents, unit=unit, counted=counted, padding=padding)
+def _between(shape: tuple[int, ...], start: int, cuts: Tensor) -> FlatParts:
+    """The parts of a tensor that begins at ``start`` of what is cut at ``cuts``."""
+    numel = math.prod(shape)
+    inside = (cuts - start).clamp(0, numel)
+    first = max(0, int((inside == 0).sum()) - 1)
+    last = min(len(cuts) - 1, len(cuts) - int((inside == numel).sum()))
+    return FlatParts(shape, len(cuts) - 1, first, tuple(inside[first : max(first, last) + 1].tolist()))
 
 
 def _by_unit(module: nn.Module, units: Collection[nn.Module]) -> list[list[nn.Parameter]]:
     """The parameters that are wrapped together: those of each unit, innermost first, then what is left in the root."""
     seen: set[nn.Parameter] = set()
+    wrapped = set(units)
     result = []
-    for unit in [each for each in reversed(list(module.modules())) if each in units and each is not module] + [module]:
+    for unit in [each for each in reversed(list(module.modules())) if each in wrapped and each is not module] + [
+        module
+    ]:
         fresh = [param for param in unit.parameters() if param not in seen]
         seen.update(fresh)
         if fresh:
             result.append(fresh)
     return result
-
-
-def _shape(param: Tensor) -> tuple[int, ...]:
-    return tuple(param.shape) or (1,)
