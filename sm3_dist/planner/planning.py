@@ -172,7 +172,7 @@ def _all_ranks(
     if options.shard_covers:  # each rank of a group owns an equal part of its buffer
         for axes, entries in totals.shared.items():
             members = math.prod(mesh[axis] for axis in axes)
-            totals.state += -(-entries // members) * totals.widest
+            totals.state += -(-(entries + FIELDS * (entries > 0)) // members) * totals.widest
     gradients = totals.largest if in_backward else totals.gradients
     columns = torch.stack([totals.weights, gradients, totals.state, sent, totals.moments], 1)
     different, number = columns.unique(dim=0, return_inverse=True)
