@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,7 +37,7 @@ def exchange_bytes(pieces: Sequence[Pieces], ranks: int) -> list[int]:
         pieces: the tensors whose update is made orthogonal, in the order of the param groups.
         ranks: how many share them.
     """
-    matrices = [piece for piece in pieces if len(piece.shape) > 1 and math.prod(piece.shape)]
+    matrices = [piece for piece in pieces if len(piece.shape) > 1 and 0 not in piece.shape]
     kinds = list(dict.fromkeys(_travels(piece, ranks) for piece in matrices))
     by_rank = []
     for rank in range(ranks):
