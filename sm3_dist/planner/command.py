@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 import time
@@ -72,6 +73,10 @@ def main(arguments: Sequence[str] | None = None, version: str = "") -> None:
     given = parser.parse_args(arguments)
     try:
         run(given)
+    except (
+        BrokenPipeError
+    ):  # whoever reads has enough; what is left in the buffer must not be written at the end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, ImportError, AttributeError) as error:
         command.error(str(error))
 
