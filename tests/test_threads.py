@@ -44,3 +44,22 @@ def test_a_fork_after_a_step_can_step_too():
             os._exit(0 if weight[299, 299].item() < 0.9 else 1)
         optimizer.step()
     assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_c
+def test_a_vector_beside_a_matrix_disturbs_no_other_thread():
+    """One thread steps the vector while another walks the matrix: what they gather on the way lies apart."""
+
+    def trained(backend: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((66, 70), (66,))]
+        optimizer = SM3.adamw_like(params, lr=1e-2, backend=backend)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator)
+            optimizer.step()
+        return params[0].detach()
+
+    expected = trained("eager")
+    with threads(2):
+        assert all(torch.equal(trained("c"), expected) for _ in range(200))

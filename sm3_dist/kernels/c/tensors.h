@@ -66,8 +66,11 @@ static int64_t aside(const struct tensor *t, int64_t first, int64_t i) {
     return n;
 }
 
-/* First dimension whose maxima are gathered aside. Dimension 0 is not, unless it is so short that shares end within rows. */
-static int64_t first_aside(const struct tensor *t, int64_t shares) { return t->stored[0] < 16 * shares ? 0 : 1; }
+/* First dimension whose maxima are gathered aside. Dimension 0 is not, unless it is so short that shares end within rows;
+ * a vector has none: each of its elements is its own maximum. */
+static int64_t first_aside(const struct tensor *t, int64_t shares) {
+    return t->dims > 1 && t->stored[0] < 16 * shares ? 0 : 1;
+}
 
 static int contiguous_from(const struct box *b, int64_t dims, int64_t d) {
     for (int operand = 0; operand < OPERANDS; operand++) {
