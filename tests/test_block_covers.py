@@ -97,12 +97,20 @@ def test_blocks_of_one_are_adam_without_momentum() -> None:
 
 
 def test_blocks_as_long_as_the_tensor_are_whole_slices() -> None:
-    grads = gradients((5, 4, 3), 3)
-    blocks, state = trained(torch.ones(5, 4, 3), grads, cover_block=5)
-    slices, _ = trained(torch.ones(5, 4, 3), grads)
+    grads = gradients((5, 4), 3)
+    blocks, state = trained(torch.ones(5, 4), grads, cover_block=5)
+    slices, _ = trained(torch.ones(5, 4), grads)
     assert torch.equal(blocks, slices)
-    shapes = [tuple(state[f"accumulator_{i}"].shape) for i in range(4)]
-    assert shapes == [(5, 1, 1), (1, 4, 1), (1, 1, 3), (1, 1, 1)]
+    assert [tuple(state[f"accumulator_{i}"].shape) for i in range(3)] == [(5, 1), (1, 4), (1, 1)]
+
+
+def test_a_tensor_of_more_dimensions_counts_as_the_matrix_that_it_is_in_memory() -> None:
+    """Rows of the first dimension, whose blocks of columns are whole in the last ones."""
+    grads = gradients((6, 2, 4), 3)
+    tensor, state = trained(torch.ones(6, 2, 4), grads, cover_block=4)
+    matrix, _ = trained(torch.ones(6, 8), [grad.view(6, 8) for grad in grads], cover_block=4)
+    assert torch.equal(tensor.view(6, 8), matrix)
+    assert [tuple(state[f"accumulator_{i}"].shape) for i in range(3)] == [(6, 2, 1), (2, 2, 4), (2, 2, 1)]
 
 
 def test_state_is_two_over_the_block_size() -> None:

@@ -24,7 +24,9 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import sm3_dist
 for module in pkgutil.walk_packages(sm3_dist.__path__, "sm3_dist."):
-    if not module.name.endswith(("__main__", "kernels.c._cpu")):  # the latter is a library for ctypes, not a module
+    of_triton = module.name.startswith("sm3_dist.kernels.triton.") and not module.name.endswith("availability")
+    # _cpu is a library for ctypes, not a module; what is written in Triton is imported where Triton is there.
+    if not (of_triton or module.name.endswith(("__main__", "kernels.c._cpu"))):
         importlib.import_module(module.name)
         print(module.name)
 """

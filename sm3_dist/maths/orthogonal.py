@@ -41,8 +41,9 @@ def orthogonalized(update: Tensor) -> Tensor:
 
     Example:
         >>> stretched = torch.diag(torch.tensor([1.0, 3.0, 0.2])).bfloat16()
-        >>> torch.linalg.svdvals(orthogonalized(stretched).float()).round(decimals=1)
-        tensor([1.1, 0.8, 0.7])
+        >>> values = torch.linalg.svdvals(orthogonalized(stretched).float())
+        >>> bool((values > 0.6).all() and (values < 1.3).all())
+        True
     """
     matrix = update.flatten(1)
     tall = matrix.shape[0] > matrix.shape[1]

@@ -78,7 +78,7 @@ def _extents(shape: tuple[int, ...], ends: tuple[int, ...]) -> list[Interval]:
 
     A range within one row is the same question one dimension lower; one of several rows has all columns in it.
     """
-    edges = torch.tensor(ends, dtype=torch.int64)
+    edges = torch.tensor(ends, dtype=torch.int64, device="cpu")
     first, last = edges[:-1], edges[1:] - 1
     inside = first <= last  # in one row of the dimensions before, and not empty
     result = []
