@@ -3,6 +3,7 @@
 ``--one-rank-seconds`` says for how long random cases are tried, and ``--one-rank-seed`` from which seed on.
 """
 
+import random
 import re
 import time
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ from sm3_dist.ranks import fingerprint
 from sm3_dist.ranks.bucket import MaxBucket, SumBucket
 from sm3_dist.ranks.difference import Facts, facts_from, facts_to, in_which_they_differ
 
-FIRST_SEED, FIRST_CASES = 1, 20
-"""What a run without options tries."""
+OPEN = {"closure, and on"}
+"""A rank whose closure raises, and which goes on, is not told apart yet where its replica alone goes on as well."""
 
 
 @pytest.fixture(scope="module")
@@ -34,25 +35,22 @@ def apart() -> Iterator[Pool]:
         yield pool
 
 
+@pytest.mark.exhaustive
 def test_random_cases(apart: Pool, pytestconfig: pytest.Config) -> None:
-    """The same few cases in each run; others from ``--one-rank-seed``, for as long as is asked for.
-
-    Among thousands of seeds some are known to end without the words that are wanted (``zero1`` with one parameter more
-    on one rank above all), so a run of other seeds is for whoever works on these messages.
-    """
+    """Among thousands of seeds some are known that end without the words that are wanted, ``zero1`` above all."""
     seconds, seed = pytestconfig.getoption("one_rank_seconds"), pytestconfig.getoption("one_rank_seed")
-    most = FIRST_CASES if seed is None else 1 << 30
-    seed = FIRST_SEED if seed is None else seed
+    seed = random.SystemRandom().randrange(1 << 30) if seed is None else seed
     print(f"cases from seed {seed} on")
     deadline, tried = time.monotonic() + seconds, 0
-    while tried < most and (tried < 3 or time.monotonic() < deadline):
+    while tried < 3 or time.monotonic() < deadline:
         case, verdict, words = try_case(apart, seed + tried)
         assert verdict in ("right", "told"), f"{verdict}: {case}\n{words}"
         tried += 1
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("fault", ["none", *SAID])
+@pytest.mark.parametrize(
+    "fault", [pytest.param(each, marks=[pytest.mark.exhaustive] if each in OPEN else []) for each in ("none", *SAID)]
+)
 def test_every_fault(apart: Pool, fault: str) -> None:
     """Sharded, with a replica of each part: told by a bucket and through the store."""
     case, verdict, words = try_case(apart, 7, fault, "hsdp")
