@@ -111,7 +111,7 @@ def _shared(shape: tuple[int, ...], ends: tuple[int, ...], cells: Cell) -> tuple
     stops = torch.stack([stop for _, stop in sides], 1)
     boxes = [Box(tuple(start), tuple(stop)) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
     regions = overlaps(boxes)
-    inside = torch.zeros(len(boxes), dtype=torch.bool)
+    inside = torch.zeros(len(boxes), dtype=torch.bool, device="cpu")
     for region in regions:
         begins, ends_before = starts >= torch.tensor(region.start), stops <= torch.tensor(region.stop)
         inside |= begins.all(1) & ends_before.all(1)
