@@ -23,6 +23,8 @@ def test_every_tensor_that_the_package_makes_names_its_device_and_type() -> None
     """(``torch.from_numpy`` and the like take no device; ``new_zeros`` and ``zeros_like`` have those of a tensor.)"""
     found = 0
     for path in Path(sm3_dist.__file__).parent.rglob("*.py"):
+        if path.name.startswith("decoder"):  # models, which their caller makes on the meta device
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).removeprefix("torch.") in FACTORIES:
                 if not ast.unparse(node.func).startswith("torch."):

@@ -124,7 +124,9 @@ def overlaps(boxes: Sequence[Box]) -> tuple[Box, ...]:
     index = torch.tensor(sides, dtype=torch.int64, device="cpu").view(len(times), 2, ndim)
     repeated = torch.tensor(list(times.values()), dtype=torch.int64, device="cpu")
     for corner in product((0, 1), repeat=ndim):
-        where = (index[:, list(corner), list(range(ndim))] * torch.tensor(count.stride(), device="cpu")).sum(1)
+        where = (
+            index[:, list(corner), list(range(ndim))] * torch.tensor(count.stride(), device="cpu", dtype=torch.int64)
+        ).sum(1)
         count.view(-1).index_add_(0, where.long(), repeated * (-1) ** sum(corner))
     for d in range(count.dim()):
         count = count.cumsum(d)

@@ -43,7 +43,7 @@ class FlatParts:
 
     def numel(self) -> Tensor:
         """How many elements each rank holds."""
-        return self._of_each_rank(torch.tensor(self.ends, dtype=torch.int64).diff())
+        return self._of_each_rank(torch.tensor(self.ends, dtype=torch.int64, device="cpu").diff())
 
     def stored(self, cells: Cell) -> Tensor:
         """How many entries of an accumulator each rank touches."""
@@ -59,11 +59,11 @@ class FlatParts:
         All ranks send the same, and 0 for what they do not hold.
         """
         numel, inside = _shared(self.shape, self.ends, cells)
-        return torch.full((self.ranks,), numel), self._of_each_rank(inside)
+        return torch.full((self.ranks,), numel, dtype=torch.int64, device="cpu"), self._of_each_rank(inside)
 
     def beside(self, cells: Cell) -> tuple[Tensor, Tensor]:
         """States hold what ranks work on."""
-        nothing = torch.zeros(self.ranks, dtype=torch.int64)
+        nothing = torch.zeros(self.ranks, dtype=torch.int64, device="cpu")
         return nothing, nothing
 
     def _of_each_rank(self, value: Tensor) -> Tensor:
@@ -88,7 +88,11 @@ def _extents(shape: tuple[int, ...], ends: tuple[int, ...]) -> list[Interval]:
     for n in shape:
         row //= max(1, n)
         start, stop = first // max(1, row), last // max(1, row) + 1
-        several = torch.where(first <= last, torch.tensor(n), torch.tensor(0))
+        several = torch.where(
+            first <= last,
+            torch.tensor(n, dtype=torch.int64, device="cpu"),
+            torch.tensor(0, dtype=torch.int64, device="cpu"),
+        )
         result.append((torch.where(inside, start, 0), torch.where(inside, stop, several)))
         inside = inside & (stop - start == 1)
         first, last = torch.where(inside, first - start * row, first), torch.where(inside, last - start * row, last)
@@ -98,7 +102,7 @@ def _extents(shape: tuple[int, ...], ends: tuple[int, ...]) -> list[Interval]:
 @lru_cache(maxsize=4096)
 def _sides(shape: tuple[int, ...], ends: tuple[int, ...], cells: Cell) -> list[Interval]:
     """What the extents touch of an accumulator; nothing where they are empty."""
-    held = torch.tensor(ends, dtype=torch.int64).diff() > 0
+    held = torch.tensor(ends, dtype=torch.int64, device="cpu").diff() > 0
     sides = [touched_cells(interval, c) for interval, c in zip(_extents(shape, ends), cells, strict=True)]
     return [(torch.where(held, start, 0), torch.where(held, stop, 0)) for start, stop in sides]
 
@@ -113,6 +117,9 @@ def _shared(shape: tuple[int, ...], ends: tuple[int, ...], cells: Cell) -> tuple
     regions = overlaps(boxes)
     inside = torch.zeros(len(boxes), dtype=torch.bool, device="cpu")
     for region in regions:
-        begins, ends_before = starts >= torch.tensor(region.start), stops <= torch.tensor(region.stop)
+        begins, ends_before = (
+            starts >= torch.tensor(region.start, dtype=torch.int64, device="cpu"),
+            stops <= torch.tensor(region.stop, dtype=torch.int64, device="cpu"),
+        )
         inside |= begins.all(1) & ends_before.all(1)
     return sum(region.numel for region in regions), inside

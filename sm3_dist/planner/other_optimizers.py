@@ -128,7 +128,7 @@ def baseline(
         {'adamw': 8388608, 'adamw-8bit': 2129920, 'muon': 4194304, 'adafactor': 8192}
     """
     other, mesh = BASELINES[name], mesh_of(module, world, wrapper, replicas, tensor_parallel, tp_size)
-    weights, gradients, state = torch.zeros((3, math.prod(mesh)), dtype=torch.int64)
+    weights, gradients, state = torch.zeros((3, math.prod(mesh)), dtype=torch.int64, device="cpu")
     for unit in rank_shards(module, wrapper, mesh, units, tensor_parallel):
         for holding in unit.holdings:
             kind, times, numel = holding.kind, holding.times * unit.times, holding.numel

@@ -153,7 +153,7 @@ class _Totals:
 
     def __init__(self, ranks: int) -> None:
         self.weights, self.gradients, self.largest, self.state, self.moments, self.lent = torch.zeros(
-            (6, ranks), dtype=torch.int64
+            (6, ranks), dtype=torch.int64, device="cpu"
         )
         self.shared: dict[tuple[int, ...], Tensor] = {}
         self.widest = 0  # accumulators of several types are sent in one buffer

@@ -190,7 +190,7 @@ def _ranges(
             yield param, Holding(kinds[param], FlatParts(kinds[param].shape, ranks, 0, (0, 0)))
     for trained in alike.values():
         partition = Partition(trained, ranks)
-        cuts = torch.tensor(partition.cuts)
+        cuts = torch.tensor(partition.cuts, dtype=torch.int64, device="cpu")
         for param, start in zip(trained, partition.starts, strict=True):
             yield param, Holding(kinds[param], _between(kinds[param].shape, start, cuts))
 
@@ -214,12 +214,14 @@ def _flat(kinds: Sequence[Kind], ranks: int, separate: bool) -> Iterator[Holding
         originals.append(Original("", kind.shape, position))
         position += kind.numel
     length = -(-position // ranks)
-    cuts = torch.arange(ranks + 1) * length
+    cuts = torch.arange(ranks + 1, dtype=torch.int64, device="cpu") * length
     parts = [_between(original.shape, original.start, cuts) for original in originals]
     for k, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
         last, padding = k == len(kinds) - 1, None
         if last and not separate:
-            padding = length - sum((each.numel() for each in parts), start=torch.zeros(ranks, dtype=torch.int64))
+            padding = length - sum(
+                (each.numel() for each in parts), start=torch.zeros(ranks, dtype=torch.int64, device="cpu")
+            )
         yield Holding(kind, part, counted=separate or last, padding=0 if padding is None else padding)
 
 

@@ -68,11 +68,13 @@ class Rectangles:
         """
         peers = self.peers(cells)
         if not peers:
-            return torch.zeros(math.prod(self.mesh), dtype=torch.int64), torch.tensor(False)
+            return torch.zeros(math.prod(self.mesh), dtype=torch.int64, device="cpu"), torch.tensor(
+                False, dtype=torch.bool, device="cpu"
+            )
         if 0 in cells:
-            return self.stored(cells), torch.tensor(True)
+            return self.stored(cells), torch.tensor(True, dtype=torch.bool, device="cpu")
         sides = [touched_cells(interval, c) for interval, c in zip(self.intervals, cells, strict=True)]
-        total, alone = torch.ones(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+        total, alone = torch.ones(1, dtype=torch.int64, device="cpu"), torch.ones(1, dtype=torch.int64, device="cpu")
         all_shared, none_shared, whole = [], [], []
         for (start, stop), axes, n, c in zip(sides, self.axes, self.shape, cells, strict=True):
             if not set(axes) & set(peers):
@@ -80,7 +82,7 @@ class Rectangles:
                 continue
             holders = _coverage(start, stop, -(-n // c))
             total, alone = total * (holders > 0).sum(), alone * (holders == 1).sum()
-            before = torch.cat([torch.zeros(1, dtype=torch.int64), (holders > 1).cumsum(0)])
+            before = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), (holders > 1).cumsum(0)])
             all_shared.append(before[stop] - before[start] == stop - start)
             none_shared.append(before[stop] == before[start])
             whole.append(bool((holders != 1).all()))
@@ -96,7 +98,7 @@ class Rectangles:
         Returns:
             how many the state holds, and how many of what it needs the rank sends to them; 0 where there is no copy.
         """
-        nothing = torch.zeros(math.prod(self.mesh), dtype=torch.int64)
+        nothing = torch.zeros(math.prod(self.mesh), dtype=torch.int64, device="cpu")
         if 0 in cells:
             return nothing, nothing
         grid = tuple(-(-n // c) for n, c in zip(self.shape, cells, strict=True))
@@ -116,18 +118,21 @@ class Rectangles:
                 needed_there.append(common)
                 continue
             covered = _coverage(low, low + common, n)  # by those peers whose states hold what they need
-            before = torch.cat([torch.zeros(1, dtype=torch.int64), covered.cumsum(0)])
+            before = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), covered.cumsum(0)])
             all_of_it.append(stop - start)
             needed_there.append(before[stop] - before[start])
         return chunks.numel(), self._of_each_rank(product(all_of_it) - product(needed_there))
 
     def _same(self, some: Sequence[Interval], others: Sequence[Interval]) -> bool:
         """Whether each rank has the same in both, or nothing in either."""
-        equal, empty = torch.tensor(True), torch.tensor(False)
+        equal, empty = (
+            torch.tensor(True, dtype=torch.bool, device="cpu"),
+            torch.tensor(False, dtype=torch.bool, device="cpu"),
+        )
         for (start, stop), (low, high) in zip(some, others, strict=True):
             equal = equal & (start == low) & (stop == high)
         for sides in (some, others):
-            nothing = torch.tensor(False)
+            nothing = torch.tensor(False, dtype=torch.bool, device="cpu")
             for start, stop in sides:
                 nothing = nothing | (start == stop)
             empty = nothing if sides is some else empty & nothing
@@ -138,10 +143,10 @@ class Rectangles:
         """Whether regions, which are joined along the last dimension first, leave what a rank stores in one piece."""
         inside = all_shared[0]
         for k in range(1, len(all_shared)):
-            aside = torch.tensor(True)
+            aside = torch.tensor(True, dtype=torch.bool, device="cpu")
             for none in none_shared[:k]:
                 aside = aside & none
-            inside = inside | (all_shared[k] & (aside | torch.tensor(whole[k])))
+            inside = inside | (all_shared[k] & (aside | torch.tensor(whole[k], dtype=torch.int64, device="cpu")))
         return inside
 
     def _of_each_rank(self, value: Tensor) -> Tensor:
@@ -164,14 +169,19 @@ def rectangles(
         >>> rectangles((5, 6), (2, 2), (0, 1)).numel()
         tensor([9, 9, 6, 6])
     """
-    intervals: list[Interval] = [(torch.tensor(0), torch.tensor(n)) for n in shape]
+    intervals: list[Interval] = [
+        (torch.tensor(0, dtype=torch.int64, device="cpu"), torch.tensor(n, dtype=torch.int64, device="cpu"))
+        for n in shape
+    ]
     axes: list[tuple[int, ...]] = [() for _ in shape]
     for axis in range(len(mesh)) if plain else reversed(range(len(mesh))):
         d = cuts[axis]
         if d is None:
             continue
         start, stop = intervals[d]
-        index = torch.arange(mesh[axis]).view([-1 if a == axis else 1 for a in range(len(mesh))])
+        index = torch.arange(mesh[axis], dtype=torch.int64, device="cpu").view(
+            [-1 if a == axis else 1 for a in range(len(mesh))]
+        )
         chunk = -((start - stop) // mesh[axis])
         start = torch.minimum(start + index * chunk, stop)
         intervals[d] = start, torch.minimum(start + chunk, stop)
@@ -189,7 +199,7 @@ def touched_cells(interval: Interval, c: int) -> Interval:
 
 def _coverage(start: Tensor, stop: Tensor, cells: int) -> Tensor:
     """In how many intervals each of the cells is."""
-    change = torch.zeros(cells + 1, dtype=torch.int64)
+    change = torch.zeros(cells + 1, dtype=torch.int64, device="cpu")
     for edge, by in ((start, 1), (stop, -1)):
         edge = edge.reshape(-1)
         change.index_add_(0, edge, torch.full_like(edge, by))
