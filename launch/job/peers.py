@@ -6,11 +6,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
+from torch.overrides import TorchFunctionMode
 
 from launch.job.packages import load
 from launch.job.settings import Settings
+from sm3_dist.maths.orthogonal import product_type
 
 
 def lion(model: nn.Module, s: Settings) -> Optimizer:
@@ -47,6 +50,25 @@ def muon(model: nn.Module, s: Settings) -> Optimizer:
     )
 
 
+class WideProducts(TorchFunctionMode):
+    """Products of bfloat16 matrices are made in float32, and rounded: much faster on processors without bfloat16.
+
+    Sums within products are in float32 either way. `torch.optim.Muon` makes nothing but such products.
+    """
+
+    PRODUCTS = (torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul, torch.mm, torch.addmm)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do what torch calls, of products with wider arguments."""
+        if (
+            function in self.PRODUCTS
+            and args[0].dtype == torch.bfloat16
+            and product_type(args[0].device) != args[0].dtype
+        ):
+            return function(*(each.float() for each in args), **(kwargs or {})).bfloat16()
+        return function(*args, **(kwargs or {}))
+
+
 class Together(Optimizer):
     """Optimizers of different parameters as one; the param groups are theirs, so one schedule drives all.
 
@@ -69,8 +91,9 @@ class Together(Optimizer):
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Let each take its step."""
-        for part in self.parts:
-            part.step()
+        with WideProducts():
+            for part in self.parts:
+                part.step()
 
 
 def _from(module: str, name: str) -> Callable[..., Optimizer]:

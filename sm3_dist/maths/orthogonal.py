@@ -2,7 +2,7 @@
 
 The sign of a matrix, in a word: ``U V^T`` for the update ``U S V^T``. An odd polynomial of a matrix is that polynomial
 of its singular values, so a few products bring them all near 1, and no decomposition is needed. Products are in
-bfloat16 and sums within them in float32.
+bfloat16 and sums within them in float32; all is float32 on processors that are slow at bfloat16.
 
 Sources: Jordan et al., "Muon", 2024, for momentum that is made orthogonal and for the polynomial; Liu et al., "Muon is
 scalable for LLM training", 2025, arXiv 2502.16982, for the size of the update.
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.backends import mkldnn
 
 from sm3_dist.layout.shard import LocalShard
 from sm3_dist.maths.rounding import WEIGHT
@@ -48,15 +49,24 @@ def orthogonalized(update: Tensor) -> Tensor:
     matrix = update.flatten(1)
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.mT if tall else matrix).contiguous()
-    x = _normalized(x.float())
+    x = _normalized(x.float()).to(product_type(x.device))
     for a, b, c in COEFFICIENTS:
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).reshape(update.shape)
+    return (x.mT if tall else x).reshape(update.shape).to(TYPE)
 
 
 def _normalized(x: Tensor) -> Tensor:
-    return x.div_(torch.linalg.vector_norm(x).clamp_(min=SHORTEST)).to(TYPE)
+    return x.div_(torch.linalg.vector_norm(x).clamp_(min=SHORTEST))
+
+
+def product_type(device: torch.device) -> torch.dtype:
+    """The type of the factors on a device: bfloat16, or float32 on a processor that has no instructions for it.
+
+    There it takes eight times as long as float32.
+    """
+    slow = device.type == "cpu" and not (mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.float32 if slow else torch.bfloat16
 
 
 def length(shape: Sequence[int]) -> float:

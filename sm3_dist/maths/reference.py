@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sm3_dist.layout.shard import accumulator_dtype
+from sm3_dist.maths.orthogonal import product_type
 from sm3_dist.maths.rounding import philox
 
 
@@ -151,11 +152,11 @@ def _orthogonalized(u: Tensor) -> Tensor:
     """``u`` as a matrix ``(n_1, n_2 … n_k)`` whose singular values are about 1, by five steps of Newton and Schulz."""
     tall = len(u) > u[0].numel()
     x = (u.flatten(1).T if tall else u.flatten(1)).contiguous()
-    x = (x.float() / torch.linalg.vector_norm(x.float()).clamp(min=1e-30)).bfloat16()
+    x = (x.float() / torch.linalg.vector_norm(x.float()).clamp(min=1e-30)).to(product_type(x.device))
     for _ in range(5):
         a = x @ x.T
         x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x.T if tall else x).reshape(u.shape)
+    return (x.T if tall else x).reshape(u.shape).bfloat16()
 
 
 def _rounded(x: Tensor, dtype: torch.dtype, rounding: tuple[int, int] | None, step: int, stream: int) -> Tensor:
