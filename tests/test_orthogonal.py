@@ -25,7 +25,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import sm3_dist
 from sm3_dist import SM3, GradientMismatchError, step_in_backward
 from sm3_dist.maths.orthogonal import length, orthogonalized
-from sm3_dist.ranks import exchange
+from sm3_dist.ranks import matrix_exchange
 
 MUON: dict[str, Any] = {"momentum": 0.95, "beta": 0.95, "bias_correction": True, "nesterov": True}
 MUON |= {"orthogonalize": True}
@@ -40,7 +40,7 @@ NARROW: list[dict[str, Any]] = [
 ]
 
 
-SMALL_BUCKETS = patch.object(exchange, "BUCKET_BYTES", 100)  # several, of one or two matrices each
+SMALL_BUCKETS = patch.object(matrix_exchange, "BUCKET_BYTES", 100)  # several, of one or two matrices each
 
 
 def compare_dtensors(name: str) -> None:
@@ -126,7 +126,7 @@ def test_what_travels(workers: Pool, name: str, world_size: int, calls: int) -> 
 
 def test_large_matrices_are_shared_out_evenly() -> None:
     layer = [768 * 768 * 768] * 4 + [768 * 3072 * 768] * 2
-    chosen, order = exchange.owners(layer * 12, [dict.fromkeys(range(8), 1)] * 72)
+    chosen, order = matrix_exchange.owners(layer * 12, [dict.fromkeys(range(8), 1)] * 72)
     loads = Counter(dict.fromkeys(range(8), 0))
     for work, owner in zip(layer * 12, chosen, strict=True):
         loads[owner] += work

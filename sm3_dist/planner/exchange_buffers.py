@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sm3_dist.layout.box import Box
 from sm3_dist.maths.orthogonal import TYPE, work
-from sm3_dist.ranks.exchange import Matrix, bucketed, owners
+from sm3_dist.ranks.matrix_exchange import Matrix, bucketed, owners
 
 ALIVE = 3
 """Buckets at a time: one is filled, one travels to the owners, one comes back."""

@@ -22,7 +22,7 @@ from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.shard import LocalShard, unflattened
 from sm3_dist.maths.orthogonal import TYPE, move_along, orthogonalized, work
 from sm3_dist.maths.update import Settings
-from sm3_dist.ranks.exchange import Exchange, Matrix, bucketed, owners
+from sm3_dist.ranks.matrix_exchange import Matrix, MatrixExchange, bucketed, owners
 from sm3_dist.ranks.same_gradients import GradientMismatchError
 from sm3_dist.ranks.watch import RankWatch
 from sm3_dist.step.entry import Entry
@@ -161,7 +161,7 @@ class _Bucket:
         exchange: brings their updates to the owners and back; its matrices are these tensors.
     """
 
-    def __init__(self, launch_list: LaunchList, entries: Sequence[Entry], exchange: Exchange) -> None:
+    def __init__(self, launch_list: LaunchList, entries: Sequence[Entry], exchange: MatrixExchange) -> None:
         self.exchange = exchange
         self.parts = [
             _Part.of(entry, flat, matrix.order)
@@ -204,7 +204,7 @@ def is_orthogonal(entry: Entry) -> bool:
 
 def _buckets(
     entries: Sequence[Entry], groups: dict[tuple[int, ...], ProcessGroup], watch: RankWatch
-) -> Iterator[tuple[list[Entry], Exchange]]:
+) -> Iterator[tuple[list[Entry], MatrixExchange]]:
     """The tensors, bucket by bucket, in an order that all who hold parts of them agree on."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     alike: dict[tuple[tuple[int, ...], torch.device], list[Entry]] = {}
@@ -230,7 +230,7 @@ def _buckets(
         matrices, order = _matrices(these, rank, bool(ranks), loads.get(ranks))
         matrices, these = [matrices[k] for k in order], [these[k] for k in order]
         for bucket in bucketed(matrices, TYPE.itemsize):
-            exchange = Exchange([matrices[k] for k in bucket], group, rank, TYPE, device, watch)
+            exchange = MatrixExchange([matrices[k] for k in bucket], group, rank, TYPE, device, watch)
             yield [these[k] for k in bucket], exchange
 
 

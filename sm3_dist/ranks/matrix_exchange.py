@@ -1,4 +1,4 @@
-"""The exchange: the boxes of matrices travel to one owner each, and come back when it has worked on the whole.
+"""The exchange of matrices: their boxes travel to one owner each, and come back when it has worked on the whole.
 
 Every rank knows from shapes alone who holds which boxes, who owns which matrix, and what travels in which bucket. A
 bucket is two all-to-alls of flat buffers, there and back. A matrix that lies whole on one rank does not travel.
@@ -107,7 +107,7 @@ def bucketed(matrices: Sequence[Matrix], itemsize: int) -> list[list[int]]:
     return buckets
 
 
-class Exchange:
+class MatrixExchange:
     """A bucket of matrices on their way to their owners and back.
 
     What a rank sends to an owner are its boxes of each of the owner's matrices, and a word on each of them.
