@@ -175,7 +175,8 @@ def test_mistakes_are_told_before_anything_is_run(
 
 
 def test_every_optimizer_of_the_training_job_can_take_part() -> None:
-    for name in [*OPTIMIZERS, *FEWER_BYTES, "sm3-paper", "sm3-adamw-like", "sm3-64"]:
+    variants = [*FEWER_BYTES, "paper", "adamw-like", "muon-like-momentum8", "64"]
+    for name in [*OPTIMIZERS, *(f"sm3-{variant}" for variant in variants)]:
         contestant = Contestant("small", name)
         assert parse(contestant.arguments).model == "small"
         assert contestant.start > 0

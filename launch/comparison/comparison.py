@@ -31,12 +31,12 @@ Trial = tuple[int, int]
 
 # SM3 with float32 weights and fewer bytes of momentum, and with bfloat16 weights, rounded stochastically or not.
 FEWER_BYTES = {
-    "sm3-momentum16": ("--momentum-dtype", "bfloat16"),
-    "sm3-momentum8": ("--momentum-dtype", "int8"),
-    "sm3-bf16": ("--dtype", "bfloat16"),
-    "sm3-bf16-momentum16": ("--dtype", "bfloat16", "--momentum-dtype", "bfloat16"),
-    "sm3-bf16-momentum8": ("--dtype", "bfloat16", "--momentum-dtype", "int8"),
-    "sm3-bf16-nearest": ("--dtype", "bfloat16", "--momentum-dtype", "bfloat16", "--rounding", "nearest"),
+    "momentum16": ("--momentum-dtype", "bfloat16"),
+    "momentum8": ("--momentum-dtype", "int8"),
+    "bf16": ("--dtype", "bfloat16"),
+    "bf16-momentum16": ("--dtype", "bfloat16", "--momentum-dtype", "bfloat16"),
+    "bf16-momentum8": ("--dtype", "bfloat16", "--momentum-dtype", "int8"),
+    "bf16-nearest": ("--dtype", "bfloat16", "--momentum-dtype", "bfloat16", "--rounding", "nearest"),
 }
 
 
@@ -46,8 +46,8 @@ class Contestant:
 
     Args:
         model: size of the model.
-        name: ``adamw``; ``sm3-paper``: SM3 with that recipe; ``sm3-16``: with covers of 16 elements; ``sm3-bf16``: in
-            bfloat16, as :data:`FEWER_BYTES` has it.
+        name: ``adamw``; ``sm3-paper``: SM3 with that recipe; ``sm3-16``: with covers of 16 elements; ``sm3-bf16``,
+            ``sm3-muon-like-momentum8``: in fewer bytes, as :data:`FEWER_BYTES` has it.
     """
 
     model: str
@@ -63,28 +63,33 @@ class Contestant:
         Example:
             >>> Contestant("small", "sm3-16").arguments
             ('--model', 'small', '--optimizer', 'sm3', '--cover-block', '16')
+            >>> Contestant("small", "sm3-muon-like-momentum8").arguments[4:]
+            ('--recipe', 'muon-like', '--momentum-dtype', 'int8')
         """
-        kind, _, variant = self.name.partition("-")
-        if self.name in OPTIMIZERS:
-            how: tuple[str, ...] = (self.name,)
-        elif kind == "sm3" and variant in RECIPES:
-            how = ("sm3", "--recipe", variant)
-        elif kind == "sm3" and variant.isdecimal() and int(variant) > 0:
-            how = ("sm3", "--cover-block", variant)
-        elif self.name in FEWER_BYTES:
-            how = ("sm3", *FEWER_BYTES[self.name])
-        else:
-            variants = [f"sm3-{recipe}" for recipe in RECIPES]
-            known = ", ".join([*OPTIMIZERS, *variants, "sm3-16 (covers of 16 elements)", *FEWER_BYTES])
+        kind, recipe, variant = self._parts
+        covers = variant.isdecimal() and int(variant) > 0
+        if kind not in OPTIMIZERS or (variant and not covers and variant not in FEWER_BYTES):
+            variants = [f"sm3-{variant}" for variant in (*RECIPES, *FEWER_BYTES)]
+            known = ", ".join([*OPTIMIZERS, *variants, "sm3-16 (covers of 16 elements)", "sm3-muon-like-momentum8"])
             raise UserError(f"--optimizers {self.name}: there is none of that name; known are {known}")
-        return ("--model", self.model, "--optimizer", *how)
+        how = ("--recipe", recipe) if recipe else ()
+        further = ("--cover-block", variant) if covers else FEWER_BYTES.get(variant, ())
+        return ("--model", self.model, "--optimizer", kind, *how, *further)
 
     @property
     def start(self) -> float:
         """The learning rate that its sweep starts from."""
-        variant = self.name.removeprefix("sm3-")
-        recipe = RECIPES[variant] if variant in RECIPES else OPTIMIZERS.get(self.name, OPTIMIZERS["sm3"])
-        return recipe.best.lr
+        kind, recipe, _ = self._parts
+        return (RECIPES[recipe] if recipe else OPTIMIZERS[kind]).best.lr
+
+    @property
+    def _parts(self) -> tuple[str, str, str]:
+        """What of the name is the optimizer, which recipe of SM3, and what comes after it."""
+        if not self.name.startswith("sm3-"):
+            return self.name, "", ""
+        rest = self.name.removeprefix("sm3-")
+        recipe = next((name for name in RECIPES if f"{rest}-".startswith(f"{name}-")), "")
+        return "sm3", recipe, rest.removeprefix(recipe).removeprefix("-")
 
 
 def wanted(
