@@ -94,7 +94,7 @@ def learning_rates_as_on_a_gpu(kind: str) -> None:
             optimizer.step()
             sealed = [each for each in optimizer._current_plan().buckets if each._seal is not None]
             assert [type(each) for each in sealed] == [bucket]
-            sealed[0]._seal._lag = 2
+            sealed[0]._seal._findings._lag = 2
             continue
         if step == 2 and dist.get_rank() == 1:
             rate.fill_(0.1000001)

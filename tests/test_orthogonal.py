@@ -134,19 +134,24 @@ def test_large_matrices_are_shared_out_evenly() -> None:
     assert len({chosen[k] for k in order[:8]}) == 8
 
 
-def one_rank_without_a_gradient() -> None:
+def one_rank_without_a_gradient(lag: int) -> None:
     model = LAYOUTS["tp"].wrap(Tensors([(6, 4), (4, 6)]))
     optimizer = SM3(model.named_parameters(), **MUON)
     for number, param in enumerate(model.parameters()):
         give(param, torch.ones(param.shape))
         if dist.get_rank() == 1 and number == 1:
             param.grad = None
+    for bucket in optimizer._current_plan().orthogonal.buckets:
+        bucket.exchange._mixed._lag = lag
+    for _ in range(lag):
+        optimizer.step()
     with pytest.raises(GradientMismatchError, match=r"parameter 'blocks.0.1' has a gradient on some of the ranks"):
         optimizer.step()
 
 
-def test_a_gradient_on_some_ranks_alone_is_an_error_on_every_rank(workers: Pool) -> None:
-    workers(3).run(one_rank_without_a_gradient)
+@pytest.mark.parametrize("lag", [0, 2])  # on a GPU the host hears of it two steps later
+def test_a_gradient_on_some_ranks_alone_is_an_error_on_every_rank(workers: Pool, lag: int) -> None:
+    workers(3).run(one_rank_without_a_gradient, lag)
 
 
 def memory_between_steps() -> None:

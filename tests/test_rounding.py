@@ -76,6 +76,13 @@ def test_noise_of_a_part_is_part_of_the_noise() -> None:
             assert torch.equal(rounding.noise(part, WEIGHT), noise[part.within(whole)])
 
 
+def test_a_step_that_is_counted_on_the_device_gives_the_same_noise() -> None:
+    whole = Box.whole((4, 20))
+    noise = [Rounding(3, step, 5, (4, 20)).noise(whole, WEIGHT) for step in (2, torch.tensor(2), torch.tensor(3))]
+    assert torch.equal(noise[0], noise[1])
+    assert not torch.equal(noise[0], noise[2])
+
+
 def test_rounding_is_right_on_average() -> None:
     """To 5 standard deviations, of a million roundings each."""
     shape = (1 << 10, 1 << 10)

@@ -69,14 +69,14 @@ class Rounding:
 
     Attributes:
         seed: 64 bits.
-        step: number of steps that the tensor has taken before.
+        step: number of steps that the tensor has taken before; of a tensor on a GPU it may be a tensor there, int64.
         number: tells the tensors of an optimizer apart.
         shape: shape of the original tensor.
         bfloat16: whether bfloat16 is rounded so; 8-bit momentum always is.
     """
 
     seed: int
-    step: int
+    step: int | Tensor
     number: int
     shape: tuple[int, ...]
     bfloat16: bool = True

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from sm3_dist.layout.shard import in_words
 from sm3_dist.ranks.difference import Facts, facts_from, facts_to, in_which_they_differ
+from sm3_dist.ranks.findings import Findings
 from sm3_dist.ranks.watch import LOOK_EVERY, PlanMismatchError, RankWatch, store_of_world, wait_for_key
 
 FIELDS = 4
@@ -30,8 +30,6 @@ LARGEST = (1 << 24) - 1
 """No fingerprint is larger: squares of so many bits, summed over 2^15 ranks, still fit into 64."""
 PATIENCE = timedelta(seconds=10)
 """How long ranks that know of a difference wait for what the others have to say."""
-LAG = 2
-"""How many steps later the host looks at what a GPU found, so that it need not wait for it."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +169,8 @@ class Seal:
     def __init__(self, circle: Circle, add: bool, device: torch.device) -> None:
         self.circle = circle
         self.add = add
-        self._device = device
-        self._lag = LAG if device.type == "cuda" else 0
         self._sent: tuple[int, Facts, Tensor] | None = None
-        self._found: deque[tuple[int, Facts, Tensor, torch.cuda.Event | None]] = deque()
+        self._findings = Findings[tuple[int, Facts]](device)
 
     def write(self, fields: Tensor, event: str = "", words: str = "") -> None:
         """Write the fingerprint of this rank's step.
@@ -212,17 +208,8 @@ class Seal:
             return
         exchange, facts, sent = self._sent
         self._sent = None
-        differ = (fields != (sent * world_size if self.add else sent)).any()
-        event = None
-        if self._device.type == "cuda":
-            flag = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
-            differ, event = flag.copy_(differ, non_blocking=True), torch.cuda.Event()
-            event.record()
-        self._found.append((exchange, facts, differ, event))
-        while len(self._found) > self._lag:
-            exchange, facts, differ, event = self._found.popleft()
-            if event is not None:
-                event.synchronize()
+        self._findings.add((fields != (sent * world_size if self.add else sent)).any(), (exchange, facts))
+        for differ, (exchange, facts) in self._findings.due():
             if differ:
                 raise self.circle.accuse(exchange, facts) if facts.event else self.circle.explain(exchange, facts)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sm3_dist.layout.box import Box
 from sm3_dist.layout.shard import unflattened
+from sm3_dist.ranks.findings import Findings
 from sm3_dist.ranks.watch import RankWatch
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class MatrixExchange:
             start += numel + 1
         self._whole = self._buffer
         self._work: dist.Work | None = None
+        self._mixed = Findings[None](device)
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -209,12 +211,15 @@ class MatrixExchange:
 
         Returns:
             The matrices of which some ranks have sent their parts and others had nothing to send. Every rank of the
-            group knows of them; of what came back for them nothing may be used.
+            group knows of them; of what came back for them nothing may be used. On a GPU the host does not wait to know
+            of them, and they are those of some steps before.
         """
         self._watch.wait([self._work], "the exchange of matrices", self._ranks, self._buffer.device.type == "cpu")
         self._work, self._whole = None, self._buffer
-        words = torch.cat(self._words).tolist() if self._words else []
-        return [m for m, mixed in enumerate(words) if mixed]
+        if self.group is None:
+            return []
+        self._mixed.add(torch.cat(self._words), None)
+        return [m for words, _ in self._mixed.due() for m, mixed in enumerate(words.tolist()) if mixed]
 
     def _all_to_all(self, output: Tensor, given: Tensor, received: list[int], sent: list[int]) -> dist.Work | None:
         work: dist.Work | None = dist.all_to_all_single(output, given, received, sent, group=self.group, async_op=True)

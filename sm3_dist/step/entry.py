@@ -112,11 +112,12 @@ class Entry:
         return replace(settings, rounding=self.rounding())
 
     def rounding(self) -> Rounding | None:
-        """How this tensor is rounded in the step to come; ``None``: to the nearest."""
+        """How this tensor is rounded in the step to come; ``None``: to the nearest. The host waits for no GPU."""
         if not self.rounds:
             return None
         seed, bfloat16 = self.group["rounding_seed"], bool(self.group["stochastic_rounding"])
-        return Rounding(seed, int(self.step.item()), self.number, self.shard.shape, bfloat16)
+        step = int(self.step.item()) if self.step.device.type == "cpu" else self.step.long()
+        return Rounding(seed, step, self.number, self.shard.shape, bfloat16)
 
     def _correction(self) -> float | Tensor:
         """What corrects ``nu`` for its start at 0. The host does not wait for a GPU to tell the number of steps."""
