@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sm3_dist import kernels
-from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.flat_metadata import is_flattened
-from sm3_dist.layout.kinds import is_dtensor
 from sm3_dist.maths.update import Settings
 from sm3_dist.optimizer import SM3
+from sm3_dist.step.gradient import settled_gradient
+from sm3_dist.step.guard import STEP
 from sm3_dist.step.param_groups import settings_of
 from sm3_dist.step.plan import StepPlan, mark_changed
 from sm3_dist.step.scheduled import check_lr
@@ -44,8 +44,9 @@ def step_in_backward(model: nn.Module, optimizer: SM3, *, clip_value: float | No
         A handle: ``remove()`` undoes it, and so does leaving its ``with`` block.
 
     Raises:
-        ValueError: for DistributedDataParallel, FSDP1, fairscale, ``shard_over=``, ``shard_covers=True`` and
-            ``orthogonalize``, with the reason; for a ``clip_value`` that is not greater than 0.
+        ValueError: for DistributedDataParallel, FSDP1, fairscale, ``shard_over=``, ``shard_covers=True``,
+            ``orthogonalize`` and ``skip_nonfinite`` where other ranks have a word in it, with the reason; for a
+            ``clip_value`` that is not greater than 0.
         RuntimeError: in backward, if a parameter gets a second gradient before ``optimizer.step()``; in
             ``optimizer.step()``, if a GradScaler takes it.
 
@@ -81,6 +82,7 @@ class StepInBackward:
         self._kernels: dict[Tensor, list[kernels.Kernel]] = {}
         self._settings: dict[int, Settings] = {}
         self._stepped: dict[Tensor, None] = {}
+        self._nonfinite: dict[Tensor, str] = {}
         # a GradScaler then leaves the gradients, which are gone, to step(), where it is refused
         self._unscaled_in_step, optimizer._step_supports_amp_scaling = optimizer._step_supports_amp_scaling, True
         optimizer._current_plan()  # compared across ranks here, and not in the midst of backward
@@ -126,9 +128,10 @@ class StepInBackward:
         if not self._stepped:
             self._begin()
         self._clip(param)
-        for kernel in self._kernels.get(param, ()):
-            kernel.update(self._settings)
-        mark_changed([param])
+        if self._finite(param):
+            for kernel in self._kernels.get(param, ()):
+                kernel.update(self._settings)
+            mark_changed([param])
         self._stepped[param] = None
         param.grad = None
 
@@ -145,14 +148,16 @@ class StepInBackward:
         """Element by element: no rank needs to know of another's."""
         if self.clip_value is None:
             return
-        grad = param.grad
-        assert grad is not None
-        if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:
-            param.grad = grad = grad.redistribute(param.device_mesh, param.placements)  # only a sum can be cut off
-        if grad.is_sparse:
-            param.grad = grad = grad.coalesce()
-        values = grad.values() if grad.is_sparse else local_tensor(grad)
+        values = settled_gradient(param)  # only a sum can be cut off
+        assert values is not None
         values.clamp_(-self.clip_value, self.clip_value)
+
+    def _finite(self, param: Tensor) -> bool:
+        """Whether to take the step, as far as ``skip_nonfinite`` asks."""
+        if self.optimizer._skipping.mode is not None:
+            assert self._plan is not None
+            self._nonfinite |= self._plan.guard.here([param])
+        return param not in self._nonfinite
 
     def _begin(self) -> None:
         optimizer = self.optimizer
@@ -168,7 +173,10 @@ class StepInBackward:
         self._settings = {id(group): settings_of(group, None) for group in optimizer.param_groups}
 
     def _end(self, *_: Any) -> None:
+        if self._nonfinite:
+            self.optimizer._skipping.note(self._nonfinite)
         self._stepped.clear()
+        self._nonfinite = {}
 
     def _refuse_scaler(self, *_: Any) -> None:
         if getattr(self.optimizer, "found_inf", None) is not None:
@@ -202,6 +210,18 @@ def _refuse(model: nn.Module, optimizer: SM3) -> None:
         raise ValueError(
             "with shard_covers=True a step begins with an all-gather, which would fall into the midst of backward, "
             "among the collectives of the model. Leave shard_covers out."
+        )
+    mode = optimizer._skipping.mode
+    if mode == STEP:
+        raise ValueError(
+            "with skip_nonfinite='step' no parameter is stepped before the gradients of all are known to be finite, "
+            "which they are after backward alone. Pass skip_nonfinite='parameter', or step after backward instead."
+        )
+    if mode is not None and optimizer._current_plan().guard.is_shared:
+        raise ValueError(
+            "with skip_nonfinite='parameter' the ranks that hold parts of a parameter ask one another whether its "
+            "gradient is finite, which they would do in the midst of backward, among the collectives of the model. "
+            "Step after backward instead, or leave skip_nonfinite out and pass clip_value=, against infinity."
         )
     if any(group["orthogonalize"] for group in optimizer.param_groups):
         raise ValueError(

@@ -14,13 +14,13 @@ from sm3_dist import kernels
 from sm3_dist.layout.describe import Flattened, Replicas
 from sm3_dist.ranks.same_gradients import GradientCheck
 from sm3_dist.step.blank_step import is_blank
+from sm3_dist.step.guard import Skipping
 from sm3_dist.step.keeper import PlanKeeper, States
 from sm3_dist.step.param_groups import (
     adamw_like_options,
-    can_move,
     inverse_of,
     label_of,
-    labelled_params,
+    movable_params,
     refuse_options_of_adam,
     settings_of,
     validate,
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Never
+
+_COPIED = ("shard_covers", "momentum_dtype", "backend", "_skipping", "_step_supports_amp_scaling")
 
 
 class SM3(Optimizer):
@@ -101,6 +103,8 @@ class SM3(Optimizer):
         unscale_in_step: under ``torch.amp.GradScaler``, unscale gradients on their way into the update and not in a
             pass of their own. ``param.grad`` stays scaled, so it cannot be clipped by its norm. Nobody takes a step if
             a gradient of any rank is not finite, whether or not the scaler asks the other ranks.
+        skip_nonfinite: ``"parameter"``: one with NaN or infinity anywhere in its gradient takes no step, as if it had
+            none; ``"step"``: then nobody takes one. On every rank alike; ``nonfinite_steps`` counts. See the FAQ.
         backend: ``"auto"``, ``"eager"``, ``"c"`` or ``"triton"``.
 
     Raises:
@@ -149,6 +153,7 @@ class SM3(Optimizer):
         rounding_seed: int = 0,
         check_gradients: int = 3,
         unscale_in_step: bool = False,
+        skip_nonfinite: str | None = None,
         backend: str = "auto",
         **others: Never,
     ) -> None:
@@ -157,10 +162,9 @@ class SM3(Optimizer):
             raise ValueError(f"backend must be one of {', '.join(map(repr, kernels.BACKENDS))}, but is {backend!r}")
         if check_gradients < 0:
             raise ValueError(f"check_gradients must be a number of steps, at least 0, but is {check_gradients}")
-        self.shard_covers = shard_covers
-        self.momentum_dtype = momentum_dtype
-        self.backend = backend
+        self.shard_covers, self.momentum_dtype, self.backend = shard_covers, momentum_dtype, backend
         self._step_supports_amp_scaling = unscale_in_step
+        self._skipping = Skipping(skip_nonfinite)
         replicas = None if shard_over is None else Replicas(shard_over)
         self._keeper = self._new_keeper(Flattened(model), replicas)
         self._gradient_check = (
@@ -271,13 +275,18 @@ class SM3(Optimizer):
         blank = is_blank(self._keeper.states)
         plan = self._current_plan()
         found = getattr(self, "found_inf", None)  # by a GradScaler
-        if found is not None and plan.on_any_rank(bool(found)):
+        if found is not None and plan.guard.on_any_rank(bool(found)):
             return loss
+        with self._skipping.nonfinite(plan.guard) as takes_step:
+            if takes_step:
+                self._take(plan, blank)
+        return loss
+
+    def _take(self, plan: StepPlan, blank: bool) -> None:
         # 1. Receive: the maxima that were on their way since the end of the last step.
         plan.receive()
         if self._gradient_check is not None:
-            params = [(param, label) for param, label, _ in labelled_params(self.param_groups) if can_move(param)]
-            self._gradient_check(params)
+            self._gradient_check(movable_params(self.param_groups))
         # 2. Update: every box from its slices of the accumulators.
         unscale = inverse_of(getattr(self, "grad_scale", None))
         plan.update({id(group): settings_of(group, unscale) for group in self.param_groups})
@@ -285,7 +294,11 @@ class SM3(Optimizer):
             plan.count_from_0()
         # 3. Send: the new maxima travel while the next gradients are computed.
         plan.send()
-        return loss
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """In how many steps a gradient was not finite, and ``skip_nonfinite`` had something left out."""
+        return self._skipping.steps
 
     @property
     def state(self) -> States:
@@ -360,19 +373,9 @@ class SM3(Optimizer):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._keeper.replicas is not None:
-            raise TypeError("SM3 with shard_over= holds a process group and cannot be pickled; save its state_dict()")
-        if any(param in self._keeper.flattened for param, _, _ in labelled_params(self.param_groups)):
-            raise TypeError(
-                "SM3 of a model with flattened parameters cannot be copied or pickled: its copy would not belong to "
-                "the model. Make a new SM3 of the other model, and load what state_dict() returns."
-            )
-        return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups} | {
-            "shard_covers": self.shard_covers,
-            "momentum_dtype": self.momentum_dtype,
-            "backend": self.backend,
-            "_step_supports_amp_scaling": self._step_supports_amp_scaling,
-        }
+        self._keeper.check_copyable(self.param_groups)
+        kept = {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
+        return kept | {name: getattr(self, name) for name in _COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -380,20 +383,18 @@ class SM3(Optimizer):
         if "_keeper" not in self.__dict__:  # unpickled or copied
             self._gradient_check = None
             self._without_momentum = set()
-            self.shard_covers, self.momentum_dtype, self.backend = (
-                state[key] for key in ("shard_covers", "momentum_dtype", "backend")
-            )
+            self.__dict__.update({name: state[name] for name in _COPIED})
             self._keeper = self._new_keeper(Flattened(None), None)
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            group.update({**self.defaults, **group})
         if states is not None:
             self._keeper.install_unpickled(states, self.param_groups)
 
     def _new_keeper(self, flattened: Flattened, replicas: Replicas | None) -> PlanKeeper:
         launch_list = partial(kernels.launch_list, backend=self.backend)
-        return PlanKeeper(flattened, replicas, self.momentum_dtype, self.shard_covers, launch_list)
+        options = (self.momentum_dtype, self.shard_covers, launch_list, str(self._skipping))
+        return PlanKeeper(flattened, replicas, *options)
 
     def _current_plan(self) -> StepPlan:
         return self._keeper.current(self.param_groups)

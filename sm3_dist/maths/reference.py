@@ -70,6 +70,7 @@ def reference_step(
     cover_product: bool = False,
     orthogonalize: bool = False,
     rounding: tuple[int, int] | None = None,
+    skip_nonfinite: bool = False,
 ) -> None:
     """One step of SM3-II, with whole-tensor temporaries and no care for speed; each line rounds as written.
 
@@ -92,6 +93,7 @@ def reference_step(
             dimensions.
         rounding: seed and number of the tensor, to round to bfloat16 and to codes stochastically; ``None``: to the
             nearest, which codes are not.
+        skip_nonfinite: leave everything as it is if the gradient has NaN or infinity.
 
     Source: arXiv 1901.11150, algorithm SM3-II.
 
@@ -105,6 +107,8 @@ def reference_step(
         >>> state.accumulators
         [tensor([ 9., 16.]), tensor([ 1., 16.,  9.])]
     """
+    if skip_nonfinite and not grad.isfinite().all():
+        return
     k = weight.dim()
     dtype = state.accumulators[0].dtype
     state.step += 1

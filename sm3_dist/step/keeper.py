@@ -60,6 +60,7 @@ class PlanKeeper:
         momentum_dtype: type of new momentum buffers; ``None`` for that of the accumulators.
         shard_covers: see :class:`~sm3_dist.ranks.bucket.MaxBucket`.
         launch_list: makes of entries the kernels that step them.
+        words: options of the optimizer that no param group tells of, the same on every rank.
 
     Attributes:
         states: the state of each parameter, as far as it has one. Maxima may still be on their way to it: who looks at
@@ -73,6 +74,7 @@ class PlanKeeper:
         momentum_dtype: torch.dtype | None,
         shard_covers: bool,
         launch_list: Callable[[Sequence[Entry]], list[Kernel]],
+        words: str = "",
     ) -> None:
         if momentum_dtype not in (None, torch.float32, torch.bfloat16, torch.int8):
             raise ValueError(
@@ -84,6 +86,7 @@ class PlanKeeper:
         self._momentum_dtype = momentum_dtype
         self._shard_covers = shard_covers
         self._launch_list = launch_list
+        self._words = words
         self.watch = RankWatch()
         self._lookout = Lookout(self.watch)
         self._layouts: dict[tuple[int, ...], list[str]] = {}  # on which ranks have agreed
@@ -184,7 +187,7 @@ class PlanKeeper:
             self._older.tell("planned anew", words)
             self._older.receive()
             patience = dict.fromkeys(self._lookout.unsealed, PATIENCE)
-        plans = agreement_lines(entries)
+        plans = agreement_lines(entries, lambda entry: f"{entry.describe()}, {self._words}")
         try:
             self.watch.follow(check_agreement(plans, self.watch, patience) if plans else {})
         except PlanMismatchError as error:
@@ -316,6 +319,20 @@ class PlanKeeper:
         """Take the states that came with a copy of an optimizer."""
         self.replace(states)
         self._remember_positions(groups)
+
+    def check_copyable(self, groups: Sequence[ParamGroup]) -> None:
+        """Refuse to copy or pickle what belongs to a process group or to a model.
+
+        Raises:
+            TypeError: says what to do.
+        """
+        if self.replicas is not None:
+            raise TypeError("SM3 with shard_over= holds a process group and cannot be pickled; save its state_dict()")
+        if any(param in self.flattened for param, _, _ in labelled_params(groups)):
+            raise TypeError(
+                "SM3 of a model with flattened parameters cannot be copied or pickled: its copy would not belong to "
+                "the model. Make a new SM3 of the other model, and load what state_dict() returns."
+            )
 
     def _fitting_state(self, param: Tensor, shards: tuple[LocalShard, ...], label: str) -> State:
         """The state of a parameter, if it fits the layout. One that somebody else put there is copied in our types."""

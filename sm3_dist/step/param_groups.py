@@ -73,6 +73,11 @@ def can_move(param: Tensor) -> bool:
     return param.requires_grad or param.grad is not None
 
 
+def movable_params(groups: Sequence[ParamGroup]) -> list[tuple[Tensor, str]]:
+    """The parameters that a step may change, each with what messages call it."""
+    return [(param, label) for param, label, _ in labelled_params(groups) if can_move(param)]
+
+
 def inverse_of(grad_scale: Tensor | None) -> float | Tensor | None:
     """What unscales gradients: as ``GradScaler.unscale_`` has it, rounded once to float32."""
     if grad_scale is None:

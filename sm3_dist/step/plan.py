@@ -7,12 +7,10 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sm3_dist.layout.describe import local_tensor
-from sm3_dist.layout.groups import group_of
 from sm3_dist.layout.kinds import is_dtensor
 from sm3_dist.layout.shard import Peers
 from sm3_dist.maths.rms import SquareSum
@@ -23,15 +21,13 @@ from sm3_dist.ranks.watch import RankWatch
 from sm3_dist.ranks.weight_gather import Parts, WeightGatherer
 from sm3_dist.step.cut_cover import CutCover
 from sm3_dist.step.entry import Entry
+from sm3_dist.step.guard import FiniteGuard
 from sm3_dist.step.kernel import Kernel
 from sm3_dist.step.lookout import Lookout
 from sm3_dist.step.orthogonal import OrthogonalSteps, is_orthogonal
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-_FLAG = "the exchange of whether a gradient was not finite"
 
 
 class StepPlan:
@@ -63,6 +59,7 @@ class StepPlan:
         self.exchanges = _exchanges(entries, groups, lookout.watch)
         lookout.check_the_others()
         self.gatherer = gatherer
+        self.guard = FiniteGuard(entries, groups, lookout.watch)
         self._params = list(dict.fromkeys(entry.param for entry in entries))
         self._cut_covers = [cover for entry in entries for cover in entry.cut_covers]
         self._published = True  # whether the state holds what working copies do
@@ -170,20 +167,6 @@ class StepPlan:
         """Let no step have been taken."""
         for entry in self.entries:
             entry.step.zero_()
-
-    def on_any_rank(self, found: bool) -> bool:
-        """Whether ``found`` is true on any rank that holds part of these tensors. A collective, and the host waits."""
-        holders = {tuple(sorted(entry.shard.ranks)): entry for entry in self.entries if entry.shard.ranks}
-        for ranks in sorted(holders, key=lambda ranks: (len(ranks), ranks)):  # smaller sets lie within larger ones
-            if ranks not in self._groups:
-                self._groups[ranks] = group_of(ranks)
-            device, watch = local_tensor(holders[ranks].param).device, self._lookout.watch
-            flag = torch.tensor(int(found), dtype=torch.int32, device=device)
-            with watch.explained(_FLAG, ranks):
-                work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups[ranks], async_op=True)
-            watch.wait([work], _FLAG, ranks, device.type == "cpu")
-            found = bool(flag)
-        return found
 
     def send(self) -> None:
         """Send the new maxima, and wait for the weights that other ranks updated."""

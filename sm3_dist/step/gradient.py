@@ -1,0 +1,25 @@
+"""The gradient of a parameter as this rank has it, once it is a sum no longer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sm3_dist.layout.describe import local_tensor
+from sm3_dist.layout.kinds import is_dtensor
+
+
+def settled_gradient(param: Tensor) -> Tensor | None:
+    """The values of the gradient that this rank holds; ``None`` for no gradient.
+
+    Where it is yet to be summed, over ranks (``Partial`` placements, then a collective) or over the values of one index
+    of a sparse tensor, the sum takes its place as ``param.grad``.
+    """
+    grad = param.grad
+    if grad is None:
+        return None
+    if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:
+        param.grad = grad = grad.redistribute(param.device_mesh, param.placements)
+    if grad.is_sparse:
+        param.grad = grad = grad.coalesce()
+        return grad.values()
+    return local_tensor(grad)
