@@ -284,3 +284,25 @@ def test_it_costs_one_exchange_of_integers(workers: Pool, mode: str | None, extr
 def test_another_word_is_refused() -> None:
     with pytest.raises(ValueError, match="must be None, 'parameter' or 'step', but is 'tensor'"):
         SM3([nn.Parameter(torch.ones(2))], skip_nonfinite="tensor")
+
+
+@said
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_the_faq_says_of_one_gradient(value: float) -> None:
+    rows = {
+        "AdamW": (torch.optim.AdamW, [1, 1, 1, 1, 1]),
+        "paper": (lambda params: SM3(params, momentum=0.9), [1, 511, 65536, 65536, 65536]),
+        "recipe": (SM3.adamw_like, [1, 4096, 4096, 4096, 4096]),
+        "guarded": (lambda params: SM3.adamw_like(params, skip_nonfinite="step"), [0, 0, 0, 0, 0]),
+    }
+    for name, (make, counts) in rows.items():
+        weight = nn.Parameter(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)))
+        optimizer, found = make([weight]), []
+        for step in range(6):
+            weight.grad = torch.randn(256, 256, generator=torch.Generator().manual_seed(step))
+            if step == 1:
+                weight.grad[3, 2] = value
+            optimizer.step()
+            found.append(int(weight.isnan().sum()))
+        spreads = math.isnan(value) or name == "guarded"
+        assert found == [0, *(counts if spreads else [1] * 5)], name

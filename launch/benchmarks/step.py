@@ -70,6 +70,10 @@ def contenders(params: list[Tensor], weights: Tensor, grads: Tensor) -> dict[str
             narrow = SM3(params, LR, momentum=0.9, momentum_dtype=torch.bfloat16, backend=backend)
             steps[f"SM3, {backend}, bfloat16 momentum"] = narrow.step
             steps[f"recipe, {backend}"] = SM3.adamw_like(params, LR, backend=backend).step
+            guarded = SM3.adamw_like(params, LR, skip_nonfinite="parameter", backend=backend)
+            steps[f"recipe, {backend}, skip_nonfinite"] = guarded.step
+            guarded = SM3(params, LR, momentum=0.9, skip_nonfinite="parameter", backend=backend)
+            steps[f"SM3, {backend}, momentum, skip_nonfinite"] = guarded.step
             narrow = SM3.adamw_like(params, LR, momentum_dtype=torch.bfloat16, backend=backend)
             steps[f"recipe, {backend}, bfloat16 momentum"] = narrow.step
             narrowest = SM3.adamw_like(

@@ -153,9 +153,10 @@ class Skipping:
         first, *others = found.values() or ["a parameter on another rank"]
         whose = first + (f" and of {len(others)} more parameters" if others else "")
         if self.steps == 1:
+            what = "the step" if self.mode == STEP else "its update"
             warnings.warn(
-                f"the gradient of {whose} is not finite (NaN or infinity): {'the step' if self.mode == STEP else 'its update'} is skipped, as {self!s} "
-                "asks. This is said once; nonfinite_steps of the optimizer counts.",
+                f"the gradient of {whose} is not finite (NaN or infinity): {what} is skipped, as {self!s} asks. This is "
+                "said once; nonfinite_steps of the optimizer counts.",
                 stacklevel=2,
             )
 
