@@ -155,8 +155,8 @@ class Skipping:
         if self.steps == 1:
             what = "the step" if self.mode == STEP else "its update"
             warnings.warn(
-                f"the gradient of {whose} is not finite (NaN or infinity): {what} is skipped, as {self!s} asks. This is "
-                "said once; nonfinite_steps of the optimizer counts.",
+                f"the gradient of {whose} is not finite (NaN or infinity): {what} is skipped, as {self!s} asks. This "
+                "is said once; nonfinite_steps of the optimizer counts.",
                 stacklevel=2,
             )
 
