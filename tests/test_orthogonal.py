@@ -24,6 +24,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import sm3_dist
 from sm3_dist import SM3, GradientMismatchError, step_in_backward
+from sm3_dist.layout.box import Box
 from sm3_dist.maths.orthogonal import length, orthogonalized
 from sm3_dist.ranks import matrix_exchange
 
@@ -132,6 +133,15 @@ def test_large_matrices_are_shared_out_evenly() -> None:
         loads[owner] += work
     assert max(loads.values()) <= 1.01 * min(loads.values())
     assert len({chosen[k] for k in order[:8]}) == 8
+
+
+def test_buckets_are_as_large_as_they_may_be() -> None:
+    """On no rank larger than the limit, or than the largest matrix, in what it sends and in what it receives."""
+    rows = {rank: (Box((2 * rank, 0), (2 * rank + 2, 8)),) for rank in range(4)}
+    matrices = [matrix_exchange.Matrix((8, 8), None, rows, owner) for owner in [0, 1, 2, 3] * 3 + [0, 0]]
+    with SMALL_BUCKETS:
+        assert matrix_exchange.bucketed(matrices, 2) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12], [13]]
+    assert matrix_exchange.bucketed(matrices, 2) == [list(range(14))]
 
 
 def one_rank_without_a_gradient(lag: int) -> None:
