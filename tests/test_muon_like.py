@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from launch.job.model import GPT, PRESETS
+from launch.job.recipe import sm3_muon_like
+from launch.job.settings import Settings
+from launch.job.world import UserError
 from sm3_dist import SM3, MuonLikeSM3
 from sm3_dist.checkpoint import get_optimizer_state_dict, set_optimizer_state_dict
 from sm3_dist.step.param_groups import ADAMW_LIKE, MATRIX
@@ -149,6 +152,8 @@ def of_a_flat_parameter() -> None:
     model = LAYOUTS["fsdp1-flat-nested"].wrap(Model())
     with pytest.raises(ValueError, match=r"blocks.0.weights.0, a matrix, and blocks.0.weights.1, which is none"):
         MuonLikeSM3(model.parameters(), model=model)
+    with pytest.raises(UserError, match=r"--recipe muon-like: blocks.0.weights.0, a matrix, and"):
+        sm3_muon_like(model, Settings(lr=0.1))
     optimizer = MuonLikeSM3([{"params": model.parameters(), "orthogonalize": ["blocks.0.weights.0"]}], model=model)
     model({name: torch.ones(weight.shape) for name, weight in Model().named_parameters()}).backward()
     optimizer.step()

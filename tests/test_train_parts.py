@@ -61,6 +61,14 @@ def test_recipes_differ_and_are_for_sm3_alone() -> None:
         chosen(parse(["--recipe", "paper", "--optimizer", "adamw"]))
 
 
+@pytest.mark.parametrize(("given", "momenta"), [([], (0.95, 0.9)), (["--momentum", "0.8"], (0.8, 0.8))])
+def test_momentum_of_matrices_is_their_own_unless_it_is_given(given: list[str], momenta: tuple[float, float]) -> None:
+    options = parse(["--recipe", "muon-like", "--model", "tiny", *given])
+    matrices, rest = build(GPT(PRESETS["tiny"], 16), settings(options), options).param_groups
+    assert (matrices["orthogonalize"], rest["orthogonalize"]) == (True, False)
+    assert (matrices["momentum"], rest["momentum"]) == momenta
+
+
 @pytest.mark.parametrize(
     ("name", "package"),
     [

@@ -98,9 +98,10 @@ def draw_bytes(axes: Any) -> None:
 
 
 def draw_curves(axes: Any) -> None:
-    """Training loss of three optimizers, each at its best learning rate."""
+    """Training loss of four optimizers, each at its best learning rate."""
     records = [json.loads(line) for line in (HERE / "curves.jsonl").read_text().splitlines()]
-    styles = {"AdamW": (OTHERS, 1.4), "sm3_dist, the recipe": (OURS, 2.6), "Muon": ("#3b6ea5", 1.4)}
+    styles = {"AdamW": (OTHERS, 1.4), "Muon": ("#3b6ea5", 1.4)}
+    styles |= {"sm3_dist, the recipe": (OURS, 2.6), "sm3_dist, orthogonal": ("#7a1fa2", 2.6)}
     for record in records:
         steps, losses = running_mean(record["step"], record["bits"], 10)
         colour, width = styles[record["name"]]
@@ -125,7 +126,7 @@ def draw_state(axes: Any) -> None:
     ]
     heights = apart([bits for _, _, bits in found], 0.035)
     for (name, size, bits), height in zip(found, heights, strict=True):
-        mine = "adamw_like" in name
+        mine = name.startswith("SM3.adamw_like") or "MuonLikeSM3" in name
         axes.plot(size, bits, "o", color=OURS if mine else OTHERS, markersize=9 if mine else 6)
         colour, weight = (OURS, "bold") if mine else ("#333333", "normal")
         axes.annotate(name, (size, bits), xytext=(size + 0.15, height), va="center", color=colour, weight=weight)

@@ -36,7 +36,10 @@ def sm3_muon_like(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
     options = sm3_options(s)
     if s.momentum == ADAMW_LIKE["momentum"]:  # that of the rest; matrices have another, unless told
         del options["momentum"]
-    return MuonLikeSM3(model.named_parameters(), s.lr, model=model, **options, **sharding)
+    try:
+        return MuonLikeSM3(model.named_parameters(), s.lr, model=model, **options, **sharding)
+    except ValueError as error:  # matrices and others were flattened into one parameter
+        raise UserError(f"--recipe muon-like: {error}") from error
 
 
 def muon_like_groups(model: nn.Module) -> list[dict[str, Any]]:
