@@ -328,15 +328,23 @@ def leave() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
-    clear_sharding_cache()
+    forget_meshes()
     gc.collect()
 
 
-def clear_sharding_cache() -> None:
-    """Have DTensor forget how it shards results: it holds meshes, equal to later ones but with groups that are gone."""
-    from torch.distributed.tensor import DTensor, debug
+def forget_meshes() -> None:
+    """Have DTensor forget what it knows of meshes: they are equal to later ones, but hold groups that are gone.
+
+    And keep them: each group of gloo has a thread that wakes up a hundred times a second for as long as it is held.
+    """
+    from torch.distributed.tensor import DTensor, _redistribute, debug
 
     if hasattr(debug, "_clear_sharding_prop_cache"):
         debug._clear_sharding_prop_cache()
     else:  # PyTorch 2.9
         DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+    if hasattr(_redistribute, "clear_redistribute_planner_cache"):  # PyTorch 2.10
+        _redistribute.clear_redistribute_planner_cache()
+    for value in list(vars(_redistribute).values()):
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()

@@ -1,12 +1,15 @@
 """Which process groups collectives run over: those of the holders of a tensor, and of these the ones that exist."""
 
 import datetime
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from harness import Pool
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from sm3_dist import SM3
 from sm3_dist.checkpoint import StateDictOptions, get_state_dict, set_state_dict
@@ -59,3 +62,26 @@ def groups_by_rank() -> None:
 
 def test_groups_that_exist_are_used_and_new_ones_have_the_timeout_of_all(workers: Pool) -> None:
     workers(3).run(groups_by_rank)
+
+
+def step_fsdp2() -> None:
+    model = nn.Linear(8, 8)
+    fully_shard(model)
+    optimizer = SM3.adamw_like(model.named_parameters())
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+
+
+def loops_of_gloo() -> int:
+    """Each group of gloo has a thread, which wakes up a hundred times a second."""
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum(name.startswith("gloo_tcp_loop") for name in names)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_no_group_outlives_its_end(workers: Pool) -> None:
+    """A cache that knows a mesh holds its groups: ours knows them weakly, those of PyTorch are cleared by the harness."""
+    for world_size in (2, 3, 2):
+        workers(world_size).run(step_fsdp2)
+    assert workers(3).run(loops_of_gloo) == [1, 1, 1]  # of the run that counts them

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from itertools import product
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ from sm3_dist.layout.cover import Cell, accumulator_count, cell, grid, touched
 from sm3_dist.layout.groups import group_of
 from sm3_dist.layout.shard import Chunk, Elsewhere, Holdings, LocalShard, Peers, Shared, in_words
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Run = tuple[int, int]
 """Indices ``[start, stop)`` of one tensor dimension."""
 
@@ -70,7 +74,7 @@ def describe(param: Tensor, label: str, cover_block: int | None) -> tuple[LocalS
             shared=tuple(_shared(cut, i, cover_block, mesh) for i in range(count)),
             chunks=tuple(_chunk_of(cut, i, cover_block, mesh) for i in range(count)),
             ranks=_ranks(mesh),
-            layout=_layout(cut.placements, mesh),
+            layout=_layout(mesh, cut.placements),
             cover_block=cover_block,
             holders=_peers(mesh, sharding) if sharding else None,
             holdings=Holdings(_peers(mesh, sharding), partial(_holdings, cut, mesh, sharding)) if sharding else None,
@@ -282,20 +286,34 @@ def _overlaps(cut: _Cut, i: int, block: int | None, peers: tuple[tuple[int, ...]
 
 
 # A mesh may have thousands of ranks, and a model hundreds of tensors on it: the ranks are written down once. Their
-# process group is not: a mesh of a later process group is equal.
+# process group is not, since a mesh of a later process group is equal. And the mesh is not held either: with it its
+# groups, and their threads, would outlive `destroy_process_group()`.
 
 
-@lru_cache(maxsize=256)
+def _once_per_mesh(function: Callable[Concatenate[DeviceMesh, P], T]) -> Callable[Concatenate[DeviceMesh, P], T]:
+    known: WeakKeyDictionary[DeviceMesh, dict[tuple[Any, ...], T]] = WeakKeyDictionary()
+
+    @wraps(function)
+    def of(mesh: DeviceMesh, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        results = known.setdefault(mesh, {})
+        if args not in results:
+            results[args] = function(mesh, *args, **kwargs)
+        return results[args]
+
+    return of
+
+
+@_once_per_mesh
 def _ranks(mesh: DeviceMesh) -> tuple[int, ...]:
     return tuple(mesh.mesh.flatten().tolist())
 
 
-@lru_cache(maxsize=256)
-def _layout(placements: tuple[Placement, ...], mesh: DeviceMesh) -> str:
+@_once_per_mesh
+def _layout(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> str:
     return f"{tuple(map(str, placements))} on a mesh of shape {tuple(mesh.shape)} of ranks {in_words(_ranks(mesh))}"
 
 
-@lru_cache(maxsize=256)
+@_once_per_mesh
 def _members(mesh: DeviceMesh, dims: tuple[int, ...], here: tuple[int, ...]) -> tuple[int, ...]:
     ranks = mesh.mesh[tuple(slice(None) if d in dims else here[d] for d in range(mesh.ndim))]
     return tuple(sorted(ranks.flatten().tolist()))
