@@ -14,7 +14,7 @@ collect_ignore = ["data"]  # scripts that made recorded values, and need more th
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-rank-seconds", type=float, default=30, help="try random faults of one rank for so long")
+    parser.addoption("--one-rank-seconds", type=float, help="try random faults of one rank for so long")
     parser.addoption("--one-rank-seed", type=int, help="and begin with this case")
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from harness import Pool
 from layouts import LAYOUTS, Tensors, give, sharded_like
 from one_rank import SAID, try_case
+from sampling import takes_all
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,8 +25,16 @@ from sm3_dist.ranks import fingerprint
 from sm3_dist.ranks.bucket import MaxBucket, SumBucket
 from sm3_dist.ranks.difference import Facts, facts_from, facts_to, in_which_they_differ
 
-OPEN = {"closure, and on"}
-"""A rank whose closure raises, and which goes on, is not told apart yet where its replica alone goes on as well."""
+KNOWN: dict[str, tuple[int, str | None, str | None]] = {
+    # what was not told once: seed, fault, layout; None for those of the seed
+    "a closure that raises, of replicas that send nothing, goes on": (20033, None, None),
+    "a frozen parameter, while gradients are compared": (30041, None, None),
+    "a param group more, while gradients are compared": (629577409, None, None),
+    "a param group more in the first step, which cuts the others anew": (62, None, None),
+    "another type, flattened": (20006, None, None),
+    "a closure that raises before there is a plan": (21, "closure", "fsdp2"),
+    "a closure that raises before there is a plan, and goes on": (15, "closure, and on", "zero1"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +44,32 @@ def apart() -> Iterator[Pool]:
         yield pool
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive(in_sample=True)
 def test_random_cases(apart: Pool, pytestconfig: pytest.Config) -> None:
-    """Among thousands of seeds some are known that end without the words that are wanted, ``zero1`` above all."""
+    """The same in each run, as far as time allows; with ``-m exhaustive`` others."""
     seconds, seed = pytestconfig.getoption("one_rank_seconds"), pytestconfig.getoption("one_rank_seed")
-    seed = random.SystemRandom().randrange(1 << 30) if seed is None else seed
-    print(f"cases from seed {seed} on")
-    deadline, tried = time.monotonic() + seconds, 0
+    if takes_all(pytestconfig):
+        seconds = 30.0 if seconds is None else seconds
+        seed = random.SystemRandom().randrange(1 << 30) if seed is None else seed
+    print(f"cases from seed {seed or 0} on")
+    deadline, tried = time.monotonic() + (8.0 if seconds is None else seconds), 0
     while tried < 3 or time.monotonic() < deadline:
-        case, verdict, words = try_case(apart, seed + tried)
+        case, verdict, words = try_case(apart, (seed or 0) + tried)
         assert verdict in ("right", "told"), f"{verdict}: {case}\n{words}"
         tried += 1
 
 
-@pytest.mark.parametrize(
-    "fault", [pytest.param(each, marks=[pytest.mark.exhaustive] if each in OPEN else []) for each in ("none", *SAID)]
-)
+@pytest.mark.parametrize("fault", ["none", *SAID])
 def test_every_fault(apart: Pool, fault: str) -> None:
     """Sharded, with a replica of each part: told by a bucket and through the store."""
     case, verdict, words = try_case(apart, 7, fault, "hsdp")
     assert verdict in ("right", "told"), f"{verdict}: {case}\n{words}"
+
+
+@pytest.mark.parametrize("known", KNOWN)
+def test_what_was_not_told_once(apart: Pool, known: str) -> None:
+    case, verdict, words = try_case(apart, *KNOWN[known])
+    assert verdict == "told", f"{verdict}: {case}\n{words}"
 
 
 def thin_shards() -> None:

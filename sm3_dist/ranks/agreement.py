@@ -46,7 +46,7 @@ def check_agreement(
     tokens = {}
     for ranks, lines in sorted(plans.items()):  # in the same order everywhere, so that none waits for another in a ring
         check = _Check(store, ranks, lines, watch, (patience or {}).get(ranks))
-        with watch.explained("the comparison of plans", ranks):
+        with watch.meeting(ranks), watch.explained("the comparison of plans", ranks):
             tokens[ranks] = check.conclude()
     return tokens
 
@@ -95,8 +95,7 @@ class _Check:
             self.store.set(f"{self.prefix}/lines/{self.rank}", "\n".join(self.lines))
         ours = self._read(f"lines/{leader}", leader).split("\n")
         theirs = self._read(f"lines/{other}", other).split("\n")
-        common = enumerate(zip(ours, theirs, strict=False))
-        at = next((k for k, (a, b) in common if a != b), min(len(ours), len(theirs)))
+        at = _first_difference(ours, theirs)
         ending = "(no more parameters)"
         a = ours[at] if at < len(ours) else ending
         b = theirs[at] if at < len(theirs) else ending
@@ -119,6 +118,19 @@ class _Check:
             f"rank {missing} of {in_words(self.ranks)} did not take part in the check of SM3's plans within "
             f"{self.timeout}: it holds no parameter of this mesh or process group, or it stopped."
         )
+
+
+def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> int:
+    """The number of the first line that differs. One that is missing counts first: it may change all others.
+
+    Example:
+        >>> _first_difference(["a: shape (2,), cut at 1", "b: shape (3,), cut at 4"], ["a: shape (2,), cut at 2"])
+        1
+    """
+    if len(ours) != len(theirs):
+        ours, theirs = ([line.partition("), ")[0] for line in lines] for lines in (ours, theirs))
+    common = enumerate(zip(ours, theirs, strict=False))
+    return next((k for k, (a, b) in common if a != b), min(len(ours), len(theirs)))
 
 
 def _parts_that_differ(a: str, b: str) -> str:

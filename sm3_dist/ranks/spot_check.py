@@ -26,6 +26,8 @@ RANKS_PER_SECOND = 200
 """Of more ranks each looks more rarely, for the sake of the store."""
 SHOWN = 64
 """How many of its last steps the first rank writes down."""
+IN_WORDS = 8
+"""How many of them with all that it did."""
 KEPT = 1024
 """How many the others remember."""
 
@@ -63,7 +65,8 @@ class SpotCheck:
         store, key = store_of_world(), self.circle.place("first")
         if dist.get_rank() == self.circle.ranks[0]:
             last = list(self._done.items())[-SHOWN:]
-            shown = [[call, chain, facts_to(each) if call == facts.call else None] for call, (chain, each) in last]
+            quiet = len(last) - IN_WORDS
+            shown = [[call, c, None if k < quiet else facts_to(each)] for k, (call, (c, each)) in enumerate(last)]
             store.set(key, json.dumps(shown))
         elif store.check([key]):
             self._compare(json.loads(store.get(key)))
@@ -72,11 +75,12 @@ class SpotCheck:
         differ = [each for each in shown if each[0] in self._done and self._done[each[0]][0] != each[1]]
         if not differ:
             return
-        (call, _, told), circle, rank = differ[0], self.circle, dist.get_rank()
+        call, circle, rank = differ[0][0], self.circle, dist.get_rank()
         first = circle.ranks[0]
-        if told is not None:
-            both = {first: facts_from(told), rank: self._done[call][1]}
-            raise PlanMismatchError(in_which_they_differ([first, rank], both, *circle.names))
+        for at, _, told in differ:
+            theirs, ours = told and facts_from(told), self._done[at][1]
+            if theirs and theirs.digest != ours.digest:
+                raise PlanMismatchError(in_which_they_differ([first, rank], {first: theirs, rank: ours}, *circle.names))
         raise PlanMismatchError(
             f"ranks {first} and {rank} of {in_words(circle.ranks)} must take the same steps of SM3 with the same "
             f"settings, but from step number {call} on, or before it, they did not: the settings of their param groups "

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 LOOK_EVERY = timedelta(seconds=1)
 """How long a rank waits before it looks whether another has left a note, and again."""
+PATIENCE = timedelta(seconds=25)
+"""How long a rank that goes on after an error waits for the others to do so too."""
+EARLY = "sm3_dist/stopped"
+"""Key of the note of a rank that stopped before it had agreed on a plan with others."""
+SLACK = 30.0
+"""Seconds by which clocks, and the times at which ranks make their optimizers, may differ for such a note to count."""
 
 
 class PlanMismatchError(RuntimeError):
@@ -47,6 +53,8 @@ class RankWatch:
     """One optimizer's view of the other ranks.
 
     Attributes:
+        made: when it was made, in seconds.
+        awaited: the ranks with which it agrees on a plan at this moment.
         call: how often ``step()`` was called.
         discarded: how often gradients were thrown away that no step had used.
         used: whether a step was taken since gradients were last set to ``None``.
@@ -54,13 +62,20 @@ class RankWatch:
             :func:`~sm3_dist.ranks.agreement.check_agreement`.
     """
 
+    _last_error = 0.0
+    """When a step of this process stopped with an error, whichever optimizer's it was."""
+
     def __init__(self) -> None:
+        self.made = time.time()
+        self.awaited: tuple[int, ...] = ()
         self.call = 0
         self.discarded = 0
         self.used = True
         self.tokens: dict[tuple[int, ...], str] = {}
         self._stopped: set[int] = set()  # calls in which this rank itself raised an error
         self._planned: set[int] = set()  # calls in which it made its plan anew
+        self._past_planning = 0  # the last call in which it has its plan
+        self._error = ""  # with which it stopped in its last call
 
     def follow(self, tokens: Mapping[tuple[int, ...], str]) -> None:
         """Look for the notes of these sets of ranks from now on."""
@@ -71,8 +86,12 @@ class RankWatch:
         """Count a call of ``step()``, and let the others know of an error in it."""
         self.call += 1
         try:
+            if self._error:
+                self._go_on_together()
             yield
+            self._error = ""
         except BaseException as error:
+            self._error = f"{type(error).__name__}: {error}"
             self.leave_note(error)
             raise
         finally:
@@ -86,14 +105,49 @@ class RankWatch:
     def leave_note(self, error: BaseException) -> None:
         """Let the others know that this rank stopped in the present call with this error."""
         self._stopped.add(self.call)
-        if not self.tokens:
+        RankWatch._last_error = time.time()
+        if not (dist.is_available() and dist.is_initialized()):
             return
         relayed = isinstance(error, PlanMismatchError) or (isinstance(error, CollectiveError) and not error.__cause__)
         words = str(error) if relayed else f"{type(error).__name__}: {error}"
         note = {"call": self.call, "rank": dist.get_rank(), "relayed": relayed, "words": words[:10_000]}
+        keys = [f"{token}/stopped" for token in self.tokens.values()] or [EARLY]
         with suppress(Exception):  # the store may be gone with the rank that hosts it; the error itself counts
-            for token in self.tokens.values():
-                store_of_world().set(f"{token}/stopped", json.dumps(note))
+            for key in keys:
+                store_of_world().set(key, json.dumps({**note, "time": time.time()}))
+
+    def _go_on_together(self) -> None:
+        """Go on after an error if all ranks do: those that did not stop in that call are out of step with this one.
+
+        Raises:
+            PlanMismatchError: they have not all come within ``PATIENCE``.
+        """
+        store, stopped = store_of_world() if self.tokens else None, self.call - 1
+        places = [(ranks, f"{token}/goes on/{stopped}") for ranks, token in self.tokens.items()]
+        for ranks, place in places:
+            if store is not None and store.add(place, 1) == len(ranks):
+                store.set(f"{place}/all", "")
+        for ranks, place in places:
+            assert store is not None
+            if not wait_for_key(store, f"{place}/all", PATIENCE, self.look):
+                raise PlanMismatchError(
+                    f"rank {dist.get_rank()} stopped in its step number {stopped} of SM3 with {self._error}\nand went "
+                    f"on with the next, but not all of ranks {in_words(ranks)} did so within {PATIENCE}: where one "
+                    "stops and goes on, all of them must."
+                )
+
+    @contextmanager
+    def meeting(self, ranks: tuple[int, ...]) -> Iterator[None]:
+        """Look for notes of these ranks, with which there is no plan yet."""
+        self.awaited = ranks
+        try:
+            yield
+        finally:
+            self.awaited = ()
+
+    def have_plan(self) -> None:
+        """Note that this rank has its plan for the present call."""
+        self._past_planning = self.call
 
     def plan_anew(self, words: str) -> None:
         """Let the others know that this rank makes its plan anew in the present call, and why."""
@@ -109,6 +163,8 @@ class RankWatch:
             PlanMismatchError: it found a difference between ranks.
             CollectiveError: it stopped for another reason.
         """
+        if self.awaited:
+            self._look_for_early_note()
         for ranks, token in self.tokens.items():
             store = store_of_world()
             if store.check([f"{token}/anew"]):
@@ -118,17 +174,30 @@ class RankWatch:
             note = json.loads(store.get(f"{token}/stopped"))
             if note["call"] in self._stopped:
                 continue  # all ranks stopped in that call, and went on together
-            if note["relayed"]:
-                raise PlanMismatchError(note["words"])
-            raise CollectiveError(
-                f"rank {note['rank']} of {in_words(ranks)} stopped in its step number {note['call']} of SM3 with "
-                f"{note['words']}\nMend that first: the other ranks, as this one in its step number {self.call}, stop "
-                "because of it.",
-                self.call,
-            )
+            self._stop_because_of(note, ranks)
+
+    def _stop_because_of(self, note: Mapping[str, Any], ranks: Sequence[int]) -> None:
+        if note["relayed"]:
+            raise PlanMismatchError(note["words"])
+        raise CollectiveError(
+            f"rank {note['rank']} of {in_words(ranks)} stopped in its step number {note['call']} of SM3 with "
+            f"{note['words']}\nMend that first: the other ranks, as this one in its step number {self.call}, stop "
+            "because of it.",
+            self.call,
+        )
+
+    def _look_for_early_note(self) -> None:
+        """See a note of ranks that share no key with this one yet. It may be of an optimizer or an attempt before."""
+        store = store_of_world()
+        if not store.check([EARLY]):
+            return
+        note = json.loads(store.get(EARLY))
+        is_fresh = note["time"] > self.made - SLACK and note["time"] > RankWatch._last_error + SLACK
+        if is_fresh and note["rank"] in self.awaited and note["rank"] != dist.get_rank():
+            self._stop_because_of(note, self.awaited)
 
     def _look_at_plan(self, note: Mapping[str, Any], ranks: Sequence[int]) -> None:
-        if note["call"] >= self.call or note["call"] in self._planned:
+        if note["call"] > self._past_planning or note["call"] in self._planned:
             return  # this rank may come to it yet, or has done the same
         raise PlanMismatchError(
             f"rank {note['rank']} planned anew in step number {note['call']} of SM3, and not all of ranks "

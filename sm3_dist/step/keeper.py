@@ -125,6 +125,7 @@ class PlanKeeper:
             self._signature = self._sign(groups)
             self._watch = self._new_watch(self._plan)
         assert self._plan is not None
+        self.watch.have_plan()
         if self._unshared or self._plan.needs_sharing:
             self._unshared = False
             self._plan.share()
@@ -184,8 +185,9 @@ class PlanKeeper:
         if self._older is not None:
             words = change(self._layouts, layouts)
             self.watch.plan_anew(words)
-            self._older.tell("planned anew", words)
-            self._older.receive()
+            if self.replicas is None:  # else the others' next collective is another one: they find the note
+                self._older.tell("planned anew", words)
+                self._older.receive()
             patience = dict.fromkeys(self._lookout.unsealed, PATIENCE)
         plans = agreement_lines(entries, lambda entry: f"{entry.describe()}, {self._words}")
         try:
