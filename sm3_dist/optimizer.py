@@ -274,6 +274,8 @@ class SM3(Optimizer):
         warn_of_cycled_momentum(self.param_groups, self._without_momentum)
         blank = is_blank(self._keeper.states)
         plan = self._current_plan()
+        # 1. Receive: the maxima that were on their way since the end of the last step.
+        plan.receive()
         found = getattr(self, "found_inf", None)  # by a GradScaler
         if found is not None and plan.guard.on_any_rank(bool(found)):
             return loss
@@ -283,8 +285,6 @@ class SM3(Optimizer):
         return loss
 
     def _take(self, plan: StepPlan, blank: bool) -> None:
-        # 1. Receive: the maxima that were on their way since the end of the last step.
-        plan.receive()
         if self._gradient_check is not None:
             self._gradient_check(movable_params(self.param_groups))
         # 2. Update: every box from its slices of the accumulators.
@@ -393,7 +393,7 @@ class SM3(Optimizer):
 
     def _new_keeper(self, flattened: Flattened, replicas: Replicas | None) -> PlanKeeper:
         launch_list = partial(kernels.launch_list, backend=self.backend)
-        options = (self.momentum_dtype, self.shard_covers, launch_list, str(self._skipping))
+        options = (self.momentum_dtype, self.shard_covers, launch_list, self._skipping, self._step_supports_amp_scaling)
         return PlanKeeper(flattened, replicas, *options)
 
     def _current_plan(self) -> StepPlan:

@@ -31,6 +31,7 @@ KNOWN: dict[str, tuple[int, str | None, str | None]] = {
     "a frozen parameter, while gradients are compared": (30041, None, None),
     "a param group more, while gradients are compared": (629577409, None, None),
     "a param group more in the first step, which cuts the others anew": (62, None, None),
+    "a param group more, while ranks ask one another for gradients": (60005, None, None),
     "another type, flattened": (20006, None, None),
     "a closure that raises before there is a plan": (21, "closure", "fsdp2"),
     "a closure that raises before there is a plan, and goes on": (15, "closure, and on", "zero1"),

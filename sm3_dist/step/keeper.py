@@ -18,6 +18,7 @@ from sm3_dist.ranks.watch import PlanMismatchError, RankWatch
 from sm3_dist.ranks.weight_gather import WeightGatherer
 from sm3_dist.step.cut_cover import CutCover, cut_covers
 from sm3_dist.step.entry import Entry
+from sm3_dist.step.guard import Skipping
 from sm3_dist.step.kernel import Kernel
 from sm3_dist.step.lookout import Lookout
 from sm3_dist.step.param_groups import ParamGroup, can_move, label_of, labelled_params, layout_options
@@ -60,7 +61,8 @@ class PlanKeeper:
         momentum_dtype: type of new momentum buffers; ``None`` for that of the accumulators.
         shard_covers: see :class:`~sm3_dist.ranks.bucket.MaxBucket`.
         launch_list: makes of entries the kernels that step them.
-        words: options of the optimizer that no param group tells of, the same on every rank.
+        skipping: what gradients that are not finite have skipped.
+        unscales: whether steps unscale gradients, and ask all ranks whether they are finite.
 
     Attributes:
         states: the state of each parameter, as far as it has one. Maxima may still be on their way to it: who looks at
@@ -74,7 +76,8 @@ class PlanKeeper:
         momentum_dtype: torch.dtype | None,
         shard_covers: bool,
         launch_list: Callable[[Sequence[Entry]], list[Kernel]],
-        words: str = "",
+        skipping: Skipping,
+        unscales: bool,
     ) -> None:
         if momentum_dtype not in (None, torch.float32, torch.bfloat16, torch.int8):
             raise ValueError(
@@ -86,7 +89,8 @@ class PlanKeeper:
         self._momentum_dtype = momentum_dtype
         self._shard_covers = shard_covers
         self._launch_list = launch_list
-        self._words = words
+        self._skipping = skipping
+        self._asks_first = replicas is not None or skipping.mode is not None or unscales
         self.watch = RankWatch()
         self._lookout = Lookout(self.watch)
         self._layouts: dict[tuple[int, ...], list[str]] = {}  # on which ranks have agreed
@@ -185,11 +189,11 @@ class PlanKeeper:
         if self._older is not None:
             words = change(self._layouts, layouts)
             self.watch.plan_anew(words)
-            if self.replicas is None:  # else the others' next collective is another one: they find the note
+            if not self._asks_first:  # else the others' next collective is another one: they find the note
                 self._older.tell("planned anew", words)
                 self._older.receive()
             patience = dict.fromkeys(self._lookout.unsealed, PATIENCE)
-        plans = agreement_lines(entries, lambda entry: f"{entry.describe()}, {self._words}")
+        plans = agreement_lines(entries, lambda entry: f"{entry.describe()}, {self._skipping}")
         try:
             self.watch.follow(check_agreement(plans, self.watch, patience) if plans else {})
         except PlanMismatchError as error:
