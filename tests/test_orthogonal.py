@@ -135,6 +135,17 @@ def test_large_matrices_are_shared_out_evenly() -> None:
     assert len({chosen[k] for k in order[:8]}) == 8
 
 
+def owner_of_the_matrix_that_is_cut() -> list[int]:
+    shapes = [(30, 40), (20, 40), (1200,)]  # the first matrix lies on rank 0, and half of the second one
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    buckets = SM3(params, shard_over=dist.group.WORLD, **MUON)._current_plan().orthogonal.buckets
+    return [matrix.owner for bucket in buckets for matrix in bucket.exchange.matrices if len(matrix.boxes) > 1]
+
+
+def test_who_has_whole_matrices_owns_fewer_of_the_others(workers: Pool) -> None:
+    assert workers(2).run(owner_of_the_matrix_that_is_cut) == [[1], [1]]
+
+
 def test_buckets_are_as_large_as_they_may_be() -> None:
     """On no rank larger than the limit, or than the largest matrix, in what it sends and in what it receives."""
     rows = {rank: (Box((2 * rank, 0), (2 * rank + 2, 8)),) for rank in range(4)}
