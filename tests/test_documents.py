@@ -7,6 +7,7 @@ where "cuda" reads "cpu".
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import os
 import re
 import subprocess
@@ -140,3 +141,17 @@ def test_every_link_leads_to_a_file() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)", file.read_text()):
             if "://" not in target:
                 assert (file.parent / target).exists(), f"{file.relative_to(ROOT)} links to {target}"
+
+
+def test_the_pictures_can_be_drawn() -> None:
+    pytest.importorskip("matplotlib", reason="pip install 'sm3_dist[compare]'")
+    spec = importlib.util.spec_from_file_location("draw", ROOT / "docs" / "images" / "draw.py")
+    assert spec is not None
+    assert spec.loader is not None
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    for each in (draw.draw_bytes, draw.draw_curves, draw.draw_state, draw.draw_memory):
+        _, axes = draw.pyplot.subplots()
+        each(axes)
+        assert axes.has_data()
+    draw.pyplot.close("all")

@@ -30,8 +30,7 @@ from launch.comparison.pictures import OTHERS, OURS, apart, running_mean
 from launch.footprint.bars import draw_bars
 from launch.job.model import GPT, PRESETS
 from sm3_dist import plan
-from sm3_dist.layout.box import Box
-from sm3_dist.planner.other_optimizers import RIVALS
+from sm3_dist.planner.other_optimizers import baseline
 from sm3_dist.step.param_groups import ADAMW_LIKE
 
 HERE = Path(__file__).parent
@@ -59,8 +58,7 @@ def draw_bytes(axes: Any) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
 
     def state(name: str) -> float:
-        boxes = [(p.numel(), Box((0,) * p.dim(), tuple(p.shape)), tuple(p.shape)) for p in model.parameters()]
-        return sum(RIVALS[name](*box) for box in boxes) / count
+        return baseline(name, model)[0].state / count
 
     def ours(dtype: torch.dtype, momentum: torch.dtype, in_backward: bool = False) -> tuple[float, ...]:
         known = inspect.signature(plan).parameters  # those that take memory
@@ -68,10 +66,9 @@ def draw_bytes(axes: Any) -> None:
         made = plan(model.to(dtype), step_in_backward=in_backward, **options)[0]  # type: ignore[arg-type]
         return made.weights / count, made.gradients / count, made.state / count
 
-    inner = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "blocks." in name)
     bars = {
         "AdamW": (4, 4, state("adamw")),
-        "Muon, AdamW on embeddings": (4, 4, (4 * inner + 8 * (count - inner)) / count),
+        "Muon, AdamW on embeddings": (4, 4, state("muon")),
         "8-bit AdamW": (4, 4, state("adamw-8bit")),
         "Adafactor, no momentum": (4, 4, state("adafactor")),
         "FlashAdamW": FLASHADAMW,
@@ -120,7 +117,7 @@ def draw_curves(axes: Any) -> None:
 def draw_state(axes: Any) -> None:
     """Final loss against bytes of state, from the table of quality.md."""
     section = (HERE.parent / "quality.md").read_text().split("### Others, at their best")[1]
-    row = re.compile(r"^\| \**(.+?)\** \| ([\d.]+) \| [\d.]+ \| [\d.]+ \| \**([\d.]+)\** \|", re.MULTILINE)
+    row = re.compile(r"^\| \**(.+?)\** \| ([\d.]+) \| [\d.]+ \| [\d.]* ?\| \**([\d.]+)\** \|", re.MULTILINE)
     found = [
         (name.replace("*", "").replace("`", ""), float(size), float(bits)) for name, size, bits in row.findall(section)
     ]
