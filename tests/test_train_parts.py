@@ -8,11 +8,13 @@ import json
 import math
 import pkgutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import launch
+from launch.job import peers
 from launch.job.command_line import parse
 from launch.job.model import GPT, PRESETS
 from launch.job.options import Options
@@ -67,6 +69,18 @@ def test_momentum_of_matrices_is_their_own_unless_it_is_given(given: list[str], 
     matrices, rest = build(GPT(PRESETS["tiny"], 16), settings(options), options).param_groups
     assert (matrices["orthogonalize"], rest["orthogonalize"]) == (True, False)
     assert (matrices["momentum"], rest["momentum"]) == momenta
+
+
+def test_products_of_a_peer_are_made_in_the_type_that_the_processor_is_quick_at() -> None:
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wide = x.float() @ x.float().T
+    added = torch.addmm(wide.bfloat16().float(), wide.bfloat16().float(), wide.bfloat16().float(), beta=-4, alpha=2)
+    with patch.object(peers, "product_type", return_value=torch.float32), peers.WideProducts():
+        gram = x @ x.T
+        result = torch.addmm(gram, gram, gram, beta=-4, alpha=2)
+        assert (x * 2).dtype == torch.bfloat16
+    assert torch.equal(gram, wide.bfloat16())
+    assert torch.equal(result, added.bfloat16())
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,11 @@ class WideProducts(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do what torch calls, of products with wider arguments."""
-        if (
-            function in self.PRODUCTS
-            and args[0].dtype == torch.bfloat16
-            and product_type(args[0].device) != args[0].dtype
-        ):
-            return function(*(each.float() for each in args), **(kwargs or {})).bfloat16()
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if function not in self.PRODUCTS or args[0].dtype != torch.bfloat16:
+            return function(*args, **kwargs)
+        wide = product_type(args[0].device)
+        return function(*(each.to(wide) for each in args), **kwargs).to(torch.bfloat16)
 
 
 class Together(Optimizer):
