@@ -58,6 +58,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platfor
 START_TIMEOUT = 120.0
 JOBS: Counter[int] = Counter()  # how many runs this process has started, by world size
 GRACE = 5.0  # how long the other ranks may go on after one has failed
+CROWD = 40  # threads of a worker that is replaced
 SLACK = datetime.timedelta(minutes=10)  # gloo must not give up before the harness does
 
 
@@ -86,6 +87,11 @@ class Worker:
     def new_output(self) -> str:
         """What the process has written to stdout and stderr and nobody has printed yet."""
         return self.log.read_bytes()[self.printed :].decode(errors="replace")
+
+    def threads(self) -> int:
+        """How many the process has, where the system tells."""
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        return len(list(tasks.iterdir())) if tasks.exists() else 0
 
 
 class Pool:
@@ -136,7 +142,13 @@ class Pool:
             raise
 
     def _start(self, count: int) -> None:
-        """Grow the pool to `count` workers and wait until all of them are ready."""
+        """Grow the pool to `count` workers and wait until all of them are ready.
+
+        FSDP1 and fairscale leave models that hold themselves through autograd, and so their groups, of which each has
+        a thread that wakes up a hundred times a second. Workers with too many of them are replaced.
+        """
+        if any(worker.threads() > CROWD for worker in self.workers):
+            self.kill()
         new = range(len(self.workers), count)
         for rank in new:
             ours, theirs = self._context.Pipe()

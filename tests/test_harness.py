@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Pool, WorkersError
+from harness import CROWD, Pool, WorkersError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -80,11 +81,25 @@ def test_results_come_by_rank(workers, world_size):
     assert results == [(rank, world_size, total + 1) for rank in range(world_size)]
 
 
-def test_processes_persist_while_the_world_size_changes(workers):
-    four = workers(4).run(process_id)
-    assert len({os.getpid(), *four}) == 5
-    assert workers(2).run(process_id) == four[:2]
-    assert workers(4).run(process_id) == four
+def test_processes_persist_while_the_world_size_changes():
+    with Pool() as workers:
+        four = workers(4).run(process_id)
+        assert len({os.getpid(), *four}) == 5
+        assert workers(2).run(process_id) == four[:2]
+        assert workers(4).run(process_id) == four
+
+
+def leave_threads(count):
+    for _ in range(count):
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_a_worker_with_too_many_threads_is_replaced():
+    with Pool() as workers:
+        before = workers(1).run(process_id)
+        workers(1).run(leave_threads, CROWD)
+        assert workers(1).run(process_id) != before
 
 
 def test_meshes_of_later_runs_use_groups_of_their_own(workers):
