@@ -13,6 +13,14 @@ pytest_plugins = ["sampling", "worlds"]
 collect_ignore = ["data"]  # scripts that made recorded values, and need more than the tests do
 
 
+LONG = ("test_triton", "test_train", "test_train_errors", "test_memory", "test_documents", "test_one_rank")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long alone begins first, so that the session does not end with one process at work."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-rank-seconds", type=float, help="try random faults of one rank for so long")
     parser.addoption("--one-rank-seed", type=int, help="and begin with this case")

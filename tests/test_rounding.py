@@ -165,7 +165,7 @@ def compare_all(name: str, **keywords: Any) -> None:
             compare_with_reference(name, given, dtype, SEED, **form, **keywords)
 
 
-@pytest.mark.parametrize(("name", "world_size"), [case for case in cases() if case[1] != 2 or case[0] == "hsdp"])
+@pytest.mark.sampled("name, world_size", list(cases()))
 def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
     workers(world_size).run(compare_all, name)
 

@@ -1,5 +1,6 @@
 """ZeRO-1: replicated parameters, each rank updating a range, must train as one process does, to the last bit."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -32,10 +33,9 @@ def all_options(bucketing: dict[str, Any]) -> str:
     return result
 
 
-@pytest.mark.parametrize("bucketing", list(BUCKETING.values()), ids=list(BUCKETING))
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_equals_one_process(workers: Pool, world_size: int, bucketing: dict[str, Any]) -> None:
-    assert_replicas(workers(world_size).run(all_options, bucketing))
+@pytest.mark.sampled("world_size, bucketing", list(itertools.product(WORLDS, BUCKETING)))
+def test_equals_one_process(workers: Pool, world_size: int, bucketing: str) -> None:
+    assert_replicas(workers(world_size).run(all_options, BUCKETING[bucketing]))
 
 
 def two_elements_at_a_time() -> str:
@@ -62,10 +62,9 @@ def mixed_types(bucketing: dict[str, Any]) -> str:
     return train_beside_one_process(params[::2] + params[1::2], bucketing, momentum=0.9)
 
 
-@pytest.mark.parametrize("bucketing", list(BUCKETING.values()), ids=list(BUCKETING))
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_types_mix(workers: Pool, world_size: int, bucketing: dict[str, Any]) -> None:
-    assert_replicas(workers(world_size).run(mixed_types, bucketing))
+@pytest.mark.sampled("world_size, bucketing", list(itertools.product([2, 3], BUCKETING)))
+def test_types_mix(workers: Pool, world_size: int, bucketing: str) -> None:
+    assert_replicas(workers(world_size).run(mixed_types, BUCKETING[bucketing]))
 
 
 def strided(bucketing: dict[str, Any]) -> str:
@@ -82,10 +81,9 @@ def strided(bucketing: dict[str, Any]) -> str:
     return result
 
 
-@pytest.mark.parametrize("bucketing", list(BUCKETING.values()), ids=list(BUCKETING))
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_parameters_need_not_be_contiguous(workers: Pool, world_size: int, bucketing: dict[str, Any]) -> None:
-    assert_replicas(workers(world_size).run(strided, bucketing))
+@pytest.mark.sampled("world_size, bucketing", list(itertools.product([2, 3], BUCKETING)))
+def test_parameters_need_not_be_contiguous(workers: Pool, world_size: int, bucketing: str) -> None:
+    assert_replicas(workers(world_size).run(strided, BUCKETING[bucketing]))
 
 
 def groups_come_and_go() -> str:
