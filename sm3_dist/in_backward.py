@@ -81,6 +81,7 @@ class StepInBackward:
         self._plan: StepPlan | None = None
         self._kernels: dict[Tensor, list[kernels.Kernel]] = {}
         self._settings: dict[int, Settings] = {}
+        self._of_graphs: list[Any] = []  # CUDA graphs refer to their tables by address
         self._stepped: dict[Tensor, None] = {}
         self._nonfinite: dict[Tensor, str] = {}
         # a GradScaler then leaves the gradients, which are gone, to step(), where it is refused
@@ -170,6 +171,8 @@ class StepInBackward:
             for entry in plan.entries:
                 entries.setdefault(entry.param, []).append(entry)
             self._kernels = {param: kernels.launch_list(these, optimizer.backend) for param, these in entries.items()}
+        if plan.captured:
+            self._of_graphs.append(self._kernels)
         self._settings = {id(group): settings_of(group, None) for group in optimizer.param_groups}
 
     def _end(self, *_: Any) -> None:

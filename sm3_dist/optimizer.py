@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sm3_dist import kernels
+from sm3_dist.compat import whole_step
 from sm3_dist.layout.describe import Flattened, Replicas
 from sm3_dist.ranks.same_gradients import GradientCheck
 from sm3_dist.step.blank_step import is_blank
@@ -246,6 +246,7 @@ class SM3(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @whole_step
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
@@ -392,9 +393,8 @@ class SM3(Optimizer):
             self._keeper.install_unpickled(states, self.param_groups)
 
     def _new_keeper(self, flattened: Flattened, replicas: Replicas | None) -> PlanKeeper:
-        launch_list = partial(kernels.launch_list, backend=self.backend)
-        options = (self.momentum_dtype, self.shard_covers, launch_list, self._skipping, self._step_supports_amp_scaling)
-        return PlanKeeper(flattened, replicas, *options)
+        common = (flattened, replicas, self.momentum_dtype, self.shard_covers, kernels.Launcher(self.backend))
+        return PlanKeeper(*common, self._skipping, self._step_supports_amp_scaling)
 
     def _current_plan(self) -> StepPlan:
         return self._keeper.current(self.param_groups)

@@ -43,6 +43,34 @@ def test_c_alone_says_why_it_cannot_take_a_tensor():
         SM3([weight], backend="c").step()
 
 
+def test_one_warning_names_all_that_a_gpu_leaves_to_eager(monkeypatch):
+    def told(backend):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer = SM3(params, backend=backend)
+            for _ in range(2):
+                optimizer.step()
+        return [str(each.message) for each in caught]
+
+    shapes, types = [(40, 30), (2, 3), *[(1025 + k,) for k in range(12)]], [torch.float64] * 2 + [torch.float32] * 12
+    params = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape, dtype in zip(shapes, types, strict=True)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    assert told("auto") == []
+    monkeypatch.setattr(kernels, "_on_gpu", lambda entry: True)
+    (words,) = told("auto")
+    assert "steps 13 of 14 tensors on the GPU in eager PyTorch, up to a hundred times slower" in words
+    reason = kernels.available()["triton"]
+    first, *rest = words.splitlines()[1:]
+    assert first.startswith(f"{reason} (parameter 0 of param group 0 of shape (40, 30), parameter 2 of")
+    assert first.endswith("of shape (1033,) and 3 more)")
+    assert rest == []
+    monkeypatch.setattr(kernels.triton, "refusal", lambda entry: f"it is {entry.param.dtype}.")
+    (words,) = told("auto")
+    assert [line.split(" (")[0] for line in words.splitlines()[1:]] == ["it is torch.float64.", "it is torch.float32."]
+    assert told("eager") == []
+
+
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"'auto', 'eager', 'c', 'triton', but is 'cuda'"):
         SM3([nn.Parameter(torch.ones(2))], backend="cuda")

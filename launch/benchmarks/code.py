@@ -21,13 +21,14 @@ PLAIN |= {"BLOCK": False, "ASIDE": True, "RANDOM": False}
 RECIPE = {"CORRECT": True, "SQUARES": 2, "NESTEROV": True, "PRODUCT": True, "GROUPS": 2, "SIDE": 64}
 RECIPE |= {"BLOCK": True, "ASIDE": False, "RANDOM": False}
 RANDOM = RECIPE | {"RANDOM": True}
-KINDS: dict[str, tuple[str, str | None, dict[str, Any], int]] = {  # weight, momentum, options, most per element
-    "float32": ("float32", None, PLAIN, 62),
-    "bfloat16": ("bfloat16", None, PLAIN, 62),
-    "float32, momentum": ("float32", "float32", PLAIN, 62),
-    "recipe, float32, float32 momentum": ("float32", "float32", RECIPE, 95),
-    "recipe, bfloat16, bfloat16 momentum": ("bfloat16", "bfloat16", RECIPE, 95),
-    "recipe, bfloat16 rounded stochastically, 8-bit momentum": ("bfloat16", "int8", RANDOM, 130),
+KINDS: dict[str, tuple[str, str | None, dict[str, Any], int, float]] = {
+    # weight, momentum, options; most instructions per element, least occupancy
+    "float32": ("float32", None, PLAIN, 62, 0.5),
+    "bfloat16": ("bfloat16", None, PLAIN, 62, 0.5),
+    "float32, momentum": ("float32", "float32", PLAIN, 62, 0.5),
+    "recipe, float32, float32 momentum": ("float32", "float32", RECIPE, 95, 0.33),
+    "recipe, bfloat16, bfloat16 momentum": ("bfloat16", "bfloat16", RECIPE, 95, 0.28),
+    "recipe, bfloat16 rounded stochastically, 8-bit momentum": ("bfloat16", "int8", RANDOM, 130, 0.26),
 }
 
 
@@ -74,7 +75,7 @@ def compiled(name: str, architecture: int) -> Code:
     from sm3_dist.kernels.triton import matrix, values
     from sm3_dist.kernels.triton.work_list import options_of
 
-    weight, moment, options, _ = KINDS[name]
+    weight, moment, options, _, _ = KINDS[name]
     thread = 4 if weight == "float32" else 8
     constants = {
         "WEIGHT": getattr(tl, weight),

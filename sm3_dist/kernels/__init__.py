@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from sm3_dist.kernels import triton
 from sm3_dist.kernels.c import backend as cpu
@@ -22,10 +23,12 @@ from sm3_dist.layout.describe import local_tensor
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.kernel import Kernel
 
-__all__ = ["BACKENDS", "Kernel", "available", "launch_list"]
+__all__ = ["BACKENDS", "Kernel", "Launcher", "available", "launch_list"]
 
 FEW = 1024
 """So many elements are stepped in eager PyTorch without a word."""
+NAMED = 10
+"""So many tensors are named for each reason in a warning."""
 
 BACKENDS = ("auto", "eager", "c", "triton")
 
@@ -69,23 +72,52 @@ def launch_list(entries: Sequence[Entry], backend: str) -> list[Kernel]:
         entries = [entry for entry in entries if id(entry.param) in refused]
         if mine:
             taken.append(kernel(mine))
-    for entry in entries:
-        _warn_of_eager(entry)
     return [*taken, EagerKernel(entries)] if entries else taken
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What a plan makes kernels with.
+
+    Attributes:
+        backend: one of ``BACKENDS``.
+    """
+
+    backend: str
+
+    def __call__(self, entries: Sequence[Entry]) -> list[Kernel]:
+        """The kernels of some of a plan's tensors; see :func:`launch_list`."""
+        return launch_list(entries, self.backend)
+
+    def review(self, entries: Sequence[Entry]) -> None:
+        """Name in one warning what ``"auto"`` steps on a GPU by one small operation after another, and why.
+
+        Args:
+            entries: all tensors of the plan.
+        """
+        if self.backend != "auto":  # then somebody asked for it, or it raised an error
+            return
+        left: dict[str, list[str]] = {}
+        for entry in entries:
+            if entry.shard.numel > FEW and _on_gpu(entry) and (reason := triton.refusal(entry)) is not None:
+                left.setdefault(reason, []).append(f"{entry.label} of shape {entry.shard.shape}")
+        if not left:
+            return
+        lines = [f"{reason} {_listed(labels)}" for reason, labels in left.items()]
+        warnings.warn(
+            f"sm3_dist steps {sum(map(len, left.values()))} of {len(entries)} tensors on the GPU in eager PyTorch, up "
+            "to a hundred times slower than by its kernel, which does not take them:\n" + "\n".join(lines),
+            stacklevel=2,
+        )
+
+
+def _listed(labels: Sequence[str]) -> str:
+    more = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
+    return f"({', '.join(labels[:NAMED])}{more})"
 
 
 def _on_gpu(entry: Entry) -> bool:
     return local_tensor(entry.param).device.type == "cuda"
-
-
-def _warn_of_eager(entry: Entry) -> None:
-    """Tell that a tensor on a GPU is stepped by one small operation after another."""
-    if entry.shard.numel > FEW and _on_gpu(entry):
-        warnings.warn(
-            f"sm3_dist steps {entry.label} of shape {entry.shard.shape} on the GPU in eager PyTorch, up to a hundred "
-            f"times slower than by its kernel, which does not take it: {triton.refusal(entry)}",
-            stacklevel=2,
-        )
 
 
 _FUSED: list[tuple[str, Callable[[Entry], str | None], Callable[[Sequence[Entry]], Kernel]]] = [

@@ -6,6 +6,7 @@ Those imports cost as much as ``import torch`` itself. Where nobody else has mad
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 def is_dtensor(value: object) -> TypeIs[DTensor]:
     """Whether ``value`` is a DTensor."""
     return _is("torch.distributed.tensor", "DTensor", value)
+
+
+def dtensors(values: Iterable[object]) -> list[DTensor]:
+    """Those of the values that are DTensors."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return [] if kind is None else [value for value in values if isinstance(value, kind)]
 
 
 def is_fsdp1(value: object) -> TypeIs[FullyShardedDataParallel]:

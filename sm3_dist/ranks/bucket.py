@@ -209,6 +209,8 @@ class SumBucket:
         for each, view in zip(sums, self._sums.unbind(), strict=True):
             view.copy_(each.partial)
             each.partial.set_(view)
+        self._all = torch.empty(len(sums), dtype=torch.int64, device=device)  # the averages, one after another
+        self._each = list(self._all.unbind())
         self._work: dist.Work | None = None
         self._sent: Tensor | None = None
         self._empty = False
@@ -234,7 +236,8 @@ class SumBucket:
         if self.counted is not None and not empty:
             self._taken = torch.stack(self.steps) != self.counted
             self._stepped.copy_(self._taken)
-        if self.group is None:
+        if self.group is None:  # at once, so that a step is whole, in a CUDA graph too
+            self.finish()
             return
         if self._seal is not None:
             self._seal.write(self._sent[-FIELDS:], event, words)
@@ -254,7 +257,9 @@ class SumBucket:
         if self._empty:
             return
         if self.averages:
-            torch._foreach_copy_(self.averages, list(averaged(torch.stack(self.averages), self._sums).unbind()))
+            torch._foreach_copy_(self._each, self.averages)
+            self._all.copy_(averaged(self._all, self._sums))
+            torch._foreach_copy_(self.averages, self._each)
         if self.counted is not None:
             missed = (self._stepped > 0).to(self._taken.device) & ~self._taken
             if missed.device.type != "cpu" or missed.any():  # a GPU is not asked

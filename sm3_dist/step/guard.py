@@ -16,6 +16,7 @@ from sm3_dist.layout.groups import group_of
 from sm3_dist.layout.shard import Peers
 from sm3_dist.maths.finite import not_finite
 from sm3_dist.ranks.watch import RankWatch
+from sm3_dist.step.capture import capturing
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.gradient import settled_gradient
 
@@ -98,6 +99,11 @@ class FiniteGuard:
 
     def _named(self, found: Sequence[tuple[Sequence[Tensor], Tensor]]) -> dict[Tensor, str]:
         """Those that are marked. Here the host waits for a GPU."""
+        if any(capturing(flags.device) for _, flags in found):
+            raise RuntimeError(
+                "a CUDA graph is being captured, but skip_nonfinite has the host look at the gradients. Leave it out, "
+                "or capture forward and backward, and call optimizer.step() outside of the graph."
+            )
         marked = ((param, flag) for params, flags in found for param, flag in zip(params, flags.tolist(), strict=True))
         return {param: self._labels[param] for param, flag in marked if flag}
 

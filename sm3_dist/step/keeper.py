@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from itertools import islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +17,11 @@ from sm3_dist.layout.shard import LocalShard
 from sm3_dist.ranks.agreement import check_agreement
 from sm3_dist.ranks.watch import PlanMismatchError, RankWatch
 from sm3_dist.ranks.weight_gather import WeightGatherer
+from sm3_dist.step.capture import refuse_to_plan
 from sm3_dist.step.cut_cover import CutCover, cut_covers
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.guard import Skipping
-from sm3_dist.step.kernel import Kernel
+from sm3_dist.step.kernel import Launcher
 from sm3_dist.step.lookout import Lookout
 from sm3_dist.step.param_groups import ParamGroup, can_move, label_of, labelled_params, layout_options
 from sm3_dist.step.plan import StepPlan, agreement_lines, change
@@ -42,6 +44,7 @@ from sm3_dist.step.watch import Watch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_SHAPE, _DTYPE, _REQUIRES_GRAD = map(attrgetter, ("shape", "dtype", "requires_grad"))
 PATIENCE = timedelta(seconds=25)
 """How long a rank that plans anew waits for ranks that it exchanges nothing with: they may never come."""
 
@@ -75,7 +78,7 @@ class PlanKeeper:
         replicas: Replicas | None,
         momentum_dtype: torch.dtype | None,
         shard_covers: bool,
-        launch_list: Callable[[Sequence[Entry]], list[Kernel]],
+        launch_list: Launcher,
         skipping: Skipping,
         unscales: bool,
     ) -> None:
@@ -96,6 +99,7 @@ class PlanKeeper:
         self._layouts: dict[tuple[int, ...], list[str]] = {}  # on which ranks have agreed
         self._plan: StepPlan | None = None
         self._older: StepPlan | None = None  # while there is no plan, the one before
+        self._of_graphs: list[StepPlan] = []  # CUDA graphs refer to their tables by address
         self._fitted: Fitted = {}
         self._watch = Watch({})
         self._unshared = False  # whether accumulators are yet to be made maxima over all ranks
@@ -118,6 +122,7 @@ class PlanKeeper:
         older = self._plan
         same = older is not None and self._signature == self._sign(groups) and not older.edited
         if older is None or not same or self._watch.sees_a_change():
+            refuse_to_plan(param for group in groups for param in group["params"])
             if older is not None:
                 older.receive()
                 older.publish()
@@ -130,6 +135,8 @@ class PlanKeeper:
             self._watch = self._new_watch(self._plan)
         assert self._plan is not None
         self.watch.have_plan()
+        if self._plan.captured:
+            self._of_graphs.append(self._plan)
         if self._unshared or self._plan.needs_sharing:
             self._unshared = False
             self._plan.share()
@@ -137,17 +144,17 @@ class PlanKeeper:
 
     def _sign(self, groups: Sequence[ParamGroup]) -> tuple[Any, ...]:
         """What the plan depends on. ``_fitted`` keeps the states alive, so that no other gets the same id."""
-        return tuple(
+        of_groups = (
             (
                 layout_options(group),
                 *map(id, group["params"]),
-                *map(id, map(self.states.get, group["params"])),
-                *map(can_move, group["params"]),
-                *(p.shape for p in group["params"]),
-                *(p.dtype for p in group["params"]),
+                *_can_move(group["params"]),
+                *map(_SHAPE, group["params"]),
+                *map(_DTYPE, group["params"]),
             )
             for group in groups
         )
+        return *map(id, self.states), *map(id, self.states.values()), *of_groups
 
     def _new_watch(self, plan: StepPlan) -> Watch:
         shared = [entry for entry in plan.entries if self._shard_covers and any(entry.shard.shared)]
@@ -178,7 +185,9 @@ class PlanKeeper:
         gatherer = None
         if self.replicas is not None:
             gatherer = WeightGatherer(self.replicas.group, self.replicas.partitions, can_move, self.watch)
-        return StepPlan(entries, self._launch_list, self._shard_covers, self._process_groups, self._lookout, gatherer)
+        plan = StepPlan(entries, self._launch_list, self._shard_covers, self._process_groups, self._lookout, gatherer)
+        self._launch_list.review(entries)
+        return plan
 
     def _agree(self, entries: Sequence[Entry]) -> None:
         """Compare the plan with those of the other ranks, unless it exchanges what the one before it did."""
@@ -379,3 +388,9 @@ class PlanKeeper:
             for index, param in enumerate(group["params"])
             if param in self.states
         }
+
+
+def _can_move(params: Sequence[Tensor]) -> list[bool]:
+    """Of each parameter whether it can move, without a loop in Python where all do."""
+    required = list(map(_REQUIRES_GRAD, params))
+    return required if all(required) else list(map(can_move, params))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from sm3_dist.maths.update import Settings
+from sm3_dist.step.entry import Entry
 
 
 class Kernel(Protocol):
@@ -17,3 +18,13 @@ class Kernel(Protocol):
         Args:
             settings: of each param group, by its ``id``.
         """
+
+
+class Launcher(Protocol):
+    """What makes the kernels of a plan."""
+
+    def __call__(self, entries: Sequence[Entry]) -> list[Kernel]:
+        """The kernels that step some of the plan's tensors."""
+
+    def review(self, entries: Sequence[Entry]) -> None:
+        """Tell the user, once for the whole plan, what there is to know of how its tensors are stepped."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import product
+from itertools import compress, product, repeat
+from operator import attrgetter, is_not
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sm3_dist.layout.describe import local_tensor
-from sm3_dist.layout.kinds import is_dtensor
+from sm3_dist.layout.kinds import dtensors
 from sm3_dist.layout.shard import Peers
 from sm3_dist.maths.rms import SquareSum
 from sm3_dist.maths.update import Settings
@@ -19,6 +20,7 @@ from sm3_dist.ranks.bucket import MaxBucket, Slot, SumBucket
 from sm3_dist.ranks.chunk_exchange import ChunkExchange, Lending
 from sm3_dist.ranks.watch import RankWatch
 from sm3_dist.ranks.weight_gather import Parts, WeightGatherer
+from sm3_dist.step.capture import capturing
 from sm3_dist.step.cut_cover import CutCover
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.guard import FiniteGuard
@@ -28,6 +30,9 @@ from sm3_dist.step.orthogonal import OrthogonalSteps, is_orthogonal
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_GRAD = attrgetter("grad")
 
 
 class StepPlan:
@@ -70,9 +75,13 @@ class StepPlan:
         )
         stages = _stages(others, gatherer)
         self._stages = [(launch_list(these), weights) for these, weights in stages]
+        self._sharded = bool(dtensors(self._params))
+        self._devices = {local_tensor(param).device for param in self._params}
 
     def receive(self) -> None:
         """Bring the accumulators up to date with what the other ranks sent at the end of the last step."""
+        if self.captured:
+            self._refuse_capture()
         unedited = [cover for cover in self._cut_covers if not cover.edited()]
         for bucket in self.buckets:
             bucket.finish()
@@ -80,6 +89,25 @@ class StepPlan:
             cover.note()
         for exchange in self.exchanges:  # what comes from states is not among the maxima
             exchange.finish()
+
+    @property
+    def captured(self) -> bool:
+        """Whether what is launched now becomes part of a CUDA graph."""
+        return any(map(capturing, self._devices))
+
+    def _refuse_capture(self) -> None:
+        """Raise where a CUDA graph cannot hold a step.
+
+        Raises:
+            RuntimeError: if a step is more than launches on this rank's GPU.
+        """
+        shared = [*self.exchanges, *(bucket for bucket in self.buckets if bucket.group is not None)]
+        if shared or self.gatherer is not None or self.orthogonal.buckets:
+            raise RuntimeError(
+                "a CUDA graph is being captured, but a step of these tensors is more than launches on one GPU: ranks "
+                "exchange accumulators or weights, or matrices are orthogonalized. Capture forward and backward, and "
+                "call optimizer.step() outside of the graph."
+            )
 
     def publish(self) -> None:
         """Write into the state what working copies hold. What others changed in it since stays."""
@@ -143,7 +171,8 @@ class StepPlan:
             self._forget()
             raise
         # (Where ranks send one another their weights, all of them have the same gradients.)
-        mark_changed([param for param in self._params if param.grad is not None])
+        stepped = compress(self._params, map(is_not, map(_GRAD, self._params), repeat(None)))
+        (mark_changed if self._sharded else increment_version)(list(stepped))
 
     def carry_over_squares(self, older: StepPlan) -> None:
         """Go on adding squares where another plan was, for steps that are taken before they are sent."""
@@ -205,7 +234,7 @@ def mark_changed(params: Iterable[Tensor]) -> None:
         params: parameters; of a DTensor the local tensor counts too, for the graph may have seen either.
     """
     params = list(params)
-    increment_version([*params, *(local_tensor(param) for param in params if is_dtensor(param))])
+    increment_version([*params, *map(local_tensor, dtensors(params))])
 
 
 def agreement_lines(

@@ -67,5 +67,7 @@ class Watch:
         return addresses + [tensor._local_tensor.data_ptr() for tensor in self._sharded]
 
     def _strides(self) -> list[tuple[int, ...]]:
+        if not any(self._are_sharded):
+            return list(map(Tensor.stride, self._params))
         pairs = zip(self._params, self._are_sharded, strict=True)
         return [(param._local_tensor if sharded else param).stride() for param, sharded in pairs]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ from sm3_dist.kernels.fused import EMPTY, Operands
 from sm3_dist.kernels.triton import ends, matrix
 from sm3_dist.kernels.triton.availability import interpreting
 from sm3_dist.kernels.triton.strips import too_far
-from sm3_dist.kernels.triton.tables import Table, capturing
+from sm3_dist.kernels.triton.tables import Table
 from sm3_dist.kernels.triton.work_list import Flags, WorkList
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.maths.rms import CUT_OFF
 from sm3_dist.maths.update import Settings
+from sm3_dist.step import capture
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.param_groups import first_rms
 
@@ -65,6 +67,9 @@ class TritonKernel:
         self._settings = Table(len(self._groups) * int(matrix.GROUP_FIELDS), torch.float32, self._device)
         self._made_of = Table(len(entries) * int(ends.MADE_OF_FIELDS), torch.float64, self._device)
         self._clean = True  # whether what lies aside is 0
+        self._of_graphs: list[WorkList] = []  # refer to their tables by address
+        self._of_group: dict[int, tuple[Any, ...]] = {}
+        self._numbers: list[float] = []  # made of the options of each group
         self._write_counters()
 
     def _retype(self, param: int, dtype: torch.dtype) -> None:
@@ -95,7 +100,11 @@ class TritonKernel:
         grads, kept, eager = operands.grads()
         self._keep_list([*weights], grads, of_groups, as_surveyed)
         work = self._work
-        addresses = self._addresses.written([each for pair in zip(weights, grads, strict=True) for each in pair])
+        if capture.capturing(self._device):
+            self._of_graphs.append(work)
+        pairs = [0] * (2 * len(weights))
+        pairs[::2], pairs[1::2] = weights, grads
+        addresses = self._addresses.written(pairs)
         table = self._write_settings(of_groups)
         if not self._clean:
             work.aside.zero_()
@@ -135,11 +144,7 @@ class TritonKernel:
             self._seen = grads
         where = [*weights, *self._released_addresses()]
         if self._stale or not as_surveyed or flags != self._flags or where != self._where:
-            if capturing(self._device):
-                raise RuntimeError(
-                    "a CUDA graph is being captured, but SM3 must first write down where its tensors lie. Take a step "
-                    "(or a few, as torch.cuda.graph's warm-up on a side stream) with the same parameters before."
-                )
+            capture.refuse_to_plan(self._operands.params)
             groups = list(zip(self._groups, flags, strict=True))
             self._work = WorkList(self.entries, self._operands, groups, self._unaligned)
             self._flags, self._where, self._stale, self._clean = flags, where, False, True
@@ -161,7 +166,7 @@ class TritonKernel:
 
     def _write_made_of(self) -> Tensor:
         """What corrections and scales are made of, besides steps and averages."""
-        of_group = {
+        of_group: dict[int, tuple[Any, ...]] = {
             id(group): (
                 group["beta"] if group["bias_correction"] else 0.0,
                 1.0 if group["update_rms"] is None else group["update_rms"],
@@ -169,11 +174,12 @@ class TritonKernel:
             )
             for group in self._groups
         }
-        numbers: list[float] = []
-        for e in self.entries:
-            unit = 1.0 if e.squares is None else e.squares.per_one * e.squares.numel
-            numbers += [*of_group[id(e.group)], unit]
-        return self._made_of.written(numbers)
+        if of_group != self._of_group:
+            self._of_group, self._numbers = of_group, []
+            for e in self.entries:
+                unit = 1.0 if e.squares is None else e.squares.per_one * e.squares.numel
+                self._numbers += [*of_group[id(e.group)], unit]
+        return self._made_of.written(self._numbers)
 
 
 def _numbers(s: Settings, update_rms: float | None, seed: int) -> tuple[float | int, ...]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sm3_dist.step import capture
 
-def capturing(device: torch.device) -> bool:
-    """Whether what is launched now becomes part of a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+GRAPHS = 8
+"""So many CUDA graphs can be captured without a step outside of them in between: memory is not pinned meanwhile."""
 
 
 class Table:
@@ -18,41 +18,47 @@ class Table:
 
     A CUDA graph gets a table of its own, for its gradients stay where they were when it was captured, whatever steps
     are taken outside of it. It is filled from pinned memory that nobody else writes to, every time that it is replayed.
+    Who has a graph captured keeps ``of_graphs`` as long as the graph may be replayed.
 
     Args:
         length: how many numbers.
         dtype: their type.
         device: where they are to lie.
+
+    Attributes:
+        of_graphs: for each graph the pinned memory, and the table that is filled from it.
     """
 
     def __init__(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
         self._values = torch.zeros(length, dtype=dtype, device=device)
         self._written: list[float] = []
-        self._of_graphs: list[tuple[Tensor, Tensor]] = []
-        self._spare: Tensor | None = self._staged()
+        self.of_graphs: list[tuple[Tensor, Tensor]] = []
+        self._spare = self._staged(GRAPHS)
 
     def written(self, numbers: Sequence[float]) -> Tensor:
         """The table with these numbers in it."""
-        if capturing(self._values.device):
-            staged = self._spare if self._spare is not None else self._staged()
-            self._spare = None  # (another cannot be had during capture)
-            assert staged is not None
-            values = torch.empty_like(self._values)
+        if capture.capturing(self._values.device):
+            if not self._spare:
+                raise RuntimeError(
+                    f"{GRAPHS} CUDA graphs were captured with a step of SM3 in each, and no step was taken outside of "
+                    "them. Take one (the warm-up on a side stream, as torch.cuda.graph asks for) before the next."
+                )
+            staged, values = self._spare.pop(), torch.empty_like(self._values)
             values.copy_(_filled(staged, numbers), non_blocking=True)
-            self._of_graphs.append((staged, values))
+            self.of_graphs.append((staged, values))
             return values
-        if self._spare is None:
-            self._spare = self._staged()
+        if len(self._spare) < GRAPHS:
+            self._spare = self._staged(GRAPHS)
         if numbers != self._written:
-            staged = self._staged()
+            (staged,) = self._staged(1)
             self._values.copy_(_filled(staged, numbers), non_blocking=True)
             self._written = list(numbers)
         return self._values
 
-    def _staged(self) -> Tensor:
+    def _staged(self, count: int) -> list[Tensor]:
         """Memory to copy from, which may be dropped when the copy is under way."""
-        values = self._values
-        return torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=values.device.type == "cuda")
+        shape, on_gpu = (count, *self._values.shape), self._values.device.type == "cuda"
+        return list(torch.empty(shape, dtype=self._values.dtype, device="cpu", pin_memory=on_gpu).unbind())
 
 
 def _filled(staged: Tensor, numbers: Sequence[float]) -> Tensor:

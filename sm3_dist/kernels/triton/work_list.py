@@ -265,13 +265,14 @@ class WorkList:
 def options_of(thread: int, constants: dict[str, Any]) -> dict[str, Any]:
     """Options for the compiler of the kernel of matrices, a warp of which is a program.
 
-    64 registers leave room for 32 warps, the most programs that a processor takes. What needs more gets more.
+    64 registers leave room for 32 warps, the most programs that a processor takes, and half of the warps that it could
+    hold. What would spill with so few gets more: recipes keep sums of squares, noise and six loads of 16 bytes besides.
     """
     options = {"num_warps": 1, "enable_fp_fusion": False}
     random = constants["RANDOM"] or constants["MOMENT"] == values.type_of(torch.int8)
     if constants["VECTOR"] > 1 and not random:
         if constants["SQUARES"] == 0:
-            options["maxnreg"] = 64 if thread == 4 else 72
+            options["maxnreg"] = 64
         elif thread == 4:
             options["maxnreg"] = 96
     return options
