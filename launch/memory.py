@@ -1,13 +1,15 @@
-"""Peak resident memory of training a decoder in several ways, sharded with FSDP2, against the size of the model.
+"""The most memory that training a decoder takes in several ways, sharded with FSDP2, against the size of the model.
 
     python launch/memory.py --out measured --models 125m 350m 760m 1.3b
+    python launch/memory.py --out measured --device cuda
 
 Each measurement is a `launch/footprint/footprint.py` in fresh processes under torchrun. Finished ones are kept in
 `--out`, and a second call goes on where the first was stopped. At the end stand a table, in bytes per parameter, summed
 over the ranks, and its picture.
 
-The allocator is part of what is measured: as glibc comes, it keeps freed memory. Processes are therefore started with
-the environment that `ALLOCATOR` holds: what is larger than 128 kB goes back to the system when it is freed.
+On a GPU the bytes of tensors are counted, without what PyTorch's allocator holds in reserve. On the CPU the allocator
+is part of what is measured: as glibc comes, it keeps freed memory. Processes are therefore started with the environment
+that `ALLOCATOR` holds: what is larger than 128 kB goes back to the system when it is freed.
 """
 
 from __future__ import annotations
@@ -20,17 +22,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from launch.footprint.bars import draw_bars
-from launch.footprint.footprint import WAYS
+from launch.footprint.footprint import WAYS, ways_on
+from launch.footprint.meters import METERS
 from launch.job.command_line import Parser
 from launch.job.model import PRESETS
 from launch.job.world import UserError
 
+MODELS = {"cpu": ["125m", "350m", "760m", "1.3b"], "cuda": ["1.3b", "6.7b", "13b", "20b"]}
 RESULTS, TABLE, PICTURE = "results.jsonl", "table.txt", "memory.png"
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
 Key = tuple[str, str]
@@ -46,13 +51,18 @@ class Measurements:
         models: names of the presets, smallest first.
         ranks: how many processes share each model.
         most: leave out what will hold more than so many bytes.
+        device: type of the device.
     """
 
-    def __init__(self, out: Path, ways: list[str], models: list[str], ranks: int, most: float) -> None:
+    def __init__(
+        self, out: Path, ways: list[str], models: list[str], ranks: int, most: float, device: str = "cpu"
+    ) -> None:
         self.out, self.ways, self.models, self.ranks, self.most = out, ways, models, ranks, most
+        self.device = device
         out.mkdir(parents=True, exist_ok=True)
         lines = (out / RESULTS).read_text().splitlines() if (out / RESULTS).exists() else []
         made = [each for each in map(json.loads, lines) if len(each["bytes"]) == ranks]
+        made = [each for each in made if each.get("device", "cpu") == device]
         self.records: dict[Key, dict[str, Any]] = {(each["way"], each["model"]): each for each in made}
 
     def make_all(self, console: Console) -> None:
@@ -80,6 +90,7 @@ class Measurements:
         """
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
         command += [str(Path(__file__).with_name("footprint") / "footprint.py"), "--way", way, "--model", model]
+        command += ["--device", self.device]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | ALLOCATOR
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
@@ -89,7 +100,8 @@ class Measurements:
 
     def table(self) -> Table:
         """One line for each way, one column for each model."""
-        table = Table(title=f"Peak resident bytes per parameter, summed over {self.ranks} ranks")
+        counted = "resident" if self.device == "cpu" else "allocated"
+        table = Table(title=f"Peak {counted} bytes per parameter, summed over {self.ranks} ranks")
         table.add_column("")
         table.add_column("weights, gradients, state", justify="right")
         for model in self.models:
@@ -113,6 +125,19 @@ class Measurements:
         pyplot.close(figure)
 
 
+def all_gpus(ranks: int | None, most: float | None) -> tuple[int, float]:
+    """As many ranks as there are GPUs, and as many bytes as they have, unless it is said otherwise.
+
+    Raises:
+        UserError: there are none.
+    """
+    count = torch.cuda.device_count()
+    if not count:
+        raise UserError("--device cuda needs a GPU, and torch finds none; leave it out to measure on the CPU")
+    ranks = count if ranks is None else ranks
+    return ranks, ranks * torch.cuda.mem_get_info(0)[1] if most is None else most
+
+
 def per_parameter(record: dict[str, Any]) -> float:
     """Bytes of all ranks per parameter of the model."""
     return float(sum(record["bytes"]) / record["parameters"])
@@ -122,16 +147,26 @@ def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
     parser = Parser(prog="memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory of the results; one that has some goes on")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--models", nargs="+", default=["125m", "350m", "760m", "1.3b"], choices=list(PRESETS))
-    parser.add_argument("--ranks", type=int, default=2, help="processes that share each model (default: 2)")
-    parser.add_argument("--most", type=float, default=12.5e9, help="bytes; what must hold more is left out")
+    parser.add_argument("--device", default="cpu", choices=list(METERS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="default: those for the device")
+    parser.add_argument("--models", nargs="+", choices=list(PRESETS), help="default: some that fit the device")
+    parser.add_argument("--ranks", type=int, help="processes that share each model (default: 2; on GPUs all of them)")
+    parser.add_argument(
+        "--most",
+        type=float,
+        help="bytes; what must hold more is left out (default: 12.5e9; on GPUs all that they have)",
+    )
     console = Console()
     try:
         given = parser.parse_args(arguments)
-        if given.ranks < 1:
-            raise UserError(f"--ranks {given.ranks} must be at least 1")
-        measurements = Measurements(given.out, given.ways, given.models, given.ranks, given.most)
+        ranks, most = given.ranks, given.most
+        if given.device == "cuda":
+            ranks, most = all_gpus(ranks, most)
+        ranks = 2 if ranks is None else ranks
+        if ranks < 1:
+            raise UserError(f"--ranks {ranks} must be at least 1")
+        ways, models = given.ways or ways_on(given.device), given.models or MODELS[given.device]
+        measurements = Measurements(given.out, ways, models, ranks, 12.5e9 if most is None else most, given.device)
         measurements.make_all(console)
         console.print(measurements.table())
         with (given.out / TABLE).open("w") as file:

@@ -29,7 +29,7 @@ from launch.job.leaving import leave, stop_agent
 from launch.job.model import GPT, PRESETS, cross_entropy
 from launch.job.options import Options
 from launch.job.parallel import clip, parallelize, reduce_gradients, strategy
-from launch.job.report import Bar, Stopwatch, size, table
+from launch.job.report import Bar, Stopwatch, most_allocated, size, table
 from launch.job.world import UserError, World, join
 from sm3_dist.checkpoint import TrainState
 
@@ -218,6 +218,9 @@ class Run:
             "step_ms": step_ms,
             "optimizer_ms": optimizer_ms,
         }
+        most = max(self.world.gather(most_allocated(self.device) or 0))
+        if most:
+            figures["most_allocated_bytes_per_rank"] = most
         self.folder.log(figures)
         self.folder.draw(bits, compared)
         rows = {"validation loss": f"{loss:.3f} nats per byte", "validation": f"{bits:.3f} bits per byte"}
@@ -226,6 +229,8 @@ class Run:
         if step_ms is not None and optimizer_ms is not None:  # a run resumed after its last step takes none
             after = ", after backward" if self.options.step_in_backward else ""
             rows |= {"time per step": f"{step_ms:.1f} ms", f"  in the optimizer{after}": f"{optimizer_ms:.1f} ms"}
+        if most:
+            rows["most allocated per rank"] = f"{size(most)}, {most / self.parameters:.2f} bytes per parameter"
         rows |= {"time of all steps": f"{figures['seconds']:.0f} s"}
         self.console.print(table(f"{self.options.optimizer} after {self.options.steps} steps", rows))
         out = self.options.out

@@ -1,10 +1,12 @@
-"""Train in one process, watch the memory that it occupies, and draw that over time beside the loss.
+"""Train in one process, watch the memory that it occupies, on CPU or GPU, and draw that over time beside the loss.
 
     python launch/watch.py --out watched --model 6.7b --dtype bfloat16 --step-in-backward --steps 5 --log-every 1
 
-All options are those of `launch/train.py`, which is run as it is, in a process of its own. The allocator is told to
-give tensors of more than 4 MB back to the system when they are freed, and to keep the rest, which are the temporaries
-of a step. Samples stand in `memory.jsonl`, the picture in `memory.png`, both in `--out`.
+All options are those of `launch/train.py`, which is run as it is, in a process of its own. On the CPU the allocator is
+told to give tensors of more than 4 MB back to the system when they are freed, and to keep the rest, which are the
+temporaries of a step. On a GPU, which nobody else is to use meanwhile, the driver says what is occupied, PyTorch's
+reserve and its own 0.5 GB included; what tensors had at most, training tells at its end. Samples stand in
+`memory.jsonl`, the picture in `memory.png`, both in `--out`.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
@@ -31,39 +35,49 @@ INTERVAL = 0.2  # seconds
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_ARENA_MAX": "2"}
 
 Sample = tuple[float, int]
-"""Seconds since the start, bytes resident."""
+"""Seconds since the start, bytes occupied."""
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status, that of the training."""
     try:
-        out = parse(arguments).out
+        options = parse(arguments)
+        out = options.out
         if out is None:
             raise UserError("watching needs --out DIRECTORY")
     except UserError as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments]
+    on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    before = occupied_on_gpu() if on_gpu else 0
     process = subprocess.Popen(command, env=os.environ | ALLOCATOR)
-    samples = watch(process)
+    samples = watch(process, (lambda: occupied_on_gpu() - before) if on_gpu else lambda: resident(process.pid))
     if process.returncode == 0:
         with (out / SAMPLES).open("w") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in samples)
-        draw(out, samples)
-        print(f"most resident: {max(size for _, size in samples):,} bytes")
+        counted = "occupied on the GPU" if on_gpu else "resident"
+        draw(out, samples, counted)
+        print(f"most {counted}: {max(size for _, size in samples):,} bytes")
     return process.returncode
 
 
-def watch(process: subprocess.Popen[bytes]) -> list[Sample]:
-    """Sample the resident memory of a process until it ends."""
+def occupied_on_gpu() -> int:
+    """Bytes of the GPU that are not free."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def watch(process: subprocess.Popen[bytes], occupied: Callable[[], int]) -> list[Sample]:
+    """Sample what is occupied until a process ends."""
     start, samples = time.monotonic(), []
     while process.poll() is None:
-        samples.append((round(time.monotonic() - start, 2), resident(process.pid)))
+        samples.append((round(time.monotonic() - start, 2), occupied()))
         time.sleep(INTERVAL)
     return [sample for sample in samples if sample[1]]
 
 
-def draw(out: Path, samples: list[Sample]) -> None:
+def draw(out: Path, samples: list[Sample], counted: str) -> None:
     """Draw memory over time, with what the weights take, and the loss of each step."""
     import matplotlib
 
@@ -78,7 +92,7 @@ def draw(out: Path, samples: list[Sample]) -> None:
     memory.plot([seconds for seconds, _ in samples], [size / 1e9 for _, size in samples], linewidth=0.8)
     label = f"{config['dtype']} weights: {config['parameters'] / 1e9:.2f} B, {weights / 1e9:.2f} GB"
     memory.axhline(weights / 1e9, color="grey", linestyle="--", label=label)
-    memory.set(xlabel="seconds", ylabel="resident memory, GB", ylim=(0, None))
+    memory.set(xlabel="seconds", ylabel=f"memory, GB {counted}", ylim=(0, None))
     memory.legend(loc="lower right")
     loss.plot(*zip(*losses, strict=True), "o-")
     loss.set(xlabel="step", ylabel="training, bits per byte")

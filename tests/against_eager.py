@@ -73,22 +73,34 @@ def threads(number: int):
     torch.set_num_threads(1)
 
 
-def compare(weights: list[Tensor], grads: list[list[Tensor | None]], fused: str = "c", **settings) -> None:
-    """Step copies of the weights in both backends, and compare everything after every step."""
+def compare(
+    weights: list[Tensor], grads: list[list[Tensor | None]], fused: str = "c", device: str = "cpu", **settings
+) -> None:
+    """Step copies of the weights in both backends, and compare everything after every step.
+
+    Args:
+        weights: on the CPU, where eager PyTorch steps them.
+        grads: of each step.
+        fused: the other backend.
+        device: where that steps them.
+        settings: of both.
+    """
     expected = [nn.Parameter(w.clone()) for w in weights]
-    actual = [nn.Parameter(torch.empty_strided(w.shape, w.stride(), dtype=w.dtype).copy_(w)) for w in weights]
+    actual = [
+        nn.Parameter(torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=device).copy_(w)) for w in weights
+    ]
     optimizers = SM3(expected, backend="eager", **settings), SM3(actual, backend=fused, **settings)
     for number, of_step in enumerate(grads):
         for p, q, grad in zip(expected, actual, of_step, strict=True):
-            p.grad, q.grad = (None, None) if grad is None else (grad.clone(), grad)
+            p.grad, q.grad = (None, None) if grad is None else (grad.clone(), grad.to(device))
         optimizers[0].step()
         with threads((1, 2, 5, 3)[number % 4]):
             optimizers[1].step()
         for p, q in zip(expected, actual, strict=True):
-            assert_same(q.detach(), p.detach(), ("weight", number, tuple(p.shape)))
+            assert_same(q.detach().cpu(), p.detach(), ("weight", number, tuple(p.shape)))
             state = optimizers[1].state[q]
             for key, value in optimizers[0].state[p].items():
-                assert_same(state[key], value, (key, number, tuple(p.shape)))
+                assert_same(state[key].cpu(), value, (key, number, tuple(p.shape)))
 
 
 def compare_views(weights: list[Tensor], grads: list[list[Tensor]], fused: str = "c", **settings) -> None:

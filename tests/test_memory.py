@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import torch
 from harness import Pool
 
 from launch import memory, watch
-from launch.footprint.footprint import WAYS, train
+from launch.footprint.footprint import WAYS, train, ways_on
+from launch.footprint.meters import Allocated
 from launch.footprint.resident import forget_peak, peak, resident
 from launch.job.model import PRESETS
 from launch.job.world import World
@@ -42,7 +44,8 @@ def test_a_process_that_has_ended_occupies_nothing() -> None:
 
 def train_in_every_way() -> None:
     for way in WAYS.values():
-        train(PRESETS["tiny"], way, World.current(), steps=2, seq_len=8)
+        if way.needs == "torch":
+            train(PRESETS["tiny"], way, World.current(), 2, 8, torch.device("cpu"))
 
 
 def test_every_way_trains_a_sharded_model(workers: Pool) -> None:
@@ -57,6 +60,8 @@ def test_presets_have_the_size_that_their_names_say() -> None:
         "1.3b": 1.3e9,
         "2.7b": 2.7e9,
         "6.7b": 6.7e9,
+        "13b": 12.9e9,
+        "20b": 20e9,
     }.items():
         assert PRESETS[name].count(seq_len=128) == pytest.approx(size, rel=0.03)
 
@@ -86,6 +91,68 @@ def test_a_measurement_that_fails_says_so(tmp_path: Path, capsys: pytest.Capture
     assert memory.main(["--out", str(tmp_path), "--ranks", "0"]) == 2
     assert "--ranks 0 must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / RESULTS).exists()
+
+
+def test_on_gpus_all_of_them_are_used_as_far_as_their_memory_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def measure(self: Measurements, way: str, model: str) -> dict[str, object]:
+        assert (self.ranks, self.device) == (2, "cuda")
+        asked.append((way, model))
+        return {"way": way, "model": model, "device": "cuda", "parameters": 1000, "bytes": [1100, 1200]}
+
+    assert memory.main(["--out", str(tmp_path), "--device", "cuda"]) == 2
+    assert "needs a GPU, and torch finds none" in capsys.readouterr().err
+    monkeypatch.setattr(Measurements, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 3 * PRESETS["small"].count(seq_len=1)))
+    of_cpu = {"way": "recipe-bf16-momentum8", "model": "small", "parameters": 9, "bytes": [1, 1]}
+    (tmp_path / RESULTS).write_text(f"{json.dumps(of_cpu)}\n")
+    ways = ["adamw", "recipe-bf16-momentum8", "recipe-bf16-momentum8-backward", "sm3-bf16-momentum8"]
+    given = ["--out", str(tmp_path), "--device", "cuda", "--models", "small", "--ways", *ways]
+    assert memory.main(given) == 0
+    assert asked == [(way, "small") for way in ways[1:]]  # 5.1, 3.1 and 3 bytes per parameter, and not 16
+    assert "Peak allocated bytes" in (tmp_path / TABLE).read_text()
+
+
+def test_each_device_has_its_ways() -> None:
+    assert "recipe-bf16-momentum8-backward" in ways_on("cuda")
+    assert "adafactor" not in ways_on("cuda")
+    assert "recipe-bf16-momentum8-backward" not in ways_on("cpu")
+    assert ("flash-adamw" in ways_on("cuda")) == (importlib.util.find_spec("flashoptim") is not None)
+
+
+def test_what_tensors_have_on_a_gpu_is_counted_from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter((1000, 1700))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 400)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: next(peaks))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    meter = Allocated()
+    meter.begin()
+    assert meter.above() == 1300
+
+
+def test_on_a_gpu_the_driver_says_what_is_occupied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Training:
+        returncode, pid, polls = 0, 1, iter((None, None, 0))
+
+        def poll(self) -> int | None:
+            return next(self.polls)
+
+    free = iter((900, 700, 300))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 1000))
+    monkeypatch.setattr(watch.subprocess, "Popen", lambda *_, **__: Training())
+    drawn: list[object] = []
+    monkeypatch.setattr(watch, "draw", lambda *arguments: drawn.append(arguments))
+    assert watch.main(["--device", "cuda", "--out", str(tmp_path)]) == 0
+    assert "most occupied on the GPU: 600 bytes" in capfd.readouterr().out
+    assert drawn[0][2] == "occupied on the GPU"  # type: ignore[index]
 
 
 def test_a_run_is_watched_and_drawn(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

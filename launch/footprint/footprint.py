@@ -1,15 +1,17 @@
-"""One measurement: peak resident memory of a few training steps of a decoder, sharded with FSDP2.
+"""One measurement: the most memory that a few training steps of a decoder take, sharded with FSDP2.
 
     torchrun --standalone --nproc-per-node 2 launch/footprint/footprint.py --model 1.3b --way sm3-bf16
 
 `launch/memory.py` makes many and draws them. Every rank takes its base when everything is imported and a first small
-model has been trained, lets the kernel forget the peak so far, and trains; the rest is the kernel's count (`VmHWM`).
+model has been trained, and trains. How far the peak is above that, the kernel counts on the CPU (`VmHWM`), and on a GPU
+PyTorch's allocator.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -25,7 +27,7 @@ from torch.optim import Adafactor, AdamW, Optimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
-from launch.footprint.resident import forget_peak, peak, resident
+from launch.footprint.meters import METERS
 from launch.job.leaving import leave
 from launch.job.model import GPT, PRESETS, Shape, cross_entropy
 from launch.job.world import World, join
@@ -64,19 +66,37 @@ class Way:
         held: bytes per parameter that weights, gradients and state must take at least.
         mixed: compute in bfloat16 nevertheless.
         in_backward: step during backward, and keep no gradients.
+        on: types of the devices that it is measured on unless it is asked for.
+        needs: the package that it is from.
     """
 
     label: str
     dtype: torch.dtype
     make: Callable[[Iterable[Tensor]], Optimizer]
-    held: int
+    held: float
     mixed: bool = False
     in_backward: bool = False
+    on: tuple[str, ...] = ("cpu",)
+    needs: str = "torch"
 
 
+def flash_adamw(params: Iterable[Tensor]) -> Optimizer:
+    """AdamW of databricks/flashoptim: weights with a residue of 8 bits, moments of 8 bits."""
+    optimizer: Optimizer = importlib.import_module("flashoptim").FlashAdamW(list(params), lr=1e-3)
+    return optimizer
+
+
+def ways_on(device: str) -> list[str]:
+    """The ways that are measured on a type of device, of packages that are installed."""
+    return [name for name, way in WAYS.items() if device in way.on and importlib.util.find_spec(way.needs) is not None]
+
+
+BOTH = ("cpu", "cuda")
 sm3_bfloat16 = partial(SM3, lr=1e-3, stochastic_rounding=True)
+recipe = partial(SM3.adamw_like, lr=1e-3)
+recipe_bfloat16 = partial(recipe, stochastic_rounding=True)
 WAYS = {
-    "adamw": Way("AdamW, mixed precision", torch.float32, partial(AdamW, fused=True), 16, mixed=True),
+    "adamw": Way("AdamW, mixed precision", torch.float32, partial(AdamW, fused=True), 16, mixed=True, on=BOTH),
     "adamw-bf16": Way("AdamW, all in bfloat16", torch.bfloat16, partial(AdamW, fused=True), 8),
     "adafactor": Way("Adafactor, mixed precision", torch.float32, OnShards, 8, mixed=True),
     "sm3": Way("SM3, mixed precision", torch.float32, partial(SM3, lr=1e-3), 8, mixed=True),
@@ -95,6 +115,31 @@ WAYS = {
         in_backward=True,
     ),
     "sm3-bf16": Way("SM3, bfloat16, step in backward", torch.bfloat16, sm3_bfloat16, 2, in_backward=True),
+    "flash-adamw": Way("FlashAdamW, bfloat16", torch.bfloat16, flash_adamw, 7.1, on=("cuda",), needs="flashoptim"),
+    "recipe": Way("adamw_like, mixed precision", torch.float32, recipe, 12.1, mixed=True, on=("cuda",)),
+    "recipe-bf16-momentum8": Way(
+        "adamw_like, bfloat16, 8-bit momentum",
+        torch.bfloat16,
+        partial(recipe_bfloat16, momentum_dtype=torch.int8),
+        5.1,
+        on=("cuda",),
+    ),
+    "recipe-bf16-momentum16-backward": Way(
+        "adamw_like, bfloat16, step in backward, bfloat16 momentum",
+        torch.bfloat16,
+        partial(recipe_bfloat16, momentum_dtype=torch.bfloat16),
+        4.1,
+        in_backward=True,
+        on=("cuda",),
+    ),
+    "recipe-bf16-momentum8-backward": Way(
+        "adamw_like, bfloat16, step in backward, 8-bit momentum",
+        torch.bfloat16,
+        partial(recipe_bfloat16, momentum_dtype=torch.int8),
+        3.1,
+        in_backward=True,
+        on=("cuda",),
+    ),
 }
 
 
@@ -103,43 +148,43 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="footprint.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", choices=list(PRESETS), required=True)
     parser.add_argument("--way", choices=list(WAYS), required=True)
+    parser.add_argument("--device", choices=list(METERS), default="cpu")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=32, help="bytes in the one sequence that a rank reads")
     options = parser.parse_args(arguments)
     with join() as world:
-        way, shape = WAYS[options.way], PRESETS[options.model]
-        train(PRESETS["tiny"], way, world, options.steps, options.seq_len)
-        gc.collect()
-        base = resident()
-        forget_peak()
-        train(shape, way, world, options.steps, options.seq_len)
-        above = world.gather(peak() - base)
+        way, shape, meter = WAYS[options.way], PRESETS[options.model], METERS[options.device]()
+        device = world.device(options.device)
+        train(PRESETS["tiny"], way, world, options.steps, options.seq_len, device)
+        meter.begin()
+        train(shape, way, world, options.steps, options.seq_len, device)
+        above = world.gather(meter.above())
         if world.leads:
-            parameters = shape.count(options.seq_len)
-            print(json.dumps({"way": options.way, "model": options.model, "parameters": parameters, "bytes": above}))
+            asked = {"way": options.way, "model": options.model, "device": options.device}
+            print(json.dumps(asked | {"parameters": shape.count(options.seq_len), "bytes": above}))
 
 
-def train(shape: Shape, way: Way, world: World, steps: int, seq_len: int) -> None:
+def train(shape: Shape, way: Way, world: World, steps: int, seq_len: int, device: torch.device) -> None:
     """Build a model, and take a few steps on random bytes."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = GPT(shape, seq_len).to(way.dtype)
-    shard(model, way, world)
-    model.materialize("cpu")
+    shard(model, way, world, device)
+    model.materialize(device)
     optimizer = way.make(model.parameters())
     if way.in_backward:
         step_in_backward(model, optimizer)  # type: ignore[arg-type]
     torch.manual_seed(world.rank)
     for _ in range(steps):
-        tokens = torch.randint(256, (1, seq_len + 1))
+        tokens = torch.randint(256, (1, seq_len + 1)).to(device)
         cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def shard(model: GPT, way: Way, world: World) -> None:
+def shard(model: GPT, way: Way, world: World, device: torch.device) -> None:
     """Apply FSDP2 to every matrix of a block, then to what is left: little is gathered at a time."""
-    mesh = init_device_mesh("cpu", (world.size,))
+    mesh = init_device_mesh(device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if way.mixed else None)
     wrap = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for block in model.blocks:

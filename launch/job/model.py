@@ -54,6 +54,8 @@ PRESETS = {
     "1.3b": Shape(layers=26, channels=2048, heads=16),
     "2.7b": Shape(layers=34, channels=2560, heads=32),
     "6.7b": Shape(layers=33, channels=4096, heads=32),
+    "13b": Shape(layers=41, channels=5120, heads=40),
+    "20b": Shape(layers=44, channels=6144, heads=64),
 }
 
 

@@ -86,6 +86,11 @@ class Stopwatch:
         return 1e3 * median(self.seconds[1:] or self.seconds) if self.seconds else None
 
 
+def most_allocated(device: torch.device) -> int | None:
+    """Return the most bytes that tensors have had on a GPU; ``None`` for the CPU, where nobody counts them."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def table(title: str, rows: dict[str, str]) -> Table:
     """Return a table of two columns; rows whose name is indented belong to the one above."""
     result = Table(title=title, show_header=False, title_justify="left")
