@@ -20,6 +20,8 @@ from sm3_dist.kernels.triton import ends, matrix, tables, tiles
 from sm3_dist.step import capture, plan
 
 READ_BY_THE_HOST = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+SENT = ("aten.where.Scalar", "aten.scalar_tensor", "aten.lift_fresh", "aten._local_scalar_dense")
+"""Operations that make a tensor on the device of a number on the host, or the other way round."""
 KERNELS = ((ends, "begin_step"), (ends, "end_step"), (matrix, "step_strip"), (tiles, "step_tiles"))
 
 
@@ -35,6 +37,7 @@ class Graph(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        assert self._paused or not str(function).startswith(SENT), f"{function} sends a number of the host's"
         result = function(*args, **kwargs)
         if not self._paused:
             self._work.append(lambda: self._again(function, args, kwargs, result))

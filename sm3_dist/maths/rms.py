@@ -88,7 +88,8 @@ def scale(average: Tensor, unit: Tensor, update_rms: float | Tensor, first_squar
         update_rms: the root mean square that is wanted.
         first_square: the mean square of an update before which there was none.
     """
-    return torch.where(average > 0, average.double() / unit, first_square).rsqrt_() * update_rms
+    first = first_square if isinstance(first_square, Tensor) else torch.full_like(unit, first_square)
+    return torch.where(average > 0, average.double() / unit, first).rsqrt_() * update_rms
 
 
 def averaged(average: Tensor, total: Tensor) -> Tensor:
@@ -99,7 +100,8 @@ def averaged(average: Tensor, total: Tensor) -> Tensor:
         tensor([ -1,   7, 440, 400])
     """
     moved = average - average // STEPS + total // STEPS
-    moved = torch.where(average > 0, moved, torch.where(average < 0, total, AFTER_FIRST))
+    second = torch.full_like(total, AFTER_FIRST)  # (a number would be sent to a GPU, and waited for)
+    moved = torch.where(average > 0, moved, torch.where(average < 0, total, second))
     return torch.where(total > 0, moved, average)
 
 
