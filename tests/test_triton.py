@@ -310,7 +310,7 @@ def check_compile(rows: list[str]) -> None:
         narrow = [each for each in code.operations if re.match(r"(LDG|STG)\.E\.(U8|U16|S8|S16)", each)]
         print(
             *(architecture, number, f"{code.per_element:.1f}", KINDS[name][3]),
-            *(f"{code.occupancy:.3f}", KINDS[name][4], code.spilled),
+            *(f"{code.occupancy:.3f}", KINDS[name][4][architecture >= 100], code.spilled),
             *(wide and not narrow, any("div_s64" in each or "div_u64" in each for each in code.calls)),
             ",".join(sorted(code.arithmetic)),
         )

@@ -200,12 +200,13 @@ class WorkList:
 
     def _launches_of_strips(self) -> list[Launch]:
         table = self._table(self._matrices, int(matrix.MATRIX_FIELDS))
-        made = []
+        made, architecture = [], architecture_of(self._device)
         for (group, *found), members in self._strips.items():
             weight, constants = found[0], _constants(found)
             strips = torch.cat(members).to(self._device)
             names = [name for name in matrix.step_strip.arg_names if name.isupper()]
-            options = options_of(4 if weight.itemsize == 4 else 8, dict(zip(names, constants, strict=True)))
+            by_name = dict(zip(names, constants, strict=True))
+            options = options_of(4 if weight.itemsize == 4 else 8, by_name, architecture)
             made.append(Launch(matrix.step_strip, group, strips, table, (), len(strips), constants, options))
         return made
 
@@ -262,20 +263,33 @@ class WorkList:
         return made
 
 
-def options_of(thread: int, constants: dict[str, Any]) -> dict[str, Any]:
+def options_of(thread: int, constants: dict[str, Any], architecture: int) -> dict[str, Any]:
     """Options for the compiler of the kernel of matrices, a warp of which is a program.
 
     64 registers leave room for 32 warps, the most programs that a processor takes, and half of the warps that it could
     hold. What would spill with so few gets more: recipes keep sums of squares, noise and six loads of 16 bytes besides.
+
+    Args:
+        thread: elements of the weight that a thread loads at a time.
+        constants: of the kernel, by name.
+        architecture: as the compiler has it, 90 for compute capability 9.0; what is 100 and up needs more.
     """
     options = {"num_warps": 1, "enable_fp_fusion": False}
     random = constants["RANDOM"] or constants["MOMENT"] == values.type_of(torch.int8)
     if constants["VECTOR"] > 1 and not random:
         if constants["SQUARES"] == 0:
-            options["maxnreg"] = 64
+            options["maxnreg"] = 72 if thread == 8 and architecture >= 100 else 64
         elif thread == 4:
-            options["maxnreg"] = 96
+            options["maxnreg"] = 96 if architecture < 100 else 104
     return options
+
+
+def architecture_of(device: torch.device) -> int:
+    """What the compiler calls the architecture of a GPU; 0 for the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _constants(constants: Sequence[Any]) -> tuple[Any, ...]:
