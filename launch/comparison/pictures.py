@@ -7,6 +7,7 @@ from itertools import pairwise
 from statistics import mean
 
 OURS, OTHERS = "#c8321f", "#7f8c99"
+OUR_COLOURS = (OURS, "#e39a3b", "#8c1d6b")
 OTHER_COLOURS = ("#3b6ea5", "#7f8c99", "#6aa84f", "#b8860b", "#8e63a8", "#4aa3a2", "#a0522d", "#5f6caf", "#999933")
 
 

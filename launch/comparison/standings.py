@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from launch.comparison.comparison import Comparison, Contestant, at_rate
-from launch.comparison.pictures import OTHER_COLOURS, OTHERS, OURS, apart, running_mean
+from launch.comparison.pictures import OTHER_COLOURS, OTHERS, OUR_COLOURS, OURS, apart, running_mean
 
 SMOOTHED = 10
 """Logged values in a running mean."""
@@ -61,10 +61,11 @@ def draw(comparison: Comparison) -> None:
 def draw_curves(comparison: Comparison, axes: Any, contestants: Iterable[Contestant]) -> None:
     finite = [c for c in contestants if not math.isinf(at_rate(*comparison.best(c)))]
     curves = {c.name: running_mean(*comparison.curve(c), SMOOTHED) for c in finite}
-    colours = itertools.cycle(OTHER_COLOURS)
+    colours, our_colours = itertools.cycle(OTHER_COLOURS), itertools.cycle(OUR_COLOURS)
     for name, (steps, losses) in sorted(curves.items(), key=lambda curve: -curve[1][1][-1]):  # as they end, from above
         if name.startswith("sm3"):
-            axes.plot(steps, losses, label=name, linewidth=2.4, color=OURS, linestyle=PAPER if "paper" in name else "-")
+            line = PAPER if "paper" in name else "-"
+            axes.plot(steps, losses, label=name, linewidth=2.4, color=next(our_colours), linestyle=line)
         else:
             axes.plot(steps, losses, label=name, linewidth=1, color=next(colours))
     axes.set_ylim(top=max((1.3 * losses[-1] for _, losses in curves.values()), default=None))
