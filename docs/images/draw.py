@@ -116,7 +116,7 @@ def draw_curves(axes: Any) -> None:
 
 def draw_state(axes: Any) -> None:
     """Final loss against bytes of state, from the table of quality.md."""
-    section = (HERE.parent / "quality.md").read_text().split("### Others, at their best")[1]
+    section = (HERE.parent / "quality.md").read_text().split("### Others, at their best")[1].split("\n### ")[0]
     row = re.compile(r"^\| \**(.+?)\** \| ([\d.]+) \| [\d.]+ \| [\d.]* ?\| \**([\d.]+)\** \|", re.MULTILINE)
     found = [
         (name.replace("*", "").replace("`", ""), float(size), float(bits)) for name, size, bits in row.findall(section)
