@@ -83,3 +83,36 @@ def attached_after_a_step() -> None:
 
 def test_attaching_the_model_that_is_attached_changes_nothing(workers: Pool) -> None:
     workers(2).run(attached_after_a_step)
+
+
+def attached_too_late() -> None:
+    model = Model()
+    optimizer = SM3.adamw_like(model.parameters(), cover_block=2)
+    model(GRADS).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model = LAYOUTS["fsdp1-nested"].wrap(model)
+    model(GRADS).backward()
+    optimizer.attach(model)
+    optimizer.step()
+
+
+def test_state_that_was_made_before_wrapping_is_refused(workers: Pool) -> None:
+    workers(2).run_raises(ValueError, attached_too_late, match="laid out otherwise than when its state was made")
+
+
+def test_tensors_are_numbered_by_the_model_from_attach_on() -> None:
+    """Their numbers are what random bits are drawn by."""
+
+    def weights(first_step: bool) -> list[Tensor]:
+        model = Model(dtype=torch.bfloat16)
+        optimizer = SM3(list(model.parameters())[::-1], lr=0.5, stochastic_rounding=True)
+        if first_step:
+            optimizer.step()  # without gradients: a plan, but no update
+        optimizer.attach(model)
+        for name, param in model.named_parameters():
+            param.grad = GRADS[name].bfloat16()
+        optimizer.step()
+        return [param.detach() for param in model.parameters()]
+
+    assert all(map(torch.equal, weights(False), weights(True)))
