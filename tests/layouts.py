@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 # Odd and even, longer and shorter than any world, of every rank from 1 to 5, and with dimensions of size 1.
@@ -169,10 +170,16 @@ def give(param: Tensor, grad: Tensor | None) -> None:
 
 def sharded_like(like: DTensor, whole: Tensor) -> DTensor:
     """A tensor that every rank has, cut as another is; nothing is sent."""
-    replicas = [Replicate()] * like.device_mesh.ndim
-    return DTensor.from_local(whole, like.device_mesh, replicas, run_check=False).redistribute(
-        placements=like.placements
-    )
+    mesh, local = like.device_mesh, whole
+    # What PyTorch calls strided is cut last: FSDP2 over tensor parallelism, whose mesh dimension comes behind it.
+    cuts = [(mesh.get_local_rank(m), mesh.size(m), placement) for m, placement in enumerate(like.placements)]
+    for rank, size, placement in sorted(cuts, key=lambda cut: isinstance(cut[2], _StridedShard)):
+        if not placement.is_replicate():
+            parts = local.chunk(size, placement.dim)
+            local = parts[rank] if rank < len(parts) else local.narrow(placement.dim, 0, 0)
+    shape = {"shape": whole.shape, "stride": whole.stride()}
+    local = local.clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(local, mesh, like.placements, run_check=False, **shape)
 
 
 def same(tensor: Tensor, whole: Tensor) -> bool:
