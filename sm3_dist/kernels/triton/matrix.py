@@ -28,6 +28,7 @@ from sm3_dist.kernels.triton.values import (
     halves,
     inverse_root,
     noise_at,
+    quotient,
     rounded,
     rounded_randomly,
     units,
@@ -188,7 +189,7 @@ def step_strip(
         if PRODUCT:
             tiles = tl.maximum(tiles, TINY, propagate_nan=tl.PropagateNan.ALL)
             tiles = tl.minimum(tiles, HUGE, propagate_nan=tl.PropagateNan.ALL)
-            sides = tl.div_rn(sides, tl.broadcast_to(tiles[:, None], (GROUPS, SIDE)))
+            sides = quotient(sides, tl.broadcast_to(tiles[:, None], (GROUPS, SIDE)))
         else:
             sides = tl.minimum(sides, tiles[:, None], propagate_nan=tl.PropagateNan.ALL)
 

@@ -129,8 +129,19 @@ def inverse_root(x, NORMAL_RANGE: tl.constexpr):
         )
         inverse = tl.where(x > HUGE, 0.0, inverse)
     else:
-        inverse = tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [tl.sqrt_rn(x)], tl.float32, True, 1)
+        root = tl.inline_asm_elementwise("sqrt.rn.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+        inverse = tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [root], tl.float32, True, 1)
     return inverse
+
+
+@triton.jit
+def quotient(x, y):
+    """``x / y``, rounded to nearest. Up to Triton 3.5 its own division and square root flush denormals to 0."""
+    if INTERPRETED:
+        result = tl.div_rn(x, y)
+    else:
+        result = tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)
+    return result
 
 
 @triton.jit
