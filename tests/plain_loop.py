@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from sm3_dist import SM3
@@ -38,6 +39,16 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
         name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
         for name, param in model.named_parameters()
     }
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Under the names that the model has without a wrapper."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            named = {name: param.detach().clone() for name, param in model.named_parameters()}
+    else:
+        named = weights_of(model)
+    return {name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): named[name] for name in named}
 
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:

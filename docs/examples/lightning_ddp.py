@@ -28,8 +28,9 @@ class Module(lightning.LightningModule):
         return nn.functional.cross_entropy(self.net(inputs), labels)
 
     def configure_optimizers(self) -> SM3:
-        """SM3 for all parameters, by name."""
-        return SM3.adamw_like(self.named_parameters(), lr=2e-3, momentum_dtype=torch.bfloat16)
+        """SM3 for all parameters, by name; under FSDPStrategy, which flattens them, it must know the wrapped model."""
+        model = self.trainer.model
+        return SM3.adamw_like(self.named_parameters(), lr=2e-3, momentum_dtype=torch.bfloat16, model=model)
 
 
 def make_data() -> TensorDataset:

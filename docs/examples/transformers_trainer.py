@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -38,7 +39,17 @@ class Counting(Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def train(steps: int, save: Path, resume: bool = False, **options: Any) -> nn.Module:
+class FSDP1Trainer(Trainer):
+    """For FSDP1, which flattens parameters: SM3 reads their shapes in the wrapped model."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Called with the wrapped model. All parameters are in one group: all have the weight decay of the options."""
+        optimizer_class, options = self.optimizer_cls_and_kwargs
+        self.optimizer = optimizer_class(model.named_parameters(), **options, model=model)
+        return self.optimizer
+
+
+def train(steps: int, save: Path, resume: bool = False, clip: float = 1.0, **options: Any) -> nn.Module:
     """Train up to step number ``steps``, from the start or from the last checkpoint in the folder.
 
     ``options`` are further arguments of ``TrainingArguments``.
@@ -49,14 +60,15 @@ def train(steps: int, save: Path, resume: bool = False, **options: Any) -> nn.Mo
         per_device_train_batch_size=4,
         learning_rate=2e-3,  # for the schedule; the optimizer has its own
         weight_decay=0.1,
-        max_grad_norm=1.0,
+        max_grad_norm=clip,
         save_strategy="steps",
         save_steps=steps,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
         **options,
     )
-    trainer = Trainer(
+    fsdp1 = (options.get("fsdp_config") or {}).get("version") == 1
+    trainer = (FSDP1Trainer if fsdp1 else Trainer)(
         model=make_model(),
         args=arguments,
         train_dataset=Counting(),

@@ -12,9 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Pool
-from plain_loop import differing, plain_loop, weights_of
+from plain_loop import differing, plain_loop, whole_weights
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from sm3_dist import SM3
 
@@ -46,16 +45,6 @@ def accelerate_on_cpu(fsdp: int | None) -> Iterator[None]:
         finally:
             for each in (AcceleratorState, GradientState, PartialState):
                 each._reset_state()
-
-
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Under the names that the model has without a wrapper."""
-    if isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-            named = {name: param.detach().clone() for name, param in model.named_parameters()}
-    else:
-        named = weights_of(model)
-    return {name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): named[name] for name in named}
 
 
 def against_a_plain_loop(

@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Pool
-from plain_loop import differing, plain_loop, weights_of
+from plain_loop import differing, plain_loop, whole_weights
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DistributedSampler
 
 from sm3_dist import SM3
@@ -27,7 +28,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def against_a_plain_loop(options: dict[str, Any], folder: Path) -> tuple[list[str], list[str]]:
+def fsdp_on_cpu() -> Any:
+    """Lightning's FSDPStrategy, which wants a GPU, though PyTorch does not: so a class of its own wraps on the CPU."""
+    from lightning.pytorch.strategies import FSDPStrategy
+
+    class OnCPU(FSDPStrategy):
+        def _setup_model(self, model: nn.Module) -> nn.Module:
+            return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+    return OnCPU(process_group_backend="gloo", state_dict_type="sharded", use_orig_params=True)
+
+
+def against_a_plain_loop(options: dict[str, Any], folder: Path, sharded: bool = False) -> tuple[list[str], list[str]]:
     """Names of weights in which Lightning differs from a plain loop, and when interrupted from uninterrupted."""
     import lightning_ddp as example
     from lightning.pytorch.strategies import DDPStrategy
@@ -60,12 +72,18 @@ def against_a_plain_loop(options: dict[str, Any], folder: Path) -> tuple[list[st
     )
 
     def strategy() -> Any:
+        if sharded:
+            return fsdp_on_cpu()
         return DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"
 
+    def trained(epochs: int, **files: Path) -> dict[str, Tensor]:
+        model = example.train(epochs, strategy=strategy(), **files, **lightning)
+        return whole_weights(model.trainer.model if sharded else model)
+
     with patch.dict(os.environ, places if ranks > 1 else {}):
-        whole = weights_of(example.train(EPOCHS, strategy=strategy(), **lightning))
-        example.train(1, save=folder / "cut.ckpt", strategy=strategy(), **lightning)
-        resumed = weights_of(example.train(EPOCHS, resume=folder / "cut.ckpt", strategy=strategy(), **lightning))
+        whole = trained(EPOCHS)
+        trained(1, save=folder / "cut.ckpt")
+        resumed = trained(EPOCHS, resume=folder / "cut.ckpt")
     return differing(whole, expected), differing(resumed, whole)
 
 
@@ -73,3 +91,7 @@ def against_a_plain_loop(options: dict[str, Any], folder: Path) -> tuple[list[st
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_lightning_trains_as_a_plain_loop(workers: Pool, tmp_path: Path, options: dict[str, Any], ranks: int) -> None:
     assert workers(ranks).run(against_a_plain_loop, options, tmp_path) == [([], [])] * ranks
+
+
+def test_lightning_under_fsdp1_trains_as_a_plain_loop(workers: Pool, tmp_path: Path) -> None:
+    assert workers(2).run(against_a_plain_loop, {}, tmp_path, True) == [([], [])] * 2

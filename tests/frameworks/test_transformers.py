@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from harness import Pool
-from plain_loop import differing, plain_loop, weights_of
+from plain_loop import differing, plain_loop, whole_weights
 from torch import Tensor, nn
 
 from sm3_dist import SM3, AdamWLikeSM3
@@ -31,11 +34,40 @@ def as_trainer_groups(model: nn.Module) -> SM3:
     return AdamWLikeSM3(groups, lr=2e-3, momentum_dtype=torch.int8)
 
 
-def against_a_plain_loop(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of weights in which Trainer differs from a plain loop, and when interrupted from uninterrupted."""
-    import transformers_trainer as example
+@contextmanager
+def trainer_on_cpu(fsdp: int | None) -> Iterator[None]:
+    """Have Trainer use the CPU and the process group that is there, if there are several ranks.
+
+    accelerate, which Trainer is made of, refuses FSDP on a CPU, though PyTorch does not. So its ``PartialState`` is
+    told that the processes have GPUs, and that the device is the CPU.
+    """
     from accelerate import PartialState
     from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DistributedType
+
+    def claim_gpus(state: PartialState, *arguments: Any, **options: Any) -> None:
+        as_it_is(state, *arguments, **options)
+        if fsdp:
+            state.distributed_type, state.device = DistributedType.MULTI_GPU, torch.device("cpu")
+
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    as_it_is = PartialState.__init__
+    try:
+        with patch.dict(os.environ, places if size != "1" else {}), patch.object(PartialState, "__init__", claim_gpus):
+            yield
+    finally:
+        for each in (AcceleratorState, GradientState, PartialState):
+            each._reset_state()
+
+
+def in_one_group(model: nn.Module) -> SM3:
+    return AdamWLikeSM3(model.parameters(), lr=2e-3, momentum_dtype=torch.int8)
+
+
+def against_a_plain_loop(fsdp: int | None, folder: Path) -> tuple[list[str], list[str]]:
+    """Names of weights in which Trainer differs from a plain loop, and when interrupted from uninterrupted."""
+    import transformers_trainer as example
 
     ranks, data = dist.get_world_size(), example.Counting()
 
@@ -44,26 +76,30 @@ def against_a_plain_loop(folder: Path) -> tuple[list[str], list[str]]:
         tokens = torch.stack([data[i]["input_ids"] for i in range(start, start + BATCH)])
         return model(input_ids=tokens, labels=tokens).loss
 
-    def reset() -> None:
-        for each in (AcceleratorState, GradientState, PartialState):
-            each._reset_state()
-
-    rank, size = str(dist.get_rank()), str(ranks)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    expected = plain_loop(example.make_model().train(), as_trainer_groups, loss_of, ranks, STEPS, clip=1.0)
-    with patch.dict(os.environ, places if ranks > 1 else {}):
-        whole = weights_of(example.train(STEPS, folder / "whole", **OPTIONS))
-        reset()
-        example.train(2, folder / "cut", **OPTIONS)
-        reset()
-        resumed = weights_of(example.train(STEPS, folder / "cut", resume=True, **OPTIONS))
-        reset()
+    options = OPTIONS
+    if fsdp:  # whose norm of gradients is another in its last bits
+        wrapped = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
+        alone = {"sync_module_states": False}  # accelerate looks for a GPU to send them with
+        options = OPTIONS | {"clip": 0.0, "fsdp": True, "fsdp_config": {"version": fsdp, **wrapped, **alone}}
+    clip = None if fsdp else 1.0
+    make_optimizer = in_one_group if fsdp == 1 else as_trainer_groups
+    expected = plain_loop(example.make_model().train(), make_optimizer, loss_of, ranks, STEPS, clip)
+    with trainer_on_cpu(fsdp):
+        whole = whole_weights(example.train(STEPS, folder / "whole", **options))
+    if fsdp == 1:  # accelerate loads no optimizer there
+        return differing(whole, expected), []
+    with trainer_on_cpu(fsdp):
+        example.train(2, folder / "cut", **options)
+    with trainer_on_cpu(fsdp):
+        resumed = whole_weights(example.train(STEPS, folder / "cut", resume=True, **options))
     return differing(whole, expected), differing(resumed, whole)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_trainer_trains_as_a_plain_loop(workers: Pool, tmp_path: Path, ranks: int) -> None:
-    assert workers(ranks).run(against_a_plain_loop, tmp_path) == [([], [])] * ranks
+@pytest.mark.parametrize(
+    ("ranks", "fsdp"), [(1, None), (2, None), (2, 1), (2, 2)], ids=["one", "DDP", "FSDP1", "FSDP2"]
+)
+def test_trainer_trains_as_a_plain_loop(workers: Pool, tmp_path: Path, ranks: int, fsdp: int | None) -> None:
+    assert workers(ranks).run(against_a_plain_loop, fsdp, tmp_path) == [([], [])] * ranks
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads it, transformers warns
