@@ -64,7 +64,7 @@ def compare_dtypes(name: str) -> None:
         compare_with_reference(name, dtype, OPTIONS[-1])
 
 
-@pytest.mark.parametrize(("name", "world_size"), list(cases()))
+@pytest.mark.sampled("name, world_size", list(cases()))
 def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
     workers(world_size).run(compare_all_options, name, {})
 
