@@ -1,7 +1,6 @@
 /* SM3 with what shapes the update, and with covers that change along a row.
  *
- * Two versions: plain C, which compilers vectorize and which takes float32 alone (momentum in bfloat16 too), and one for
- * AVX-512 by hand. */
+ * Two versions: plain C, which compilers vectorize and which rounds to the nearest alone, and one for AVX-512 by hand. */
 
 struct stretch { /* contiguous elements */
     int64_t n;
@@ -44,8 +43,10 @@ INLINE void advance(struct stretch *x, int64_t weight, int64_t grad, int64_t mom
         if (x->noise[o]) x->noise[o] += x->n;
 }
 
-/* ---- Plain C. Squares are added up as two integers that doubles hold by their last bits: multiples of 2^31, and the
- * rest, rounded to even. ---- */
+/* ---- Plain C. Squares are added up as an integer that doubles hold by their last bits, rounded to even, and those that
+ * may be longer as two: multiples of 2^31, and the rest. ---- */
+
+#define FINE 0x1p51f
 
 union wide {
     double f;
@@ -58,22 +59,25 @@ struct sums {
     uint64_t high, low;
 };
 
-INLINE int32_t block_of(int moment, int product, int64_t n, float *restrict w, const float *restrict g,
-                        void *restrict m, float cover, const float *restrict floors, int32_t *restrict peaks,
-                        const struct settings *settings, struct sums *sums) {
+INLINE int32_t block_of(int weight, int grad, int moment, int product, int is_wide, int64_t n, void *restrict w,
+                        const void *restrict g, void *restrict m, float cover, const float *restrict floors,
+                        int32_t *restrict peaks, const struct settings *settings, struct sums *sums) {
     const struct settings s = *settings;
     uint64_t high = 0, low = 0;
     int32_t top = 0;
     for (int64_t j = 0; j < n; j++) {
-        float x = g[j] * s.unscale;
+        float x = load(g, j, grad) * s.unscale;
         float least = product ? cover * floors[j] : lesser(cover, floors[j]);
         float nu = x * x * s.one_minus_beta + least * s.beta;
         float u = 1.0f / sqrtf(nu * s.correction + s.eps) * x;
         float square = u * u * s.per_one;
         double rest = square < s.cap ? square : s.cap;
-        union wide part = {.f = rest + coarse.f};
-        high += part.u;
-        rest -= part.f - coarse.f;
+        union wide part;
+        if (is_wide) {
+            part.f = rest + coarse.f;
+            high += part.u;
+            rest -= part.f - coarse.f;
+        }
         part.f = rest + fine.f;
         low += part.u;
         u *= s.scale;
@@ -86,31 +90,39 @@ INLINE int32_t block_of(int moment, int product, int64_t n, float *restrict w, c
             float ahead = u + mean * s.momentum;
             u = s.nesterov ? ahead : mean;
         }
-        w[j] = w[j] * s.decay - u * s.lr;
+        store(w, j, load(w, j, weight) * s.decay - u * s.lr, weight);
         int32_t b = bits_of(nu) & 0x7fffffff;
         peaks[j] = larger(peaks[j], b);
         top = larger(top, b);
     }
-    sums->high += high - (uint64_t)n * coarse.u;
+    if (is_wide) sums->high += high - (uint64_t)n * coarse.u;
     sums->low += low - (uint64_t)n * fine.u;
     return top;
 }
 
-INLINE void stretch_of(int moment, struct stretch *x) {
+INLINE void blocks_of(int weight, int grad, int moment, int product, int is_wide, struct stretch *x) {
     struct sums sums = {0, 0};
     int64_t end = smaller(x->n, x->block - x->phase);
     for (int64_t j = 0, b = 0; j < x->n; b++) {
-        float *w = (float *)x->w + j, cover = x->covers[b];
-        const float *g = (const float *)x->g + j, *floors = x->floors + j;
+        char *w = (char *)x->w + j * size_of(weight);
+        const char *g = (const char *)x->g + j * size_of(grad);
         void *m = moment == NONE ? 0 : (char *)x->m + j * size_of(moment);
-        int32_t *peaks = x->peaks + j;
-        int32_t top = x->product ? block_of(moment, 1, end - j, w, g, m, cover, floors, peaks, x->settings, &sums)
-                                 : block_of(moment, 0, end - j, w, g, m, cover, floors, peaks, x->settings, &sums);
+        int32_t top = block_of(weight, grad, moment, product, is_wide, end - j, w, g, m, x->covers[b], x->floors + j,
+                               x->peaks + j, x->settings, &sums);
         x->tops[b] = larger(x->tops[b], top);
         j = end;
         end = smaller(x->n, end + x->block);
     }
     x->squares += (sums.high << 31) + sums.low;
+}
+
+INLINE void stretch_of(int weight, int grad, int moment, struct stretch *x) {
+    if (!x->product)
+        blocks_of(weight, grad, moment, 0, 1, x);
+    else if (x->settings->cap < FINE)
+        blocks_of(weight, grad, moment, 1, 0, x);
+    else
+        blocks_of(weight, grad, moment, 1, 1, x);
 }
 
 #define KIND(form, weight, grad, moment)                                                                             \

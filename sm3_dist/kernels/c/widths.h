@@ -49,9 +49,11 @@ INLINE void narrow_of(int64_t n, void *restrict to, const float *restrict from, 
     }                                                                                                                \
     CONVERSIONS(width, target)
 
+enum { FLOAT, NEAREST, ROUNDED }; /* weight and gradient of a stretch: float32; bfloat16 too, to the nearest; and at random */
+
 struct width {
     const char *name;
-    int typed; /* whether stretches may be of other types than float32 */
+    int typed; /* the types that stretches may have */
     row_function *row;
     stretch_function *stretch;
     void (*words)(int64_t groups, uint32_t first, const struct philox *p, uint32_t *words);
@@ -61,10 +63,13 @@ struct width {
 };
 
 #define WORDS random_words
-#define STRETCH(weight, grad, moment) stretch_of(moment, x)
+#define STRETCH(weight, grad, moment) stretch_of(weight, grad, moment, x)
 #define ALL_KINDS KINDS(FLOATS, FLOAT32, FLOAT32);
 WIDTH(baseline, )
 #ifdef X86
+#undef ALL_KINDS
+#define ALL_KINDS                                                                                                    \
+    KINDS(FLOATS, FLOAT32, FLOAT32); KINDS(BFLOATS, BFLOAT16, BFLOAT16); KINDS(MIXED, BFLOAT16, FLOAT32);
 WIDTH(avx2, __attribute__((target("avx2"))))
 #undef WORDS
 #undef STRETCH
@@ -80,10 +85,10 @@ WIDTH(avx512, __attribute__((target(AVX512))))
 #define NAMED(width, typed)                                                                                          \
     {#width, typed, row_##width, stretch_##width, words_##width, widen_##width, narrow_##width, scatter_##width}
 static const struct width widths[] = {
-    NAMED(baseline, 0),
+    NAMED(baseline, FLOAT),
 #ifdef X86
-    NAMED(avx2, 0),
-    NAMED(avx512, 1),
+    NAMED(avx2, NEAREST),
+    NAMED(avx512, ROUNDED),
 #endif
 };
 
