@@ -30,7 +30,7 @@ def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
     workers(world_size).run(compare_all_options, name, {})
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("fsdp2", 3), ("hsdp", 4), ("tp-2d", 4)])
+@pytest.mark.parametrize(("name", "world_size"), [("fsdp2", 4), ("hsdp", 4), ("tp-2d", 4), ("fsdp2-tp", 4)])
 def test_equals_one_process_with_sharded_covers(workers: Pool, name: str, world_size: int) -> None:
     workers(world_size).run(compare_all_options, name, {"shard_covers": True})
 

@@ -202,10 +202,10 @@ class StepPlan:
         self._lookout.look()
         self.note()
         self._published = False
+        for exchange in self.exchanges:  # reads what a bucket frees with shard_covers
+            exchange.start()
         for bucket in self.buckets:
             bucket.start()
-        for exchange in self.exchanges:
-            exchange.start()
         if self.gatherer is not None:
             self.gatherer.finish()
 
@@ -219,10 +219,10 @@ class StepPlan:
         Raises:
             PlanMismatchError: in :meth:`receive`, if others did not do the same.
         """
-        for bucket in self.buckets:
-            bucket.start(event, words, empty=True)
         for exchange in self.exchanges:
             exchange.start()
+        for bucket in self.buckets:
+            bucket.start(event, words, empty=True)
 
 
 def mark_changed(params: Iterable[Tensor]) -> None:
