@@ -202,6 +202,7 @@ def run(seed: int, fault: str | None, layout: str | None) -> tuple[bool, str]:
     with (
         patch.multiple(watch, LOOK_EVERY=watch.LOOK_EVERY / 5),
         patch.object(spot_check, "SECONDS", 0.1),
+        patch.object(spot_check, "PATIENCE", spot_check.PATIENCE / 2),
         patch.object(keeper, "PATIENCE", keeper.PATIENCE / 10),
         patch.object(watch, "PATIENCE", watch.PATIENCE / 10),
     ):

@@ -34,6 +34,9 @@ KNOWN: dict[str, tuple[int, str | None, str | None]] = {
     "a param group more, while ranks ask one another for gradients": (60005, None, None),
     "another type, flattened": (20006, None, None),
     "a closure that raises before there is a plan": (21, "closure", "fsdp2"),
+    "state replaced, and told to its sharding group alone": (60056, None, None),
+    "state replaced, while ranks ask one another for gradients": (60082, None, None),
+    "another lr, of replicas that send nothing": (7, "lr", "hsdp-replicas-only"),
     "a closure that raises before there is a plan, and goes on": (15, "closure, and on", "zero1"),
 }
 

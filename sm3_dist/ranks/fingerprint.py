@@ -130,7 +130,7 @@ class Circle:
             )
         return PlanMismatchError(store.get(f"{place}/verdict").decode())
 
-    def leave(self, exchange: int, facts: Facts) -> None:
+    def leave(self, exchange: int | str, facts: Facts) -> None:
         """Leave the facts of this rank where the others find them."""
         store_of_world().set(f"{self.place(exchange)}/{dist.get_rank()}", facts_to(facts))
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 _SHAPE, _DTYPE, _REQUIRES_GRAD = map(attrgetter, ("shape", "dtype", "requires_grad"))
 PATIENCE = timedelta(seconds=25)
 """How long a rank that plans anew waits for ranks that it exchanges nothing with: they may never come."""
+_LOADED = "Its state was loaded, replaced or written into: do that on every rank, between the same two steps."
 
 States = defaultdict[Tensor, State]
 Fitted = dict[Tensor, tuple[State, tuple[LocalShard, ...]]]
@@ -119,7 +120,7 @@ class PlanKeeper:
 
         Where tensors were only moved, replaced or laid out anew, this rank makes its own anew, and asks no other.
         """
-        older = self._plan
+        older, agreed = self._plan, False
         same = older is not None and self._signature == self._sign(groups) and not older.edited
         if older is None or not same or self._watch.sees_a_change():
             refuse_to_plan(param for group in groups for param in group["params"])
@@ -130,7 +131,7 @@ class PlanKeeper:
             self._plan = self._make_plan(groups, {} if older is None else older.working_copies)
             if older is not None:
                 self._plan.carry_over_squares(older)
-            self._older = None
+            self._older, agreed = None, True
             self._signature = self._sign(groups)
             self._watch = self._new_watch(self._plan)
         assert self._plan is not None
@@ -139,7 +140,7 @@ class PlanKeeper:
             self._of_graphs.append(self._plan)
         if self._unshared or self._plan.needs_sharing:
             self._unshared = False
-            self._plan.share()
+            self._plan.share("" if agreed else "loaded a state")
         return self._plan
 
     def _sign(self, groups: Sequence[ParamGroup]) -> tuple[Any, ...]:
@@ -192,13 +193,14 @@ class PlanKeeper:
     def _agree(self, entries: Sequence[Entry]) -> None:
         """Compare the plan with those of the other ranks, unless it exchanges what the one before it did."""
         layouts = agreement_lines(entries, Entry.describe_layout)
-        if layouts == self._layouts:
+        differs = layouts != self._layouts
+        if not (differs or self._unshared or any(cover.fresh for entry in entries for cover in entry.cut_covers)):
             return
         patience, words = {}, ""
         if self._older is not None:
-            words = change(self._layouts, layouts)
+            words = change(self._layouts, layouts) or _LOADED
             self.watch.plan_anew(words)
-            if not self._asks_first:  # else the others' next collective is another one: they find the note
+            if differs and not self._asks_first:  # else the others' next collective is another one: they find the note
                 self._older.tell("planned anew", words)
                 self._older.receive()
             patience = dict.fromkeys(self._lookout.unsealed, PATIENCE)

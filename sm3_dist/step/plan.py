@@ -144,12 +144,16 @@ class StepPlan:
             if isinstance(bucket, SumBucket):
                 bucket.recount()
 
-    def share(self) -> None:
-        """Make every accumulator the maximum of what the ranks' states hold of it. Under way until ``receive``."""
+    def share(self, event: str) -> None:
+        """Make every accumulator the maximum of what the ranks' states hold of it. Under way until ``receive``.
+
+        Args:
+            event: what to call it where other ranks may not do the same; else empty.
+        """
         for cover in self._cut_covers:
             cover.fresh = False
         for bucket in self.buckets:  # those of sums too: a rank that does this alone is then told apart
-            bucket.start("loaded a state", empty=isinstance(bucket, SumBucket))
+            bucket.start(event, empty=isinstance(bucket, SumBucket))
         for exchange in self.exchanges:
             exchange.start_return()
 
