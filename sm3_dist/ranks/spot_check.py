@@ -24,7 +24,7 @@ from sm3_dist.ranks.watch import PlanMismatchError, store_of_world, wait_for_key
 FIRST = 8
 """In so many first steps all of them meet."""
 PATIENCE = timedelta(seconds=10)
-"""How long one waits there for the others. It may be a pause that it knows nothing of: it goes on, and waits no more."""
+"""How long one waits there for the others. They may pause: it then goes on, and waits no more."""
 SECONDS = 1.0
 """Between two looks, later on."""
 RANKS_PER_SECOND = 200
