@@ -295,10 +295,10 @@ def _once_per_mesh(function: Callable[Concatenate[DeviceMesh, P], T]) -> Callabl
 
     @wraps(function)
     def of(mesh: DeviceMesh, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        results = known.setdefault(mesh, {})
-        if args not in results:
-            results[args] = function(mesh, *args, **kwargs)
-        return results[args]
+        results, key = known.setdefault(mesh, {}), (*args, *kwargs.items())
+        if key not in results:
+            results[key] = function(mesh, *args, **kwargs)
+        return results[key]
 
     return of
 
