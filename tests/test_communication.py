@@ -17,10 +17,11 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 from sm3_dist import SM3, PlanMismatchError
-from sm3_dist.compat import ALL_GATHER, REDUCE_SCATTER
+from sm3_dist.compat import ALL_GATHER, REDUCE_SCATTER, reduce_scatter_single
 from sm3_dist.layout.box import Box
 from sm3_dist.ranks.bucket import MaxBucket, Slot
 from sm3_dist.ranks.fingerprint import FIELDS
+from sm3_dist.ranks.threaded_wait import ThreadedWait
 from sm3_dist.ranks.watch import RankWatch
 
 
@@ -318,3 +319,29 @@ def after_a_restart() -> None:
 
 def test_what_dead_workers_left_in_the_store_does_no_harm(workers: Pool) -> None:
     workers(3).run(after_a_restart)
+
+
+def reduce_scatter_that_one_rank_begins_late() -> list[float]:
+    """Seconds until a wait for it gave up, and until it had ended."""
+    rank, buffer = dist.get_rank(), torch.arange(4, dtype=torch.int32) + 10 * dist.get_rank()
+    owned = buffer.new_empty(2)
+    dist.barrier()
+    if rank == 1:
+        time.sleep(1.0)
+    started = time.monotonic()
+    options = {"op": dist.ReduceOp.MAX, "group": dist.group.WORLD, "async_op": True}
+    work = ThreadedWait(reduce_scatter_single(owned, buffer, **options))
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="Operation timed out"):
+            work.wait(datetime.timedelta(seconds=0.1))
+        assert not work.is_completed()
+    gave_up = time.monotonic() - started
+    assert work.wait()
+    assert work.is_completed()
+    assert owned.tolist() == [10 + 2 * rank, 11 + 2 * rank]
+    return [gave_up, time.monotonic() - started]
+
+
+def test_a_wait_for_a_reduce_scatter_ends_in_time(workers: Pool) -> None:
+    (gave_up, ended), _ = workers(2).run(reduce_scatter_that_one_rank_begins_late)
+    assert gave_up < ended

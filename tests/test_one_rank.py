@@ -36,6 +36,10 @@ KNOWN: dict[str, tuple[int, str | None, str | None]] = {
     "a closure that raises before there is a plan": (21, "closure", "fsdp2"),
     "state replaced, and told to its sharding group alone": (60056, None, None),
     "state replaced, while ranks ask one another for gradients": (60082, None, None),
+    "state loaded while ranks ask one another for gradients": (60119, None, None),
+    "a step left out, the first": (60028, None, None),
+    "a closure that raises before there is a plan, and its rank goes on": (60049, None, None),
+    "a frozen parameter, with sharded covers": (71074, None, None),
     "another lr, of replicas that send nothing": (7, "lr", "hsdp-replicas-only"),
     "a closure that raises before there is a plan, and goes on": (15, "closure, and on", "zero1"),
 }

@@ -14,6 +14,7 @@ from sm3_dist.compat import all_gather_single, reduce_scatter_single
 from sm3_dist.layout.box import Box
 from sm3_dist.maths.rms import SquareSum, averaged
 from sm3_dist.ranks.fingerprint import FIELDS, Seal
+from sm3_dist.ranks.threaded_wait import ThreadedWait
 from sm3_dist.ranks.watch import RankWatch
 
 if TYPE_CHECKING:
@@ -127,7 +128,8 @@ class MaxBucket:
                 return
             owned = self._buffer.new_empty(self._buffer.numel() // world)
             scatter = reduce_scatter_single(owned, self._buffer, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
-            self._watch.wait([scatter], _MAXIMA, self._ranks, self._on_host)
+            waiting = ThreadedWait(scatter) if self._on_host else scatter
+            self._watch.wait([waiting], _MAXIMA, self._ranks, self._on_host)
         self._owned, self._buffer = owned, None
         for accumulator in self._releasable:
             accumulator.untyped_storage().resize_(0)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch.distributed import Work
     from torch.distributed.distributed_c10d import Store
 
+    from sm3_dist.ranks.threaded_wait import ThreadedWait
+
 LOOK_EVERY = timedelta(seconds=1)
 """How long a rank waits before it looks whether another has left a note, and again."""
 PATIENCE = timedelta(seconds=25)
@@ -204,7 +206,7 @@ class RankWatch:
             f"{in_words(ranks)} did. {note['words']}"
         )
 
-    def wait(self, works: Iterable[Work | None], what: str, ranks: Sequence[int], on_host: bool) -> None:
+    def wait(self, works: Iterable[Work | ThreadedWait | None], what: str, ranks: Sequence[int], on_host: bool) -> None:
         """Wait for collectives, in order.
 
         Args:
@@ -286,7 +288,7 @@ def wait_for_key(store: Store, key: str, patience: timedelta, look: Callable[[],
         look()
 
 
-def _done(work: Work) -> bool:
+def _done(work: Work | ThreadedWait) -> bool:
     """Wait a moment for a collective; whether it has ended. Gloo's can be waited for again if not.
 
     Raises:
