@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ from sm3_dist.step.entry import Entry
 from sm3_dist.step.gradient import settled_gradient
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
 PARAMETER, STEP = "parameter", "step"
 """What ``skip_nonfinite`` may be."""
@@ -66,12 +67,7 @@ class FiniteGuard:
         for (peers, device), params in self._together.items():
             flags = self._flags(params)
             if peers is not None:
-                if peers.ranks not in self._groups:
-                    self._groups[peers.ranks] = peers.group()
-                group = self._groups[peers.ranks]
-                with self._watch.explained(_WHAT, peers.ranks):
-                    work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group, async_op=True)
-                works.append((work, peers.ranks, device))
+                works.append((self._send(flags, peers.ranks, peers.group), peers.ranks, device))
             found.append((params, flags))
         for work, ranks, device in works:
             self._watch.wait([work], _WHAT, ranks, device.type == "cpu")
@@ -81,15 +77,20 @@ class FiniteGuard:
         """Whether ``found`` is true on any rank that holds part of these tensors. A collective, and the host waits."""
         holders = {tuple(sorted(entry.shard.ranks)): entry for entry in self._entries if entry.shard.ranks}
         for ranks in sorted(holders, key=lambda ranks: (len(ranks), ranks)):  # smaller sets lie within larger ones
-            if ranks not in self._groups:
-                self._groups[ranks] = group_of(ranks)
-            device, watch = local_tensor(holders[ranks].param).device, self._watch
+            device = local_tensor(holders[ranks].param).device
             flag = torch.tensor(int(found), dtype=torch.int32, device=device)
-            with watch.explained(_WHAT, ranks):
-                work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups[ranks], async_op=True)
-            watch.wait([work], _WHAT, ranks, device.type == "cpu")
+            work = self._send(flag, ranks, partial(group_of, ranks))
+            self._watch.wait([work], _WHAT, ranks, device.type == "cpu")
             found = bool(flag)
         return found
+
+    def _send(self, flags: Tensor, ranks: tuple[int, ...], group: Callable[[], ProcessGroup]) -> Work | None:
+        """Begin to make flags 1 that are so on any of these ranks."""
+        if ranks not in self._groups:
+            self._groups[ranks] = group()
+        with self._watch.explained(_WHAT, ranks):
+            work: Work | None = dist.all_reduce(flags, dist.ReduceOp.MAX, self._groups[ranks], async_op=True)
+        return work
 
     @staticmethod
     def _flags(params: Sequence[Tensor]) -> Tensor:
