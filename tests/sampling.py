@@ -71,7 +71,7 @@ def takes_all(config: pytest.Config) -> bool:
     return "exhaustive" in config.getoption("markexpr", "")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sampled(request: pytest.FixtureRequest) -> Callable[[Collection[Sequence[Any]]], list[Any]]:
     """Of the rows of a table those that this run takes."""
 
