@@ -102,6 +102,18 @@ def test_a_worker_with_too_many_threads_is_replaced():
         assert workers(1).run(process_id) != before
 
 
+def wait_for_nobody():
+    if dist.get_rank() == 0:
+        dist.all_reduce(torch.ones(2), async_op=True)
+
+
+def test_workers_that_cannot_leave_their_group_are_replaced():
+    with Pool() as workers:
+        before = workers(2).run(process_id)
+        workers(2).run(wait_for_nobody)
+        assert not set(before) & set(workers(2, timeout=20).run(process_id))
+
+
 def test_meshes_of_later_runs_use_groups_of_their_own(workers):
     for world_size, shape, other_groups in [(4, (2, 2), 0), (4, (2, 2), 1), (3, (3,), 0), (4, (2, 2), 2), (2, (2,), 0)]:
         assert workers(world_size).run(on_mesh, shape, other_groups) == [True] * world_size
