@@ -78,15 +78,15 @@ LITTLE = [(), (7,), (100,), (5, 16), (2, 3, 5), (2, 2, 2, 3)]
 
 
 def compare_shapes(
-    dtype: Any, settings: dict[str, Any], shapes: list[tuple[int, ...]], missing: int, steps: int = 3
+    dtype: Any, settings: dict[str, Any], shapes: list[tuple[int, ...]], missing: int, steps: int = 2
 ) -> None:
     import torch
     from against_eager import compare, gradient
 
     generator = torch.Generator().manual_seed(missing)
     weights = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    grads = [[gradient(s, dtype, generator, special) for s in shapes] for special in (False, True, False)[-steps:]]
-    grads[-2][missing % len(shapes)] = None
+    grads = [[gradient(s, dtype, generator, special) for s in shapes] for special in (False, True, False)[:steps]]
+    grads[-1][missing % len(shapes)] = None
     compare(weights, grads, "triton", **settings)
 
 
@@ -110,9 +110,10 @@ def check_recipe() -> None:
     cases = [(float32, recipe), (bfloat16, recipe | narrow)]
     cases += [(float16, recipe | {"cover_block": 32, "cover_product": False}), (float32, recipe | {"cover_block": 200})]
     for number, (dtype, settings) in enumerate(cases):
-        compare_shapes(dtype, settings, [*SHAPES[number % 4 :: 4], ALIGNED[number % 3], (5, 3, 6)], number)
+        shapes = [*SHAPES[number % 4 :: 4], ALIGNED[number % 3], (5, 3, 6)]
+        compare_shapes(dtype, settings, shapes, number, steps=3 if number == 0 else 2)
     compare_shapes(float32, recipe | {"cover_block": 3}, LITTLE, 1)
-    compare_shapes(float32, recipe, [(370, 370), (2,)], 1, steps=2)  # sums of squares in halves
+    compare_shapes(float32, recipe, [(370, 370), (2,)], 1, steps=1)  # sums of squares in halves
 
 
 def check_random() -> None:
@@ -159,9 +160,9 @@ def check_boxes() -> None:
     from sm3_dist.kernels.triton.backend import TritonKernel
 
     for number, shape in enumerate([(10, 7), (30, 304), (6, 5, 4), (5, 4, 3, 2)]):
-        compare_boxes(shape, number % 2 == 0, TritonKernel, ranges=2)
+        compare_boxes(shape, number % 2 == 0, TritonKernel, ranges=1 + number % 2)
     for number, (shape, block) in enumerate([((6, 7), 2), ((20, 40), 8), ((7, 10), 3), ((3, 4, 2, 3), 2)]):
-        compare_boxes(shape, number % 2 == 1, TritonKernel, 2, block, is_product=block % 2 == 0)
+        compare_boxes(shape, number % 2 == 1, TritonKernel, 1, block, is_product=block % 2 == 0)
 
 
 def check_that_the_host_reads_nothing() -> None:
