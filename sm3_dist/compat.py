@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 """The names in ``torch.distributed``: the first of each from 2.13 on, the second up to 2.12."""
+GROUP_NAME: Callable[[str], Any] = getattr(getattr(dist, "distributed_c10d", None), "GroupName", str)
+"""The type of the names of process groups: that of a string up to 2.9."""
 
 
 def all_gather_single(output: Any, input: Any, **options: Any) -> Any:
