@@ -83,6 +83,7 @@ static void begin_panel(struct panel *p, float *workspace) {
 static void end_panel(const struct panel *p) {
     for (int64_t r = 0; r < p->rows; r++)
         memcpy(row_entries(p, p->row + r), p->of_rows + r * p->blocks, (size_t)p->blocks * sizeof(float));
+    for (int64_t c = 0; c < p->columns; c++) p->of_columns[c] &= INT32_MAX; /* NaN may have a sign there */
     memcpy(column_entries(p), p->of_columns, (size_t)p->columns * sizeof(float));
     memcpy(tile_entries(p), p->of_tiles, (size_t)p->blocks * sizeof(float));
 }

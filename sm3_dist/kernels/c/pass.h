@@ -141,10 +141,9 @@ static int is_staged(const struct pass *p, const struct place *at, int staged[OP
     int any = 0;
     for (int o = 0; o < OPERANDS; o++) {
         int64_t type = p->t->type[o];
-        int typed = p->width->typed, is_rounded = p->t->rounds && o != GRAD;
-        int taken = type == FLOAT32;
-        if (type == BFLOAT16) taken = typed == ROUNDED || (!is_rounded && (typed == NEAREST || o == MOMENT));
-        if (type == CODE) taken = typed == ROUNDED;
+        int typed = p->width->typed, taken = type == FLOAT32;
+        if (type == BFLOAT16) taken = typed || (o == MOMENT && !p->t->rounds);
+        if (type == CODE) taken = typed;
         staged[o] = type != NONE && !(taken && is_dense(at, o));
         any |= staged[o];
     }

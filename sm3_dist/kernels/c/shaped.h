@@ -1,6 +1,6 @@
 /* SM3 with what shapes the update, and with covers that change along a row.
  *
- * Two versions: plain C, which compilers vectorize and which rounds to the nearest alone, and one for AVX-512 by hand. */
+ * Two versions: plain C, which compilers vectorize and which rounds to the nearest alone, and lines.h for x86-64. */
 
 struct stretch { /* contiguous elements */
     int64_t n;

@@ -11,7 +11,19 @@
 #else
 #define AVX512 "avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"
 #endif
+#include <immintrin.h>
+
+/* Elements of a vector, of a group, and staged at a time; vectors of a group. */
+enum { LANES = 16, SIDE = 64, CHUNK = 1024, SLOTS = SIDE / LANES };
+
+/* What depends on the width has names that end in it. OF() makes them. */
+#include "avx2.h"
+#include "lines.h"
+#include "philox.h"
+#include "no_width.h"
 #include "avx512.h"
+#include "lines.h"
+#include "philox.h"
 #endif
 
 /* Between any type and float32. */
@@ -49,11 +61,9 @@ INLINE void narrow_of(int64_t n, void *restrict to, const float *restrict from, 
     }                                                                                                                \
     CONVERSIONS(width, target)
 
-enum { FLOAT, NEAREST, ROUNDED }; /* weight and gradient of a stretch: float32; bfloat16 too, to the nearest; and at random */
-
 struct width {
     const char *name;
-    int typed; /* the types that stretches may have */
+    int typed; /* whether stretches may have all types and round at random; if not, weight and gradient are float32 */
     row_function *row;
     stretch_function *stretch;
     void (*words)(int64_t groups, uint32_t first, const struct philox *p, uint32_t *words);
@@ -67,28 +77,29 @@ struct width {
 #define ALL_KINDS KINDS(FLOATS, FLOAT32, FLOAT32);
 WIDTH(baseline, )
 #ifdef X86
-#undef ALL_KINDS
-#define ALL_KINDS                                                                                                    \
-    KINDS(FLOATS, FLOAT32, FLOAT32); KINDS(BFLOATS, BFLOAT16, BFLOAT16); KINDS(MIXED, BFLOAT16, FLOAT32);
-WIDTH(avx2, __attribute__((target("avx2"))))
 #undef WORDS
 #undef STRETCH
 #undef ALL_KINDS
-#define WORDS random_words_avx512
-#define STRETCH(weight, grad, moment) stretch_of_avx512(weight, grad, moment, x)
 #define TYPED_KINDS(form, weight, grad) KINDS(form, weight, grad); KIND(form, weight, grad, CODE);
 #define ALL_KINDS                                                                                                    \
     TYPED_KINDS(FLOATS, FLOAT32, FLOAT32) TYPED_KINDS(BFLOATS, BFLOAT16, BFLOAT16) TYPED_KINDS(MIXED, BFLOAT16, FLOAT32)
+#define WORDS random_words_avx2
+#define STRETCH(weight, grad, moment) stretch_of_avx2(weight, grad, moment, x)
+WIDTH(avx2, __attribute__((target("avx2"))))
+#undef WORDS
+#undef STRETCH
+#define WORDS random_words_avx512
+#define STRETCH(weight, grad, moment) stretch_of_avx512(weight, grad, moment, x)
 WIDTH(avx512, __attribute__((target(AVX512))))
 #endif
 
 #define NAMED(width, typed)                                                                                          \
     {#width, typed, row_##width, stretch_##width, words_##width, widen_##width, narrow_##width, scatter_##width}
 static const struct width widths[] = {
-    NAMED(baseline, FLOAT),
+    NAMED(baseline, 0),
 #ifdef X86
-    NAMED(avx2, NEAREST),
-    NAMED(avx512, ROUNDED),
+    NAMED(avx2, 1),
+    NAMED(avx512, 1),
 #endif
 };
 

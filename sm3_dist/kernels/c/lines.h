@@ -1,0 +1,213 @@
+/* shaped.h for one width of vectors, in the terms of avx2.h or avx512.h.
+ *
+ * Division and square root take as long as all other arithmetic together, but beside it. What they wait for and what waits
+ * for them must therefore be under way at the same time, and the processor does not look far enough ahead: it has registers
+ * for the results of little more than one vector's work. So the work is done in four stages, none of which takes long from
+ * its first operation to its last, and the loop brings together stages of different vectors in a row. */
+
+WIDE_INLINE OF(floats) OF(load_of)(const void *p, int64_t j, int type, OF(lanes) there) {
+    if (type == FLOAT32) return OF(load_floats)((const float *)p + j, there);
+    if (type == CODE) return OF(load_codes)((const int8_t *)p + j, there);
+    return OF(real)(OF(load_halves)((const uint16_t *)p + j, there, 1));
+}
+
+/* `noise`: 16 bits by element; null: round to the nearest. */
+WIDE_INLINE void OF(store_of)(void *p, int64_t j, OF(floats) x, const uint16_t *noise, int type, OF(lanes) there) {
+    if (type == FLOAT32) {
+        OF(store_floats)((float *)p + j, x, there);
+        return;
+    }
+    OF(ints) bits = OF(bits)(x), random = OF(every_int)(0);
+    if (noise) random = OF(load_halves)(noise + j, there, 0);
+    if (type == CODE) {
+        OF(store_codes)((int8_t *)p + j, x, random, there);
+        return;
+    }
+    if (!noise) {
+        random = OF(and)(OF(shift_right)(bits, 16), OF(every_int)(1));
+        random = OF(plus)(random, OF(every_int)(0x7fff));
+    }
+    bits = OF(shift_right)(OF(plus)(bits, random), 16);
+    OF(store_halves)((uint16_t *)p + j, OF(unless_nan)(x, bits, 0x7fc0), there);
+}
+
+struct OF(numbers) { /* that are the same for all elements */
+    OF(floats) one, unscale, one_minus_beta, beta, correction, eps; /* as in struct settings; */
+    OF(floats) per_one, cap, scale, least, limit, fresh, momentum, decay, lr; /* least: -limit */
+    OF(floats) is_ahead; /* a mask: whether momentum is Nesterov's */
+    OF(ints) length;     /* a mask: bits without the sign */
+};
+
+WIDE_INLINE struct OF(numbers) OF(numbers_of)(const struct settings *s) {
+    return (struct OF(numbers)){
+        .one = OF(every)(1),
+        .unscale = OF(every)(s->unscale),
+        .one_minus_beta = OF(every)(s->one_minus_beta),
+        .beta = OF(every)(s->beta),
+        .correction = OF(every)(s->correction),
+        .eps = OF(every)(s->eps),
+        .per_one = OF(every)(s->per_one),
+        .cap = OF(every)(s->cap),
+        .scale = OF(every)(s->scale),
+        .least = OF(every)(-s->limit),
+        .limit = OF(every)(s->limit),
+        .fresh = OF(every)(s->fresh),
+        .momentum = OF(every)(s->momentum),
+        .decay = OF(every)(s->decay),
+        .lr = OF(every)(s->lr),
+        .is_ahead = OF(real)(OF(every_int)(s->nesterov ? -1 : 0)),
+        .length = OF(every_int)(INT32_MAX),
+    };
+}
+
+struct OF(line) { /* elements of a row; their types are constants wherever this is inlined */
+    int weight, grad, moment;
+    void *w, *m;
+    const void *g;
+    const uint16_t *noise[OPERANDS];
+    const float *floors;
+    int32_t *peaks, *nus; /* nus: where to leave the bits of nu, if the line is not blocked */
+};
+
+struct OF(way) { /* what is under way, of four vectors in a row */
+    OF(floats) grad[SLOTS], square[SLOTS], root[SLOTS], update[SLOTS];
+};
+
+/* The square of what gradients are divided by. Raises peaks and `top`, which may have signs if they are NaN. */
+WIDE_INLINE void OF(take_square)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t j, OF(floats) cover,
+                                 int blocked, OF(lanes) there, struct OF(way) *way, int slot, OF(ints) *top) {
+    OF(floats) g = OF(load_of)(x->g, j, x->grad, there), floor = OF(load_floats)(x->floors + j, there);
+    if (blocked)
+        floor = OF(mul)(cover, floor);
+    else
+        g = OF(mul)(g, c->unscale);
+    OF(floats) nu = OF(mul)(OF(mul)(g, g), c->one_minus_beta);
+    nu = OF(add)(nu, OF(mul)(floor, c->beta));
+    OF(ints) bits = OF(bits)(nu), peak = OF(bits)(OF(load_floats)((const float *)(x->peaks + j), there));
+    if (!blocked) bits = OF(and)(bits, c->length);
+    OF(store_floats)((float *)(x->peaks + j), OF(real)(OF(larger)(peak, bits)), there);
+    if (blocked)
+        *top = OF(raised)(*top, bits);
+    else
+        OF(store_floats)((float *)(x->nus + j), OF(real)(bits), there);
+    OF(put)(&way->grad[slot], g);
+    OF(put)(&way->square[slot], OF(add)(OF(mul)(nu, c->correction), c->eps));
+}
+
+WIDE_INLINE void OF(take_root)(struct OF(way) *way, int slot) { OF(put)(&way->root[slot], OF(sqrt)(way->square[slot])); }
+
+WIDE_INLINE void OF(divide)(const struct OF(numbers) *c, struct OF(way) *way, int slot) {
+    OF(put)(&way->update[slot], OF(mul)(OF(div)(c->one, way->root[slot]), way->grad[slot]));
+}
+
+/* (What is not asked for is done all the same, with numbers that change nothing.) */
+WIDE_INLINE void OF(apply)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t j, int blocked,
+                           OF(lanes) there, const struct OF(way) *way, int slot, struct OF(sum) *sum) {
+    OF(floats) u = way->update[slot];
+    OF(floats) square = OF(mul)(OF(mul)(u, u), c->per_one);
+    OF(add_to)(sum, OF(min)(square, c->cap), there, !blocked); /* (of NaN and the cap, the second) */
+    u = OF(max)(c->least, OF(mul)(u, c->scale));
+    u = OF(mul)(OF(min)(c->limit, u), c->fresh);
+    if (x->moment != NONE) {
+        OF(floats) mean = OF(add)(OF(mul)(OF(load_of)(x->m, j, x->moment, there), c->momentum), u);
+        OF(store_of)(x->m, j, mean, x->noise[MOMENT], x->moment, there);
+        OF(floats) ahead = OF(add)(u, OF(mul)(mean, c->momentum));
+        u = blocked ? ahead : OF(choose)(mean, ahead, c->is_ahead);
+    }
+    OF(floats) w = OF(mul)(OF(load_of)(x->w, j, x->weight, there), c->decay);
+    OF(store_of)(x->w, j, OF(sub)(w, OF(mul)(u, c->lr)), x->noise[WEIGHT], x->weight, there);
+}
+
+/* n elements. If they are `blocked`, n is a multiple of SIDE, each group has a cover and a maximum, and settings are the
+ * usual ones; else floors are whole. */
+WIDE_INLINE void OF(step_line)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t n, int blocked,
+                               const float *covers, int32_t *tops, struct OF(sum) *sum) {
+    OF(floats) cover = c->one;
+    OF(ints) top = OF(every_int)(0);
+    struct OF(way) way;
+    int64_t j = 0;
+    for (int s = 0; s < SLOTS; s++) way.grad[s] = way.square[s] = way.root[s] = c->one;
+    for (; n - j >= SIDE; j += SIDE) {
+        top = OF(every_int)(0);
+        if (blocked) cover = OF(every)(*covers++);
+#pragma GCC unroll 4
+        for (int s = 0; s < SLOTS; s++) {
+            int64_t i = j + s * LANES;
+            OF(take_square)(c, x, i, cover, blocked, ALL, &way, s, &top);
+            OF(divide)(c, &way, (s + 1) % SLOTS);
+            if (j) OF(apply)(c, x, i - SIDE, blocked, ALL, &way, s, sum);
+            OF(take_root)(&way, (s + 3) % SLOTS);
+        }
+        if (blocked) {
+            *tops = larger(*tops, OF(largest)(top));
+            tops++;
+        }
+    }
+    for (int s = 0; j && s < SLOTS; s++) {
+        if (s < 3) OF(divide)(c, &way, s + 1);
+        OF(apply)(c, x, j - SIDE + s * LANES, blocked, ALL, &way, s, sum);
+        if (s == 0) OF(take_root)(&way, 3);
+    }
+    for (; j < n; j += LANES) {
+        OF(lanes) there = OF(lanes_of)(n - j);
+        OF(take_square)(c, x, j, cover, 0, there, &way, 0, &top);
+        OF(take_root)(&way, 0);
+        OF(divide)(c, &way, 0);
+        OF(apply)(c, x, j, 0, there, &way, 0, sum);
+    }
+}
+
+/* The floors of each element with the covers, for blocks of any length; up to a vector more is written. */
+WIDE_INLINE void OF(stage)(const struct stretch *x, float *floors) {
+    int64_t end = smaller(x->n, x->block - x->phase);
+    for (int64_t j = 0, b = 0; j < x->n; b++) {
+        const OF(floats) cover = OF(every)(x->covers[b]);
+        for (int64_t i = j; i < end; i += LANES) {
+            OF(floats) floor = OF(load_some)(x->floors + i, OF(lanes_of)(end - i));
+            floor = x->product ? OF(mul)(cover, floor) : OF(lesser)(cover, floor);
+            OF(store_floats)(floors + i, floor, ALL);
+        }
+        j = end;
+        end = smaller(x->n, end + x->block);
+    }
+}
+
+/* Raise the maxima of blocks to the bits of nu. */
+WIDE_INLINE void OF(raise_tops)(const struct stretch *x, const int32_t *nus) {
+    int64_t end = smaller(x->n, x->block - x->phase);
+    for (int64_t j = 0, b = 0; j < x->n; b++) {
+        OF(ints) top = OF(every_int)(0);
+        for (int64_t i = j; i < end; i += LANES)
+            top = OF(larger)(top, OF(bits)(OF(load_some)((const float *)(nus + i), OF(lanes_of)(end - i))));
+        x->tops[b] = larger(x->tops[b], OF(largest)(top));
+        j = end;
+        end = smaller(x->n, end + x->block);
+    }
+}
+
+WIDE_INLINE void OF(stretch_of)(int weight, int grad, int moment, struct stretch *x) {
+    const struct settings *s = x->settings;
+    const struct OF(numbers) numbers = OF(numbers_of)(s);
+    struct OF(line) line = {.weight = weight, .grad = grad, .moment = moment};
+    float floors[CHUNK + LANES];
+    int32_t nus[CHUNK];
+    int is_usual = s->unscale == 1 && (moment == NONE || s->nesterov) && OF(is_short)(s->cap);
+    int is_blocked = is_usual && x->product && x->block == SIDE && x->phase == 0 && x->n % SIDE == 0;
+    for (int64_t rest = x->n; rest > 0; rest -= x->n) {
+        struct OF(sum) sum = OF(new_sum)();
+        x->n = smaller(rest, is_blocked ? 2 * CHUNK : CHUNK);
+        line.w = x->w, line.g = x->g, line.m = x->m;
+        for (int o = 0; o < OPERANDS; o++) line.noise[o] = x->noise[o];
+        line.floors = is_blocked ? x->floors : floors;
+        line.peaks = x->peaks, line.nus = nus;
+        if (is_blocked) {
+            OF(step_line)(&numbers, &line, x->n, 1, x->covers, x->tops, &sum);
+        } else {
+            OF(stage)(x, floors);
+            OF(step_line)(&numbers, &line, x->n, 0, 0, 0, &sum);
+            OF(raise_tops)(x, nus);
+        }
+        if (s->per_one) x->squares += OF(total)(&sum, (x->n + LANES - 1) / LANES, !is_blocked);
+        advance(x, size_of(weight), size_of(grad), size_of(moment));
+    }
+}

@@ -1,0 +1,6 @@
+/* Forgets one width before the next. */
+
+#undef OF
+#undef WIDE_INLINE
+#undef ALL
+#undef SIDE_BY_SIDE
