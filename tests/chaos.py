@@ -170,7 +170,7 @@ def progress(out: Path) -> str:
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of the model and of the optimizer's state."""
-    described = SafeReader(checkpoint).read_metadata().state_dict_metadata
+    described = SafeReader(checkpoint).checked_metadata().state_dict_metadata
     found = {
         name: torch.empty(value.size, dtype=value.properties.dtype)
         for name, value in described.items()

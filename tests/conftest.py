@@ -1,7 +1,11 @@
 """Fixtures of all tests."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Threads of several processes on few cores: they sleep while they wait. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

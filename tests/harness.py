@@ -59,6 +59,7 @@ START_TIMEOUT = 120.0
 JOBS: Counter[int] = Counter()  # how many runs this process has started, by world size
 GRACE = 5.0  # how long the other ranks may go on after one has failed
 CROWD = 40  # threads of a worker that is replaced
+LEAVING = 3.0  # how long workers may take to leave a group before they are replaced
 SLACK = datetime.timedelta(minutes=10)  # gloo must not give up before the harness does
 
 
@@ -83,10 +84,21 @@ class Worker:
     connection: Connection
     log: Path
     printed: int = 0
+    leaves: bool = False  # and has not said yet that it has
 
     def new_output(self) -> str:
         """What the process has written to stdout and stderr and nobody has printed yet."""
         return self.log.read_bytes()[self.printed :].decode(errors="replace")
+
+    def left(self, deadline: float) -> bool:
+        """Wait until it has left the group of its last run; whether it has."""
+        if self.leaves:
+            if not self.connection.poll(max(0.0, deadline - time.monotonic())):
+                return False
+            with contextlib.suppress(EOFError, ConnectionError):  # a run will find that it is gone
+                self.connection.recv_bytes()
+            self.leaves = False
+        return True
 
     def threads(self) -> int:
         """How many the process has, where the system tells."""
@@ -136,6 +148,7 @@ class Pool:
             outcomes = self._collect(world_size, timeout, grace)
             for worker in self.workers[:world_size]:
                 worker.connection.send_bytes(b"leave")
+                worker.leaves = True
             return outcomes
         except BaseException:  # of the test's side, such as a KeyboardInterrupt: nobody knows where the ranks are
             self.kill()
@@ -145,8 +158,12 @@ class Pool:
         """Grow the pool to `count` workers and wait until all of them are ready.
 
         FSDP1 and fairscale leave models that hold themselves through autograd, and so their groups, of which each has
-        a thread that wakes up a hundred times a second. Workers with too many of them are replaced.
+        a thread that wakes up a hundred times a second. Workers with too many of them are replaced; and those that
+        cannot leave, for a group with a collective in it that others never came to waits for them when it is freed.
         """
+        deadline = time.monotonic() + LEAVING
+        if not all(worker.left(deadline) for worker in self.workers):
+            self.kill()
         if any(worker.threads() > CROWD for worker in self.workers):
             self.kill()
         new = range(len(self.workers), count)
@@ -289,6 +306,7 @@ def work(rank: int, connection: Connection, log: str) -> None:
             connection.send_bytes(serve(rank, connection.recv_bytes()))
             connection.recv_bytes()  # a rank that left its group earlier would cut off the others
             leave()
+            connection.send_bytes(b"left")
 
 
 def die_with_parent() -> None:

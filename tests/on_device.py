@@ -111,8 +111,8 @@ class Sides:
     def compare(self) -> None:
         expected = dict(self.expected.named_parameters())
         if isinstance(self.model, FullyShardedDataParallel):
-            with FullyShardedDataParallel.summon_full_params(self.model, writeback=False):
-                found = {clean(name): weight.detach().cpu() for name, weight in self.model.named_parameters()}
+            with FullyShardedDataParallel.summon_full_params(self.model, writeback=False):  # it takes the memory back
+                found = {clean(name): weight.detach().cpu().clone() for name, weight in self.model.named_parameters()}
         else:
             found = {clean(name): whole_of(weight).cpu() for name, weight in self.model.named_parameters()}
         assert found.keys() == expected.keys()

@@ -24,7 +24,9 @@ takes others. A run with ``-m exhaustive`` takes the tests of these four kinds a
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -41,26 +43,35 @@ MARKS = (
 def sample(rows: Iterable[Sequence[Any]], seed: int) -> list[int]:
     """Numbers of some rows, in order, that together have every value of every column.
 
-    Which is greedy: of the rows in an order drawn by the seed, always the first that adds the most.
+    Which is greedy: of the rows in an order drawn by the seed, always the first that adds the most, and of these one
+    whose values were taken least so far.
     """
     cells = [{(column, repr(value)) for column, value in enumerate(row)} for row in rows]
     missing = set().union(*cells)
     left = list(range(len(cells)))
     random.Random(seed).shuffle(left)
+    times: Counter[tuple[int, str]] = Counter()
     taken = []
     while missing:
-        best = max(left, key=lambda number: len(cells[number] & missing))
+        best = max(left, key=lambda number: (len(cells[number] & missing), -sum(times[cell] for cell in cells[number])))
         taken.append(best)
         left.remove(best)
         missing -= cells[best]
+        times.update(cells[best])
     return sorted(taken)
+
+
+def crossed(*columns: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """The rows of a table: everything with everything. What is a tuple fills several columns."""
+    cells = ([cell if isinstance(cell, tuple) else (cell,) for cell in column] for column in columns)
+    return [sum(row, ()) for row in itertools.product(*cells)]
 
 
 def takes_all(config: pytest.Config) -> bool:
     return "exhaustive" in config.getoption("markexpr", "")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sampled(request: pytest.FixtureRequest) -> Callable[[Collection[Sequence[Any]]], list[Any]]:
     """Of the rows of a table those that this run takes."""
 

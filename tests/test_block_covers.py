@@ -70,8 +70,10 @@ def test_only_blocks_that_a_shard_edge_cuts_are_shared(workers: Pool) -> None:
     workers(2).run(what_fsdp2_shares)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (0, 4), (700, 900), (3, 90_000), (90_000, 3), (60, 70, 80)], ids=str)
-@pytest.mark.parametrize("block", [3, 64, 1000])
+CHUNKED = [(), (1,), (0, 4), (700, 900), (3, 90_000), (90_000, 3), (60, 70, 80)]
+
+
+@pytest.mark.sampled("shape, block", list(itertools.product(CHUNKED, [3, 64, 1000])), ids=str)
 def test_chunks_do_not_show_with_block_covers(shape: tuple[int, ...], block: int) -> None:
     """Strips end where blocks end, and chunks end anywhere."""
     options: dict[str, Any] = {"beta": 0.9, "cover_block": block}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from flat_layouts import LAYOUTS, FlatLayout, Model, cases, clean, exact_gradient
 from harness import Pool
+from sampling import crossed
 from torch import Tensor
 
 from sm3_dist import SM3
@@ -95,33 +96,22 @@ def compare_states(optimizer: SM3, states: dict[str, ReferenceState], options: d
                 assert torch.equal(moment, state.momentum_buffer[at]), entry.describe()
 
 
-def compare_all_options(name: str) -> None:
-    for options in OPTIONS:
-        compare_with_reference(name, options)
+@pytest.mark.sampled("name, world_size, options", crossed(cases(), range(len(OPTIONS))))
+def test_equals_one_process(workers: Pool, name: str, world_size: int, options: int) -> None:
+    workers(world_size).run(compare_with_reference, name, OPTIONS[options])
 
 
-@pytest.mark.sampled("name, world_size", list(cases()))
-def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
-    workers(world_size).run(compare_all_options, name)
+SHARDED_COVERS = [("fsdp1-nested", 3), ("fsdp1-flat-hybrid-shard", 4), ("fairscale-nested", 2)]
 
 
-def compare_sharded_covers(name: str) -> None:
-    for options in OPTIONS:
-        compare_with_reference(name, options, shard_covers=True)
+@pytest.mark.sampled("name, world_size, options", crossed(SHARDED_COVERS, range(len(OPTIONS))))
+def test_equals_one_process_with_sharded_covers(workers: Pool, name: str, world_size: int, options: int) -> None:
+    workers(world_size).run(compare_with_reference, name, OPTIONS[options], shard_covers=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "world_size"), [("fsdp1-nested", 3), ("fsdp1-flat-hybrid-shard", 4), ("fairscale-nested", 2)]
-)
-def test_equals_one_process_with_sharded_covers(workers: Pool, name: str, world_size: int) -> None:
-    workers(world_size).run(compare_sharded_covers, name)
+NAMES_AND_TYPES = crossed(["fsdp1-nested", "fsdp1-flat-nested"], [torch.bfloat16, torch.float64])
 
 
-def compare_dtypes(name: str) -> None:
-    for dtype in (torch.bfloat16, torch.float64):
-        compare_with_reference(name, OPTIONS[1], dtype)
-
-
-@pytest.mark.parametrize("name", ["fsdp1-nested", "fsdp1-flat-nested"])
-def test_equals_one_process_in_other_types(workers: Pool, name: str) -> None:
-    workers(2).run(compare_dtypes, name)
+@pytest.mark.sampled("name, dtype", NAMES_AND_TYPES, ids=str)
+def test_equals_one_process_in_other_types(workers: Pool, name: str, dtype: torch.dtype) -> None:
+    workers(2).run(compare_with_reference, name, OPTIONS[1], dtype)

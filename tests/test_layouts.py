@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from harness import Pool
 from layouts import LAYOUTS, Tensors, cases, full, give, same
+from sampling import crossed
 from torch import Tensor
 
 from sm3_dist import SM3
@@ -54,31 +55,23 @@ def compare_with_reference(name: str, dtype: torch.dtype, options: dict[str, Any
         assert held["step"] == sum(gradient(step, number, weight.shape) is not None for step in range(STEPS)), where
 
 
-def compare_all_options(name: str, keywords: dict[str, Any]) -> None:
-    for options in OPTIONS:
-        compare_with_reference(name, torch.float32, options, **keywords)
+SHARDED_COVERS = [("fsdp2", 4), ("fsdp2", 3), ("hsdp", 4), ("tp-2d", 4), ("fsdp2-tp", 4)]
+TYPES = [torch.bfloat16, torch.float16, torch.float64]
 
 
-def compare_dtypes(name: str) -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        compare_with_reference(name, dtype, OPTIONS[-1])
+@pytest.mark.sampled("name, world_size, options", crossed(cases(), range(len(OPTIONS))))
+def test_equals_one_process(workers: Pool, name: str, world_size: int, options: int) -> None:
+    workers(world_size).run(compare_with_reference, name, torch.float32, OPTIONS[options])
 
 
-@pytest.mark.sampled("name, world_size", list(cases()))
-def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
-    workers(world_size).run(compare_all_options, name, {})
+@pytest.mark.sampled("name, world_size, options", crossed(SHARDED_COVERS, range(len(OPTIONS))))
+def test_equals_one_process_with_sharded_covers(workers: Pool, name: str, world_size: int, options: int) -> None:
+    workers(world_size).run(compare_with_reference, name, torch.float32, OPTIONS[options], shard_covers=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "world_size"), [("fsdp2", 4), ("fsdp2", 3), ("hsdp", 4), ("tp-2d", 4), ("fsdp2-tp", 4)]
-)
-def test_equals_one_process_with_sharded_covers(workers: Pool, name: str, world_size: int) -> None:
-    workers(world_size).run(compare_all_options, name, {"shard_covers": True})
-
-
-@pytest.mark.parametrize(("name", "world_size"), [("fsdp2", 3), ("fsdp2-tp", 4)])
-def test_equals_one_process_in_other_types(workers: Pool, name: str, world_size: int) -> None:
-    workers(world_size).run(compare_dtypes, name)
+@pytest.mark.sampled("name, world_size, dtype", crossed([("fsdp2", 3), ("fsdp2-tp", 4)], TYPES), ids=str)
+def test_equals_one_process_in_other_types(workers: Pool, name: str, world_size: int, dtype: torch.dtype) -> None:
+    workers(world_size).run(compare_with_reference, name, dtype, OPTIONS[-1])
 
 
 def states_of_a_mixed_model(shard_covers: bool) -> None:

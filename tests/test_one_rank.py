@@ -40,6 +40,7 @@ KNOWN: dict[str, tuple[int, str | None, str | None]] = {
     "a step left out, the first": (60028, None, None),
     "a closure that raises before there is a plan, and its rank goes on": (60049, None, None),
     "a frozen parameter, with sharded covers": (71074, None, None),
+    "state loaded before the first step, of which gradients are looked at first": (101029, None, None),
     "another lr, of replicas that send nothing": (7, "lr", "hsdp-replicas-only"),
     "a closure that raises before there is a plan, and goes on": (15, "closure, and on", "zero1"),
 }

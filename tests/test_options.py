@@ -9,6 +9,7 @@ import torch
 from against_reference import EVERYTHING, OPTIONS, compare_with_reference
 from harness import Pool
 from layouts import Tensors, cases, full, give
+from sampling import crossed
 from test_maths import gradients, trained
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions
@@ -19,20 +20,17 @@ from sm3_dist.checkpoint import get_state_dict, set_state_dict
 from sm3_dist.maths.reference import ReferenceState, reference_step
 from sm3_dist.step.param_groups import ADAMW_LIKE, correction, correction_of
 
-
-def compare_all_options(name: str, keywords: dict[str, Any]) -> None:
-    for options in OPTIONS:
-        compare_with_reference(name, options, **keywords)
+SHARDED_COVERS = [("fsdp2", 4), ("hsdp", 4), ("tp-2d", 4), ("fsdp2-tp", 4)]
 
 
-@pytest.mark.sampled("name, world_size", list(cases()))
-def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
-    workers(world_size).run(compare_all_options, name, {})
+@pytest.mark.sampled("name, world_size, options", crossed(cases(), range(len(OPTIONS))))
+def test_equals_one_process(workers: Pool, name: str, world_size: int, options: int) -> None:
+    workers(world_size).run(compare_with_reference, name, OPTIONS[options])
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("fsdp2", 4), ("hsdp", 4), ("tp-2d", 4), ("fsdp2-tp", 4)])
-def test_equals_one_process_with_sharded_covers(workers: Pool, name: str, world_size: int) -> None:
-    workers(world_size).run(compare_all_options, name, {"shard_covers": True})
+@pytest.mark.sampled("name, world_size, options", crossed(SHARDED_COVERS, range(len(OPTIONS))))
+def test_equals_one_process_with_sharded_covers(workers: Pool, name: str, world_size: int, options: int) -> None:
+    workers(world_size).run(compare_with_reference, name, OPTIONS[options], shard_covers=True)
 
 
 def steps_of(model: torch.nn.Module, optimizer: SM3, steps: range) -> None:

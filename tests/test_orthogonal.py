@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from harness import Pool
 from layouts import LAYOUTS, Tensors, give
+from sampling import crossed
 from test_planning import WRAP, given
 from test_planning import model as planned_model
 from torch import Tensor
@@ -44,43 +45,51 @@ NARROW: list[dict[str, Any]] = [
 SMALL_BUCKETS = patch.object(matrix_exchange, "BUCKET_BYTES", 100)  # several, of one or two matrices each
 
 
-def compare_dtensors(name: str) -> None:
-    for options in OPTIONS:
-        against_reference.compare_with_reference(name, options)
-    with SMALL_BUCKETS:
-        against_reference.compare_with_reference(name, MUON)
-    for keywords in NARROW:
+def compare_dtensors(name: str, kind: int) -> None:
+    if kind < len(OPTIONS):
+        against_reference.compare_with_reference(name, OPTIONS[kind])
+    elif kind == len(OPTIONS):
+        with SMALL_BUCKETS:
+            against_reference.compare_with_reference(name, MUON)
+    else:
+        keywords = NARROW[kind - len(OPTIONS) - 1]
         against_reference.compare_with_reference(name, MUON, torch.bfloat16, **keywords)
 
 
-@pytest.mark.sampled("name, world_size", list(layouts.cases()))
-def test_dtensors_equal_one_process(workers: Pool, name: str, world_size: int) -> None:
-    workers(world_size).run(compare_dtensors, name)
+KINDS = range(len(OPTIONS) + 1 + len(NARROW))
 
 
-def compare_flat(name: str) -> None:
-    test_flat.compare_with_reference(name, OPTIONS[1])
-    with SMALL_BUCKETS:
-        test_flat.compare_with_reference(name, MUON, torch.float32, **NARROW[1])
+@pytest.mark.sampled("name, world_size, kind", crossed(layouts.cases(), KINDS))
+def test_dtensors_equal_one_process(workers: Pool, name: str, world_size: int, kind: int) -> None:
+    workers(world_size).run(compare_dtensors, name, kind)
 
 
-@pytest.mark.sampled("name, world_size", list(flat_layouts.cases()))
-def test_flat_tensors_equal_one_process(workers: Pool, name: str, world_size: int) -> None:
-    workers(world_size).run(compare_flat, name)
-
-
-def compare_replicas() -> str:
-    for options in [*OPTIONS, {**MUON, "momentum_dtype": torch.bfloat16, "stochastic_rounding": True}]:
+def compare_flat(name: str, in_small_buckets: bool) -> None:
+    if in_small_buckets:
         with SMALL_BUCKETS:
-            digest = replicas.train_beside_one_process(
-                replicas.params_of(), replicas.BUCKETING["small-buckets"], lr=0.3, **options
-            )
-    return digest
+            test_flat.compare_with_reference(name, MUON, torch.float32, **NARROW[1])
+    else:
+        test_flat.compare_with_reference(name, OPTIONS[1])
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_replicas_equal_one_process(workers: Pool, world_size: int) -> None:
-    replicas.assert_replicas(workers(world_size).run(compare_replicas))
+@pytest.mark.sampled("name, world_size, in_small_buckets", crossed(flat_layouts.cases(), [False, True]))
+def test_flat_tensors_equal_one_process(workers: Pool, name: str, world_size: int, in_small_buckets: bool) -> None:
+    workers(world_size).run(compare_flat, name, in_small_buckets)
+
+
+REPLICAS: list[dict[str, Any]] = [*OPTIONS, {**MUON, "momentum_dtype": torch.bfloat16, "stochastic_rounding": True}]
+
+
+def compare_replicas(options: dict[str, Any]) -> str:
+    with SMALL_BUCKETS:
+        return replicas.train_beside_one_process(
+            replicas.params_of(), replicas.BUCKETING["small-buckets"], lr=0.3, **options
+        )
+
+
+@pytest.mark.sampled("world_size, options", crossed([2, 3, 4], range(len(REPLICAS))))
+def test_replicas_equal_one_process(workers: Pool, world_size: int, options: int) -> None:
+    replicas.assert_replicas(workers(world_size).run(compare_replicas, REPLICAS[options]))
 
 
 def bytes_that_travel(name: str) -> tuple[int, int, int]:

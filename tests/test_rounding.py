@@ -10,6 +10,7 @@ import torch.distributed as dist
 from against_reference import EVERYTHING, compare_with_reference
 from harness import Pool
 from layouts import cases
+from sampling import crossed
 from test_maths import gradients, trained
 from torch import Tensor, nn
 
@@ -157,33 +158,32 @@ def test_chunks_do_not_show() -> None:
     assert torch.equal(ours, round_to_bfloat16(torch.full(shape, 1 - 2**-9), noise).bfloat16())
 
 
-def compare_all(name: str, **keywords: Any) -> None:
-    for options in NARROW:
-        for dtype in (torch.bfloat16, torch.float32):
-            given = {key: value for key, value in options.items() if key != "momentum_dtype"}
-            form = {"momentum_dtype": options.get("momentum_dtype")}
-            compare_with_reference(name, given, dtype, SEED, **form, **keywords)
+def compare(name: str, options: dict[str, Any], dtype: torch.dtype, **keywords: Any) -> None:
+    given = {key: value for key, value in options.items() if key != "momentum_dtype"}
+    form = {"momentum_dtype": options.get("momentum_dtype")}
+    compare_with_reference(name, given, dtype, SEED, **form, **keywords)
 
 
-@pytest.mark.sampled("name, world_size", list(cases()))
-def test_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
-    workers(world_size).run(compare_all, name)
+TYPES = [torch.bfloat16, torch.float32]
 
 
-def compare_replicas() -> None:
-    compare_all("whole", shard_over=dist.group.WORLD)
+@pytest.mark.sampled("name, world_size, options, dtype", crossed(cases(), range(len(NARROW)), TYPES), ids=str)
+def test_equals_one_process(workers: Pool, name: str, world_size: int, options: int, dtype: torch.dtype) -> None:
+    workers(world_size).run(compare, name, NARROW[options], dtype)
 
 
-def test_equals_one_process_with_replicas(workers: Pool) -> None:
-    workers(3).run(compare_replicas)
+def compare_replicas(options: dict[str, Any], dtype: torch.dtype) -> None:
+    compare("whole", options, dtype, shard_over=dist.group.WORLD)
 
 
-def compare_flat(name: str) -> None:
-    # fairscale wraps float32 and float16 weights alone, the momentum of which may be narrower.
-    for dtype in (torch.float32,) if name.startswith("fairscale") else (torch.bfloat16, torch.float32):
-        options = {"momentum": 0.9, "beta": 0.95, "weight_decay": 0.1}
-        for momentum_dtype in (torch.bfloat16, torch.int8):
-            test_flat.compare_with_reference(name, options, dtype, SEED, momentum_dtype=momentum_dtype)
+@pytest.mark.sampled("options, dtype", crossed(range(len(NARROW)), TYPES), ids=str)
+def test_equals_one_process_with_replicas(workers: Pool, options: int, dtype: torch.dtype) -> None:
+    workers(3).run(compare_replicas, NARROW[options], dtype)
+
+
+def compare_flat(name: str, dtype: torch.dtype, momentum_dtype: torch.dtype) -> None:
+    options = {"momentum": 0.9, "beta": 0.95, "weight_decay": 0.1}
+    test_flat.compare_with_reference(name, options, dtype, SEED, momentum_dtype=momentum_dtype)
 
 
 FLAT = [
@@ -192,9 +192,19 @@ FLAT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "world_size"), FLAT)
-def test_equals_one_process_with_flattened_parameters(workers: Pool, name: str, world_size: int) -> None:
-    workers(world_size).run(compare_flat, name)
+# fairscale wraps float32 and float16 weights alone, the momentum of which may be narrower.
+FLAT_ROWS = [
+    row
+    for row in crossed(FLAT, TYPES, [torch.bfloat16, torch.int8])
+    if row[2] == torch.float32 or not row[0].startswith("fairscale")
+]
+
+
+@pytest.mark.sampled("name, world_size, dtype, momentum_dtype", FLAT_ROWS, ids=str)
+def test_equals_one_process_with_flattened_parameters(
+    workers: Pool, name: str, world_size: int, dtype: torch.dtype, momentum_dtype: torch.dtype
+) -> None:
+    workers(world_size).run(compare_flat, name, dtype, momentum_dtype)
 
 
 def test_numbers_are_places_in_the_model() -> None:

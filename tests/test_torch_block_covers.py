@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor
 
 from sm3_dist import SM3
+from sm3_dist.compat import redistributes_to_strided_shards
 from sm3_dist.step.param_groups import ADAMW_LIKE
 
 # Rows that shards cut within blocks of 64 on some numbers of ranks or on all; some have a last block of few rows.
@@ -118,9 +119,12 @@ def load_it(folder: Path, way: str, layout: str, options: str) -> list[str]:
     return found + [f"{what}, later" for what in differences(optimizer, options, 2 * STEPS)]
 
 
-# (Torch cannot set whole tensors of uneven size under tensor parallelism with FSDP2.)
+# (Torch cannot set whole tensors of uneven size under tensor parallelism with FSDP2, and up to 2.9 not gather them.)
+GATHERS = pytest.mark.skipif(
+    not redistributes_to_strided_shards(), reason="PyTorch 2.9 puts uneven strided shards together wrongly"
+)
 MOVES = [
-    move
+    pytest.param(*move, marks=GATHERS if move[0] == "full" and move[2][0] == "fsdp2-tp" else ())
     for move in product(WAYS, OPTIONS, PLACES, PLACES)
     if not (move[0] == "full" and move[3][0] == "fsdp2-tp") and (move[2], move[3]) != (PLACES[0], PLACES[0])
 ]

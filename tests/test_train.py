@@ -29,7 +29,8 @@ def test_two_processes_train_and_a_second_run_does_not_touch_the_first(
     first = torchrun("--data", text, "--out", out)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("sm3 after 12 steps") == 1, "rank 0 alone speaks"
-    assert first.stdout.startswith(f"text: {text}: ")
+    said = [line for line in first.stdout.splitlines() if not line.startswith("[Gloo]")]  # as it does up to PyTorch 2.9
+    assert said[0].startswith(f"text: {text}: ")
     for said in ("bits per byte", "order-0", "order-1", "bz2", "AdamW would hold", "in the optimizer", "tokens/s"):
         assert said in first.stdout
     for said in ("judging on the 3,000 bytes held out", f"config.json, metrics.jsonl and loss.png are in {out}"):

@@ -1,6 +1,5 @@
 """ZeRO-1: replicated parameters, each rank updating a range, must train as one process does, to the last bit."""
 
-import itertools
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from replicas import (
     params_of,
     train_beside_one_process,
 )
+from sampling import crossed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -27,15 +27,13 @@ from sm3_dist import SM3
 from sm3_dist.layout.shard import LocalShard
 
 
-def all_options(bucketing: dict[str, Any]) -> str:
-    for options in OPTIONS:
-        result = train_beside_one_process(params_of(), bucketing, lr=0.3, **options)
-    return result
+def trained(bucketing: dict[str, Any], options: dict[str, Any]) -> str:
+    return train_beside_one_process(params_of(), bucketing, lr=0.3, **options)
 
 
-@pytest.mark.sampled("world_size, bucketing", list(itertools.product(WORLDS, BUCKETING)))
-def test_equals_one_process(workers: Pool, world_size: int, bucketing: str) -> None:
-    assert_replicas(workers(world_size).run(all_options, BUCKETING[bucketing]))
+@pytest.mark.sampled("world_size, bucketing, options", crossed(WORLDS, BUCKETING, range(len(OPTIONS))))
+def test_equals_one_process(workers: Pool, world_size: int, bucketing: str, options: int) -> None:
+    assert_replicas(workers(world_size).run(trained, BUCKETING[bucketing], OPTIONS[options]))
 
 
 def two_elements_at_a_time() -> str:
@@ -62,7 +60,7 @@ def mixed_types(bucketing: dict[str, Any]) -> str:
     return train_beside_one_process(params[::2] + params[1::2], bucketing, momentum=0.9)
 
 
-@pytest.mark.sampled("world_size, bucketing", list(itertools.product([2, 3], BUCKETING)))
+@pytest.mark.sampled("world_size, bucketing", crossed([2, 3], BUCKETING))
 def test_types_mix(workers: Pool, world_size: int, bucketing: str) -> None:
     assert_replicas(workers(world_size).run(mixed_types, BUCKETING[bucketing]))
 
@@ -81,7 +79,7 @@ def strided(bucketing: dict[str, Any]) -> str:
     return result
 
 
-@pytest.mark.sampled("world_size, bucketing", list(itertools.product([2, 3], BUCKETING)))
+@pytest.mark.sampled("world_size, bucketing", crossed([2, 3], BUCKETING))
 def test_parameters_need_not_be_contiguous(workers: Pool, world_size: int, bucketing: str) -> None:
     assert_replicas(workers(world_size).run(strided, BUCKETING[bucketing]))
 

@@ -94,7 +94,7 @@ def _names_with_state(reader: SafeReader, prefix: str, alone: bool) -> list[str]
     names: list[list[str]] = [[]]
     if alone or dist.get_rank() == 0:
         with suppress(CheckpointError):
-            keys = reader.read_metadata().state_dict_metadata
+            keys = reader.checked_metadata().state_dict_metadata
             found = (key.removeprefix(prefix).rpartition(".")[0] for key in keys if key.startswith(prefix))
             names = [list(dict.fromkeys(found))]
     if not alone:
@@ -109,7 +109,7 @@ def explain(reason: BaseException) -> str:
         return f"the file {reason.filename} is missing"
     if "Missing key" in text or "Size mismatch" in text:
         return f"{text}. It is the checkpoint of another model, or of an optimizer with other settings"
-    return f"{type(reason).__name__}: {text}"
+    return text if isinstance(reason, CheckpointError) else f"{type(reason).__name__}: {text}"
 
 
 class SafeReader(FileSystemReader):
@@ -119,7 +119,18 @@ class SafeReader(FileSystemReader):
         path: the directory.
     """
 
+    refusal: CheckpointError | None = None
+    """Why ``.metadata`` is not read."""
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What ``.metadata`` says, or nothing and the ``refusal``. The planner raises it: PyTorch 2.9 does not."""
+        try:
+            return self.checked_metadata()
+        except CheckpointError as error:
+            self.refusal = error
+            return Metadata({})
+
+    def checked_metadata(self) -> Metadata:
         """Read ``.metadata``.
 
         Raises:
@@ -167,6 +178,16 @@ class SafeLoadPlanner(DefaultLoadPlanner):
     def __init__(self, reader: SafeReader) -> None:
         super().__init__()
         self.reader = reader
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        """Begin.
+
+        Raises:
+            CheckpointError: if the reader could not.
+        """
+        if self.reader.refusal:
+            raise self.reader.refusal
+        super().set_up_planner(*args, **kwargs)
 
     def create_local_plan(self) -> LoadPlan:
         """Plan what to read, if the checkpoint's format is one that this package knows.

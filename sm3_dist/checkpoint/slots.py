@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sm3_dist.checkpoint.boxed import BoxedTensor, holders
+from sm3_dist.compat import same_placements
 from sm3_dist.layout.box import Box
 from sm3_dist.layout.describe import local_tensor
 
@@ -110,9 +111,10 @@ class Reader:
 
     def __init__(self, value: Tensor, like: Tensor | None) -> None:
         if isinstance(value, DTensor):
-            same = isinstance(like, DTensor) and (like.device_mesh, like.placements) == (
-                value.device_mesh,
-                value.placements,
+            same = (
+                isinstance(like, DTensor)
+                and like.device_mesh == value.device_mesh
+                and same_placements(like.placements, value.placements)
             )
             # Of the same layout: the box that is asked for is what this rank holds. If not: a collective.
             self._local = local_tensor(value) if same else None

@@ -6,6 +6,8 @@ tensor in it. The first that matches is taken.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from sm3_dist.layout import whole
@@ -14,7 +16,10 @@ from sm3_dist.layout.kinds import is_dtensor
 from sm3_dist.layout.shard import LocalShard
 from sm3_dist.layout.zero import Replicas
 
-__all__ = ["Flattened", "Replicas", "as_state_tensor", "describe", "local_tensor"]
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["Flattened", "Replicas", "as_state_tensor", "cut_like", "describe", "local_tensor"]
 
 
 def describe(
@@ -71,3 +76,10 @@ def as_state_tensor(param: Tensor, part: Tensor, shard: LocalShard, i: int) -> T
     from sm3_dist.layout import dtensor
 
     return dtensor.accumulator(param, part, shard, i)
+
+
+def cut_like(grad: DTensor, param: DTensor) -> DTensor:
+    """A gradient, cut as its parameter is: a collective where it is cut otherwise or still a sum over ranks."""
+    from sm3_dist.layout import dtensor
+
+    return dtensor.cut_like(grad, param)

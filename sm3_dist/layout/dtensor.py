@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from sm3_dist.compat import guard_strided_shards, redistributes_to_strided_shards, same_placements
 from sm3_dist.layout.box import Box, overlaps
 from sm3_dist.layout.cover import Cell, accumulator_count, cell, grid, touched
 from sm3_dist.layout.groups import group_of
@@ -34,6 +35,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Run = tuple[int, int]
 """Indices ``[start, stop)`` of one tensor dimension."""
+
+guard_strided_shards()
 
 
 def describe(param: Tensor, label: str, cover_block: int | None) -> tuple[LocalShard, ...]:
@@ -99,6 +102,20 @@ def accumulator(param: DTensor, part: Tensor, shard: LocalShard, i: int) -> Tens
     return DTensor.from_local(
         part, param.device_mesh, cut.placements, run_check=False, shape=torch.Size(cut.shape), stride=stride
     )
+
+
+def cut_like(grad: DTensor, param: DTensor) -> DTensor:
+    """A gradient, cut as its parameter is: a collective where it is cut otherwise or still a sum over ranks."""
+    mesh, placements = param.device_mesh, param.placements
+    if same_placements(grad.placements, placements):
+        return grad
+    strided = any(isinstance(placement, _StridedShard) for placement in placements)
+    if not strided or redistributes_to_strided_shards():
+        return grad.redistribute(mesh, placements)
+    whole = grad.redistribute(mesh, [Replicate()] * mesh.ndim).to_local()
+    box = _box(_Cut.of(param), tuple(mesh.get_coordinate() or ()))
+    part = whole[tuple(map(slice, box.start, box.stop))].contiguous()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
 
 
 @dataclass(frozen=True)

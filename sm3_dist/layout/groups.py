@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sm3_dist.compat import GROUP_NAME
+
 
 def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
     """The group of these ranks, this one among them: the first that exists, else a new one.
@@ -54,7 +56,7 @@ def _name_for(ranks: tuple[int, ...]) -> Iterator[None]:
     if before is None:  # a version that names groups in another way
         yield
         return
-    c10d._process_group_name = lambda ranks, use_hashed_name: c10d.GroupName(name)
+    c10d._process_group_name = lambda ranks, use_hashed_name: GROUP_NAME(name)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sm3_dist.layout.describe import local_tensor
+from sm3_dist.layout.describe import cut_like, local_tensor
 from sm3_dist.layout.kinds import is_dtensor
 from sm3_dist.layout.shard import WHOLE, LocalShard
 from sm3_dist.maths.rms import CUT_OFF, SquareSum
@@ -134,9 +134,7 @@ class Entry:
                     f"{self.label} is a DTensor, but its gradient is a plain tensor of shape {tuple(grad.shape)}. "
                     "Assign a DTensor with the parameter's mesh and placements."
                 )
-            if grad.placements != self.param.placements:  # Partial, where autograd left the reduction to the optimizer
-                grad = grad.redistribute(self.param.device_mesh, self.param.placements)
-            part = local_tensor(grad)
+            part = local_tensor(cut_like(grad, self.param))  # (Partial where autograd left the sum to the optimizer)
             if part.numel() != self.shard.numel:  # PyTorch compares the whole tensors alone
                 raise ValueError(
                     f"of {self.label} this rank holds {self.shard.numel} elements, but of its gradient "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sm3_dist.layout.describe import local_tensor
+from sm3_dist.layout.describe import cut_like, local_tensor
 from sm3_dist.layout.kinds import is_dtensor
 
 
@@ -17,8 +17,8 @@ def settled_gradient(param: Tensor) -> Tensor | None:
     grad = param.grad
     if grad is None:
         return None
-    if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:
-        param.grad = grad = grad.redistribute(param.device_mesh, param.placements)
+    if is_dtensor(param) and is_dtensor(grad) and (cut := cut_like(grad, param)) is not grad:
+        param.grad = grad = cut
     if grad.is_sparse:
         param.grad = grad = grad.coalesce()
         return grad.values()

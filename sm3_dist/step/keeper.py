@@ -204,7 +204,8 @@ class PlanKeeper:
                 self._older.tell("planned anew", words)
                 self._older.receive()
             patience = dict.fromkeys(self._lookout.unsealed, PATIENCE)
-        plans = agreement_lines(entries, lambda entry: f"{entry.describe()}, {self._skipping}")
+        origin = "state loaded" if self._unshared else "state of its own steps"  # what is loaded is exchanged at once
+        plans = agreement_lines(entries, lambda entry: f"{entry.describe()}, {self._skipping}, {origin}")
         try:
             self.watch.follow(check_agreement(plans, self.watch, patience) if plans else {})
         except PlanMismatchError as error:

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sm3_dist.compat import give_gradient
 from sm3_dist.layout.box import Box
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.shard import LocalShard, unflattened
@@ -88,7 +87,10 @@ class OrthogonalSteps:
 
 
 class _StandIn(Tensor):
-    """A parameter whose gradient may be of another type than it is, which a plain tensor takes in no version alike."""
+    """A parameter that is bfloat16, as updates travel, with a gradient of any type.
+
+    A plain tensor of PyTorch 2.9 takes none of another type than its own.
+    """
 
     grad: Tensor | None = None
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -125,6 +127,7 @@ class _Part:
         else:
             within, take = shard, lambda grad: grad
             flat = unflattened(flat, local_tensor(entry.param).shape, order)
+        flat = flat.as_subclass(_StandIn)
         return cls(
             entry, replace(entry, param=flat, shard=within, momentum_buffer=momentum, step=entry.step.clone()), take
         )
@@ -140,7 +143,7 @@ class _Part:
                 "into a param group with orthogonalize=False, or use nn.Embedding(..., sparse=False)."
             )
         if self.entry.shard.boxes:
-            give_gradient(self.stand_in.param, self.take(self.entry.local_grad(grad)))
+            self.stand_in.param.grad = self.take(self.entry.local_grad(grad))
         return True
 
     def move(self, settings: Settings) -> None:
