@@ -43,8 +43,8 @@ CHECKS = ("plain that_the_host_reads_nothing", "recipe", "random single_values",
 
 
 @pytest.mark.skipif(
-    Version(version("triton")) < Version("3.7") and Version(version("numpy")) >= Version("2.4"),
-    reason="Triton's interpreter takes NumPy 2.4 from 3.7 on: pip install 'numpy<2.4'",
+    Version(version("triton")) < Version("3.7"),
+    reason="older interpreters of Triton take NaN for the minimum of it and a number, which GPUs do not; nor NumPy 2.4",
 )
 @pytest.mark.parametrize("checks", CHECKS)
 def test_the_interpreted_kernels_give_the_bits_of_eager(checks: str) -> None:
