@@ -27,6 +27,9 @@ from sm3_dist.step.entry import HYPERPARAMETERS, Entry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SHAPE_IN_BLOCKS = (138, 960)
+"""So many elements that squares of updates are short, which the fastest loop on x86-64 takes."""
+
 
 @needs_c
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -120,7 +123,7 @@ def test_every_vector_width(dtype, options, block, moment_dtype):
     if dtype == torch.float16 and options:  # which is not rounded so
         options = options | {"stochastic_rounding": False}
     generator = torch.Generator().manual_seed(1)
-    shape = (37, 131) if block is None else (70, 192)
+    shape = (37, 131) if block is None else SHAPE_IN_BLOCKS
     group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.95} | options
     settings = Settings(0.1, 0.9, 0.95, 1e-30, 0.1, False, bool(options), cover_product=block is not None)
     weight, grad = torch.randn(shape, generator=generator).to(dtype), gradient(shape, dtype, generator, special=True)
@@ -142,6 +145,19 @@ def test_every_vector_width(dtype, options, block, moment_dtype):
     for width, result in zip(cpu.widths(), results[1:], strict=True):
         for expected, actual in zip(results[0], result, strict=True):
             assert_same(actual, expected, width)
+
+
+@needs_c
+@pytest.mark.parametrize("block", [None, 64])
+def test_nan_has_no_sign_in_accumulators(block):
+    weight = nn.Parameter(torch.ones(SHAPE_IN_BLOCKS))
+    weight.grad = torch.ones(SHAPE_IN_BLOCKS)
+    weight.grad[3, 5:6].view(torch.int32).fill_(-1)
+    optimizer = SM3.adamw_like([weight], backend="c", cover_block=block)
+    optimizer.step()
+    entries = [value for key, value in optimizer.state[weight].items() if "accumulator" in key]
+    assert [int(each.isnan().sum()) for each in entries] == [1] * len(entries)
+    assert all((each.view(torch.int32) >= 0).all() for each in entries)
 
 
 @needs_c

@@ -97,22 +97,24 @@ static void step_panel_row(struct panel *p, const struct matrix *m, int64_t row,
     int32_t *tops = p->of_rows + r * p->blocks + i;
     for (int64_t b = 0; b < blocks; b++)
         p->covers[b] = p->pass.settings.product ? bounded(entries[b]) : lesser(entries[b], p->tiles[i + b]);
-    struct stretch x = {
-        .n = n,
-        .block = m->column_length,
-        .phase = phase,
-        .covers = p->covers,
-        .floors = p->floors + stored - p->column,
-        .peaks = p->of_columns + stored - p->column,
-        .tops = tops,
-    };
-    struct place at = {.row = m->row_place + row, .column = m->column_place + column};
+    struct stretch x; /* (an initializer would clear it first, which takes long for a row) */
+    x.n = n;
+    x.block = m->column_length;
+    x.phase = phase;
+    x.covers = p->covers;
+    x.floors = p->floors + stored - p->column;
+    x.peaks = p->of_columns + stored - p->column;
+    x.tops = tops;
+    struct place at;
+    at.row = m->row_place + row;
+    at.column = m->column_place + column;
+    at.box = 0;
     for (int o = 0; o < OPERANDS; o++) {
         at.offset[o] = m->offset[o] + row * m->stride[o] + (m->table ? 0 : column);
         at.step[o] = 1;
         at.table[o] = m->table ? m->table + o * m->columns + column : 0;
     }
-    step_stretch(&p->pass, &at, x);
+    step_stretch(&p->pass, &at, &x);
     for (int64_t b = 0; b < blocks; b++) p->of_tiles[i + b] = larger(p->of_tiles[i + b], tops[b]);
 }
 

@@ -188,7 +188,7 @@ WIDE_INLINE void OF(raise_tops)(const struct stretch *x, const int32_t *nus) {
 WIDE_INLINE void OF(stretch_of)(int weight, int grad, int moment, struct stretch *x) {
     const struct settings *s = x->settings;
     const struct OF(numbers) numbers = OF(numbers_of)(s);
-    struct OF(line) line = {.weight = weight, .grad = grad, .moment = moment};
+    struct OF(line) line;
     float floors[CHUNK + LANES];
     int32_t nus[CHUNK];
     int is_usual = s->unscale == 1 && (moment == NONE || s->nesterov) && OF(is_short)(s->cap);
@@ -196,6 +196,7 @@ WIDE_INLINE void OF(stretch_of)(int weight, int grad, int moment, struct stretch
     for (int64_t rest = x->n; rest > 0; rest -= x->n) {
         struct OF(sum) sum = OF(new_sum)();
         x->n = smaller(rest, is_blocked ? 2 * CHUNK : CHUNK);
+        line.weight = weight, line.grad = grad, line.moment = moment;
         line.w = x->w, line.g = x->g, line.m = x->m;
         for (int o = 0; o < OPERANDS; o++) line.noise[o] = x->noise[o];
         line.floors = is_blocked ? x->floors : floors;

@@ -152,25 +152,20 @@ static int is_staged(const struct pass *p, const struct place *at, int staged[OP
     return any;
 }
 
-/* Elements that follow one another. What a stretch cannot take is brought there and back, as much at a time as stays in
- * cache. */
-static void step_stretch(struct pass *p, const struct place *at, struct stretch x) {
+/* What a stretch cannot take is brought there and back, as much at a time as stays in cache. */
+static void step_parts(struct pass *p, const struct place *at, struct stretch x, const int staged[OPERANDS],
+                       const int random[OPERANDS]) {
     const struct width *width = p->width;
     const int64_t *type = p->t->type;
-    int random[OPERANDS] = {p->t->rounds && type[WEIGHT] == BFLOAT16, 0,
-                            type[MOMENT] == CODE || (p->t->rounds && type[MOMENT] == BFLOAT16)};
-    int staged[OPERANDS], in_parts = is_staged(p, at, staged) || random[WEIGHT] || random[MOMENT];
     int64_t as[OPERANDS], rest = x.n;
     for (int o = 0; o < OPERANDS; o++) as[o] = staged[o] ? FLOAT32 : type[o];
     float wide[OPERANDS][TILE];
     char narrow[OPERANDS][TILE * sizeof(float)];
     struct random noise[OPERANDS];
-    x.settings = &p->settings;
-    x.product = p->settings.product && p->t->block;
     for (int64_t done = 0; rest > 0; rest -= x.n, done += x.n) {
         char *there[OPERANDS] = {0}, *here[OPERANDS];
         struct stretch part = x;
-        x.n = part.n = in_parts ? smaller(rest, TILE) : rest;
+        x.n = part.n = smaller(rest, TILE);
         for (int o = 0; o < OPERANDS; o++) {
             if (type[o] != NONE) there[o] = is_dense(at, o) ? operand(p, at, o, done) : narrow[o];
             here[o] = staged[o] ? (char *)wide[o] : there[o];
@@ -192,4 +187,26 @@ static void step_stretch(struct pass *p, const struct place *at, struct stretch 
         p->squares += part.squares;
         advance(&x, 0, 0, 0);
     }
+}
+
+/* Elements that follow one another; of x that is given what is of accumulators. */
+static void step_stretch(struct pass *p, const struct place *at, struct stretch *x) {
+    const int64_t *type = p->t->type;
+    int random[OPERANDS] = {p->t->rounds && type[WEIGHT] == BFLOAT16, 0,
+                            type[MOMENT] == CODE || (p->t->rounds && type[MOMENT] == BFLOAT16)};
+    int staged[OPERANDS], in_parts = is_staged(p, at, staged) || random[WEIGHT] || random[MOMENT];
+    x->settings = &p->settings;
+    x->product = p->settings.product && p->t->block;
+    x->squares = 0;
+    for (int o = 0; o < OPERANDS; o++) x->noise[o] = 0;
+    if (in_parts) {
+        x->w = x->m = 0, x->g = 0;
+        step_parts(p, at, *x, staged, random);
+        return;
+    }
+    x->w = operand(p, at, WEIGHT, 0);
+    x->g = operand(p, at, GRAD, 0);
+    x->m = type[MOMENT] == NONE ? 0 : operand(p, at, MOMENT, 0);
+    p->width->stretch(kind_of_stretch(type[WEIGHT], type[GRAD], type[MOMENT]), x);
+    p->squares += x->squares;
 }

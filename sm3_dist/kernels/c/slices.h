@@ -26,7 +26,7 @@ static int32_t run(struct sweep *s, int64_t n, const int64_t *at, float floor, c
             place.offset[o] = at[o];
             place.step[o] = s->b->shape[s->t->dims - 1] == 1 ? 1 : s->b->stride[o][s->t->dims - 1];
         }
-        step_stretch(&s->pass, &place, x);
+        step_stretch(&s->pass, &place, &x);
         return top;
     }
     for (int64_t j = 0; j < n; j += TILE) {
