@@ -367,7 +367,7 @@ def forget_meshes() -> None:
 
     And keep them: each group of gloo has a thread that wakes up a hundred times a second for as long as it is held.
     """
-    from torch.distributed.tensor import DTensor, _redistribute, debug
+    from torch.distributed.tensor import DTensor, _collective_utils, _redistribute, debug
 
     if hasattr(debug, "_clear_sharding_prop_cache"):
         debug._clear_sharding_prop_cache()
@@ -375,6 +375,6 @@ def forget_meshes() -> None:
         DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
     if hasattr(_redistribute, "clear_redistribute_planner_cache"):  # PyTorch 2.10
         _redistribute.clear_redistribute_planner_cache()
-    for value in list(vars(_redistribute).values()):
+    for value in (*vars(_redistribute).values(), _collective_utils.MeshTopoInfo.build_from_mesh):
         if hasattr(value, "cache_clear"):
             value.cache_clear()
