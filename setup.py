@@ -6,9 +6,10 @@ SM3_DIST_WHEEL: "any-python" names the library and the wheel for the platform al
 
 import os
 import re
+import shutil
 from pathlib import Path
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -21,6 +22,21 @@ class AnyPython(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         """Return Python, ABI and platform."""
         return "py3", "none", super().get_tag()[2]
+
+
+class KeptLibrary(build_ext):
+    """Compiles for a checkout only if a source has changed since: pip begins anew with each install."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile, or take what lies in the checkout."""
+        target = Path(self.get_ext_fullpath(ext.name))
+        made = Path(*ext.name.split(".")).with_name(target.name)
+        made_of = ["pyproject.toml", *ext.sources, *ext.depends]
+        if self.editable_mode and made.exists() and made.stat().st_mtime > max(map(os.path.getmtime, made_of)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(made, target)
+        else:
+            super().build_extension(ext)
 
 
 class PlainLibrary(build_ext):
@@ -52,7 +68,9 @@ def description() -> str:
 
 
 setup(
-    cmdclass={"bdist_wheel": AnyPython, "build_ext": PlainLibrary} if WHEEL == "any-python" else {},
+    cmdclass={"bdist_wheel": AnyPython, "build_ext": PlainLibrary}
+    if WHEEL == "any-python"
+    else {"build_ext": KeptLibrary},
     distclass=Pure if WHEEL == "pure" else Distribution,
     long_description=description(),
     long_description_content_type="text/markdown",
