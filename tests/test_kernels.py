@@ -172,6 +172,28 @@ def test_every_float16_and_bfloat16_value_is_read_and_written_right():
 
 
 @needs_c
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_code_is_read_and_written_right(dtype):
+    """In the loop that takes them as they are, and in the one that is told what they stand for."""
+    every = torch.arange(-128, 128, dtype=torch.int32).to(torch.int8)
+    for shape in (SHAPE_IN_BLOCKS, (33, 17)):
+        generator, results = torch.Generator().manual_seed(0), []
+        grads = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+        for backend in ("eager", "c"):
+            weight = nn.Parameter(torch.ones(shape, dtype=dtype))
+            optimizer = SM3.adamw_like([weight], lr=0.01, backend=backend, momentum_dtype=torch.int8)
+            for number, grad in enumerate(grads):
+                if number:  # each code beside other codes, and small updates, which most of them outlive
+                    buffer = optimizer.state[weight]["momentum_code"]
+                    buffer.copy_(every.repeat(buffer.numel() // 256 + 1)[: buffer.numel()].view(shape))
+                weight.grad = grad
+                optimizer.step()
+            results.append((weight.detach(), *optimizer.state[weight].values()))
+        for expected, actual in zip(*results, strict=True):
+            assert_same(actual, expected, shape)
+
+
+@needs_c
 @pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)], ids=str)
 def test_halves_round_to_even(dtype, step):
     for odd in (1, 3):  # in the middle between two neighbours; the first update is the sign of the gradient
