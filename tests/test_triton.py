@@ -38,7 +38,7 @@ def run(what: str, interpret: str, *arguments: str) -> str:
     return done.stdout
 
 
-CHECKS = ("plain that_the_host_reads_nothing", "recipe", "random single_values", "memory boxes", "graphs")
+CHECKS = ("plain that_the_host_reads_nothing touched_state", "recipe", "random single_values", "memory boxes", "graphs")
 """Those of one process, which takes seconds to import what it needs."""
 
 
@@ -302,6 +302,33 @@ def check_graphs() -> None:
     with patch.object(optimizer, "settings_of", on_gpu), patch.object(optimizer, "check_lr"), torch.no_grad():
         compare_graph(recipe | {"momentum_dtype": torch.int8, "rounding_seed": 3})
         compare_graph({"momentum": 0.9})
+
+
+def check_touched_state() -> None:
+    """State tensors that somebody moves, replaces or lays out anew between steps are those that the next step uses."""
+    import torch
+    from against_eager import RECIPE, assert_same
+    from test_touched_state import CHANGES, train
+
+    from sm3_dist import SM3
+
+    recipe = RECIPE | {"cover_block": 64, "cover_product": True, "nesterov": True}
+    for change in CHANGES:
+        sides = []
+        for backend in ("eager", "triton"):
+            params = [torch.nn.Parameter(torch.ones(shape)) for shape in [(8, 64), (5,)]]
+            optimizer = SM3(params, backend=backend, **recipe)
+            train(optimizer, range(2))
+            old = [value for state in optimizer.state.values() for value in state.values()]
+            for state in optimizer.state.values():
+                change(state)
+            before = [value.clone() for value in old]
+            train(optimizer, range(2, 4))
+            if change.__name__ == "offload":  # what was replaced is nobody's any more
+                assert all(map(torch.equal, old, before))
+            sides.append([*(p.detach() for p in params), *(v for s in optimizer.state.values() for v in s.values())])
+        for expected, actual in zip(*sides, strict=True):
+            assert_same(actual, expected, change.__name__)
 
 
 def check_single_values() -> None:
