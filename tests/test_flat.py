@@ -16,18 +16,19 @@ from sm3_dist.layout.cover import grid
 from sm3_dist.maths.reference import ReferenceState, reference_step
 
 STEPS = 5
+RECIPE: dict[str, Any] = {
+    "momentum": 0.9,
+    "beta": 0.95,
+    "bias_correction": True,
+    "nesterov": True,
+    "update_rms": 0.2,
+    "cover_block": 2,
+    "cover_product": True,
+}
 OPTIONS: list[dict[str, Any]] = [
     {"momentum": 0.0, "beta": 0.0, "weight_decay": 0.0},
     {"momentum": 0.9, "beta": 0.95, "weight_decay": 0.1},
-    {
-        "momentum": 0.9,
-        "beta": 0.95,
-        "bias_correction": True,
-        "nesterov": True,
-        "update_rms": 0.2,
-        "cover_block": 2,
-        "cover_product": True,
-    },
+    RECIPE,
 ]
 
 
@@ -94,6 +95,12 @@ def compare_states(optimizer: SM3, states: dict[str, ReferenceState], options: d
             for box, moment in zip(entry.shard.boxes, entry.shard.state_views(entry.momentum_buffer), strict=True):
                 at = tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))
                 assert torch.equal(moment, state.momentum_buffer[at]), entry.describe()
+
+
+@pytest.mark.sampled("name, world_size", list(cases()))
+def test_the_recipe_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
+    """In every layout, of which edges cut its blocks."""
+    workers(world_size).run(compare_with_reference, name, RECIPE)
 
 
 @pytest.mark.sampled("name, world_size, options", crossed(cases(), range(len(OPTIONS))))

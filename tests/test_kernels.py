@@ -27,6 +27,7 @@ from sm3_dist.step.entry import HYPERPARAMETERS, Entry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ROUNDED = RECIPE | {"nesterov": True, "stochastic_rounding": True, "rounding_seed": 5}
 SHAPE_IN_BLOCKS = (138, 960)
 """So many elements that squares of updates are short, which the fastest loop on x86-64 takes."""
 
@@ -107,23 +108,23 @@ def test_boxes_of_flat_ranges(shape, replicated):
 
 @needs_c
 @pytest.mark.parametrize(
-    ("options", "block", "moment_dtype"),
+    ("options", "block", "moment_dtype", "shape"),
     [
-        ({}, None, torch.bfloat16),
-        (RECIPE | {"nesterov": True}, None, torch.bfloat16),
-        (RECIPE | {"nesterov": True}, 64, torch.float32),
-        (RECIPE | {"nesterov": True, "stochastic_rounding": True, "rounding_seed": 5}, 64, torch.bfloat16),
-        (RECIPE | {"nesterov": True, "stochastic_rounding": True, "rounding_seed": 5}, 64, torch.int8),
+        ({}, None, torch.bfloat16, (37, 131)),
+        (RECIPE | {"nesterov": True}, None, torch.bfloat16, (37, 131)),
+        (RECIPE | {"nesterov": True}, 64, torch.float32, SHAPE_IN_BLOCKS),
+        (ROUNDED, 64, torch.bfloat16, SHAPE_IN_BLOCKS),
+        (ROUNDED, 64, torch.int8, SHAPE_IN_BLOCKS),
+        (ROUNDED, 64, torch.int8, (70, 192)),
     ],
-    ids=["plain", "slices", "blocks", "bfloat16 momentum, rounded", "codes"],
+    ids=["plain", "slices", "blocks", "bfloat16 momentum, rounded", "codes", "codes of few elements"],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
-def test_every_vector_width(dtype, options, block, moment_dtype):
+def test_every_vector_width(dtype, options, block, moment_dtype, shape):
     if dtype == torch.float16 and options:  # which is not rounded so
         options = options | {"stochastic_rounding": False}
     generator = torch.Generator().manual_seed(1)
-    shape = (37, 131) if block is None else SHAPE_IN_BLOCKS
     group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.95} | options
     settings = Settings(0.1, 0.9, 0.95, 1e-30, 0.1, False, bool(options), cover_product=block is not None)
     weight, grad = torch.randn(shape, generator=generator).to(dtype), gradient(shape, dtype, generator, special=True)

@@ -23,6 +23,12 @@ from sm3_dist.step.param_groups import ADAMW_LIKE, correction, correction_of
 SHARDED_COVERS = [("fsdp2", 4), ("hsdp", 4), ("tp-2d", 4), ("fsdp2-tp", 4)]
 
 
+@pytest.mark.sampled("name, world_size", list(cases()))
+def test_the_recipe_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
+    """In every layout, of which edges cut its blocks."""
+    workers(world_size).run(compare_with_reference, name, EVERYTHING)
+
+
 @pytest.mark.sampled("name, world_size, options", crossed(cases(), range(len(OPTIONS))))
 def test_equals_one_process(workers: Pool, name: str, world_size: int, options: int) -> None:
     workers(world_size).run(compare_with_reference, name, OPTIONS[options])

@@ -164,6 +164,12 @@ def compare(name: str, options: dict[str, Any], dtype: torch.dtype, **keywords: 
     compare_with_reference(name, given, dtype, SEED, **form, **keywords)
 
 
+@pytest.mark.sampled("name, world_size", list(cases()))
+def test_the_recipe_in_few_bytes_equals_one_process(workers: Pool, name: str, world_size: int) -> None:
+    """In every layout, of which edges cut its blocks."""
+    workers(world_size).run(compare, name, EVERYTHING | {"momentum_dtype": torch.int8}, torch.bfloat16)
+
+
 TYPES = [torch.bfloat16, torch.float32]
 
 
@@ -182,7 +188,7 @@ def test_equals_one_process_with_replicas(workers: Pool, options: int, dtype: to
 
 
 def compare_flat(name: str, dtype: torch.dtype, momentum_dtype: torch.dtype) -> None:
-    options = {"momentum": 0.9, "beta": 0.95, "weight_decay": 0.1}
+    options = test_flat.RECIPE | {"weight_decay": 0.1}
     test_flat.compare_with_reference(name, options, dtype, SEED, momentum_dtype=momentum_dtype)
 
 
