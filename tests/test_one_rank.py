@@ -5,8 +5,11 @@
 
 import random
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +81,35 @@ def test_every_fault(apart: Pool, fault: str) -> None:
 def test_what_was_not_told_once(apart: Pool, known: str) -> None:
     case, verdict, words = try_case(apart, *KNOWN[known])
     assert verdict == "told", f"{verdict}: {case}\n{words}"
+
+
+ENDS = """
+import datetime, sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from sm3_dist import SM3
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", f"file://{store}", datetime.timedelta(seconds=100), 2, rank)
+model = fully_shard(torch.nn.Linear(8, 8))
+optimizer = SM3.adamw_like(model.parameters(), cover_block=3)
+if rank == 0:
+    optimizer.step()
+elif sys.argv[3] == "error":
+    raise RuntimeError("no data")
+"""
+
+
+@pytest.mark.parametrize("how", ["well", "error"])
+def test_a_process_that_ends_before_its_first_step_leaves_word(tmp_path: Path, how: str) -> None:
+    command = [sys.executable, "-c", ENDS]
+    other = subprocess.Popen([*command, "1", str(tmp_path / "store"), how], stderr=subprocess.DEVNULL)
+    try:
+        first = [*command, "0", str(tmp_path / "store"), how]
+        told = subprocess.run(first, capture_output=True, text=True, timeout=60).stderr
+    finally:
+        other.kill()
+        other.wait()
+    assert "PlanMismatchError: rank 1 ended before its first step of SM3" in told
 
 
 def thin_shards() -> None:

@@ -7,12 +7,14 @@ until the timeout.
 
 from __future__ import annotations
 
+import atexit
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -66,9 +68,14 @@ class RankWatch:
 
     _last_error = 0.0
     """When a step of this process stopped with an error, whichever optimizer's it was."""
+    _without_plan: ClassVar[set[int]] = set()
+    """The optimizers of this process, by number, that have not come to their first step."""
+    _numbers = itertools.count()
 
     def __init__(self) -> None:
         self.made = time.time()
+        self._number = next(self._numbers)
+        self._without_plan.add(self._number)
         self.awaited: tuple[int, ...] = ()
         self.call = 0
         self.discarded = 0
@@ -149,6 +156,7 @@ class RankWatch:
 
     def have_plan(self) -> None:
         """Note that this rank has its plan for the present call."""
+        self._without_plan.discard(self._number)
         self._past_planning = self.call
 
     def plan_anew(self, words: str) -> None:
@@ -254,6 +262,19 @@ class RankWatch:
                 "this moment.",
                 self.call,
             ) from error
+
+
+@atexit.register
+def _leave_last_note() -> None:
+    """Let those know who wait for a first plan that this process ended without one: nothing else would tell them."""
+    if RankWatch._last_error or not (RankWatch._without_plan and dist.is_available() and dist.is_initialized()):
+        return
+    words = f"rank {dist.get_rank()} ended before its first step of SM3, for which other ranks wait."
+    note = {"call": 1, "rank": dist.get_rank(), "relayed": True, "words": words, "time": time.time()}
+    with suppress(Exception):  # the rank that hosts the store may have ended before
+        store = store_of_world()
+        store.set_timeout(timedelta(seconds=5))
+        store.set(EARLY, json.dumps(note))
 
 
 def store_of_world() -> Store:
