@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 out=${1:-$(mktemp -d)}
 python=${PYTHON:-python3}
 mkdir -p "$out"
-export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$out/triton}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$out/triton}"
 status=0
 
 part() { # NAME SECONDS COMMAND...: run it, keep what it says, go on whatever becomes of it
@@ -43,8 +43,8 @@ fi
 bench() { # NAME SECONDS OPTIONS...
     part "$1" "$2" "$python" launch/bench.py step --device cuda --threads 8 --json "$out/$1.json" "${@:3}"
 }
-ours=("SM3, triton" "recipe, triton" Adafactor Muon torch-SM3 FlashAdamW bitsandbytes "AdamW(foreach)")
-bench gpt2 40 --models gpt2 --rounds 15 --only "${ours[@]}"
+ours=("SM3, triton" "recipe, triton" Adafactor Muon muon-like torch-SM3 FlashAdamW bitsandbytes "AdamW(foreach)")
+bench gpt2 50 --models gpt2 --rounds 15 --only "${ours[@]}"
 bench decoder 45 --models decoder --dtypes bfloat16 --rounds 9 --only "SM3, triton" "recipe, triton" FlashAdamW bitsandbytes
 bench small 30 --models small resnet50 --rounds 9 --only "SM3, triton" "recipe, triton"
 part memory 28 "$python" launch/memory.py --device cuda --out "$out/memory" --models 1.3b \

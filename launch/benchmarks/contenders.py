@@ -14,6 +14,7 @@ from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
 from launch.job.peers import Together
 from sm3_dist import SM3, kernels
+from sm3_dist.step.param_groups import ADAMW_LIKE, MATRIX
 
 LR = 1e-6  # weights hardly move, however many steps are measured
 REFERENCES = ("SGD(fused)", "AdamW(fused)")
@@ -55,6 +56,8 @@ def contenders(device: str, dtype: torch.dtype, only: Sequence[str] | None = Non
         "AdamW(foreach)": partial(AdamW, lr=LR, foreach=True),
         "Adafactor": partial(Adafactor, lr=LR),
         "Muon": muon,
+        "muon-like": muon_like,
+        "muon-like, 8-bit momentum": partial(muon_like, momentum_dtype=torch.int8),
     }
     for backend in ("c" if device == "cpu" else "triton", "eager"):
         if kernels.available()[backend] is None:
@@ -74,6 +77,13 @@ def muon(params: Sequence[Tensor]) -> Optimizer:
     rest = [param for param in params if param.dim() != 2]
     matrices = Muon([param for param in params if param.dim() == 2], LR, adjust_lr_fn="match_rms_adamw")
     return Together(matrices, AdamW(rest, LR, fused=True)) if rest else matrices
+
+
+def muon_like(params: Sequence[Tensor], **options: Any) -> Optimizer:
+    """SM3 with orthogonal updates on the matrices, and its recipe on the rest: what ``MuonLikeSM3`` makes by names."""
+    matrices = {"params": [param for param in params if param.dim() == 2], **MATRIX}
+    rest = [param for param in params if param.dim() != 2]
+    return SM3([matrices, {"params": rest}] if rest else [matrices], LR, **ADAMW_LIKE | options)
 
 
 def state_bytes(optimizer: Optimizer) -> int:

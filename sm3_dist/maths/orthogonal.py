@@ -27,6 +27,8 @@ COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5
 """``x -> a x + b x^3 + c x^5``, one polynomial after another."""
 RMS = 0.2
 """Root mean square of an orthogonalized update: what AdamW's usually is."""
+LAUNCHED_BYTES = 1 << 26
+"""Bytes that are moved at a time where no cache need hold them, and each operation is launched."""
 SHORTEST = 1e-30
 """No update is shorter, lest nothing be divided by nothing."""
 
@@ -96,8 +98,9 @@ def move_along(shard: LocalShard, weight: Tensor, directions: Sequence[Tensor], 
     """
     s, size = settings, length(shard.shape)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    most = (CHUNK_BYTES if weight.device.type == "cpu" else LAUNCHED_BYTES) // dtype.itemsize
     for box, part, direction in zip(shard.boxes, shard.views(weight), directions, strict=True):
-        for chunk in box.chunks(CHUNK_BYTES // dtype.itemsize):
+        for chunk in box.chunks(most):
             at = chunk.within(box)
             wide = part[at].to(dtype)
             if s.weight_decay:

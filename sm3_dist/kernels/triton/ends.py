@@ -21,7 +21,7 @@ LANES = tl.constexpr(32)
 
 @triton.jit
 def begin_step(
-    params,  # int64, PARAM_FIELDS each: where its steps are counted, its first tensor, how many tensors
+    parameters,  # int64, PARAM_FIELDS each: where its steps are counted, its first tensor, how many tensors
     param_count,  # int32, one number
     averages,  # int64, of each tensor where its average of sums of squares lies; 0: it has none
     made_of,  # float64, MADE_OF_FIELDS per tensor
@@ -36,7 +36,7 @@ def begin_step(
     number = tl.program_id(0) * LANES + tl.arange(0, LANES)
     there = number < tl.load(param_count)
     there &= tl.load(addresses + number * 2 + 1, mask=there, other=0) != 0
-    param = params + number * PARAM_FIELDS
+    param = parameters + number * PARAM_FIELDS
     steps = tl.load(param + P_STEP, mask=there, other=0).to(tl.pointer_type(tl.float32))
     step = tl.load(steps, mask=there, other=0.0)
     first = tl.load(param + P_FIRST, mask=there, other=0)
