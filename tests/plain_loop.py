@@ -1,8 +1,10 @@
 """What a framework must come to: a loop over the batches of all ranks, in one process, without any framework."""
 
+import os
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -33,10 +35,15 @@ def plain_loop(
     return weights_of(model)
 
 
+def number_of_ranks() -> int:
+    """Of the group that is there, or that a framework is to make of what torchrun says."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Whole, and on every rank."""
+    """Whole, on the CPU, and on every rank."""
     return {
-        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
+        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().cpu().clone()
         for name, param in model.named_parameters()
     }
 
@@ -45,7 +52,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Under the names that the model has without a wrapper."""
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-            named = {name: param.detach().clone() for name, param in model.named_parameters()}
+            named = {name: param.detach().cpu().clone() for name, param in model.named_parameters()}
     else:
         named = weights_of(model)
     return {name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): named[name] for name in named}

@@ -12,8 +12,9 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate_state import accelerate_anew
 from harness import Pool
-from plain_loop import differing, plain_loop, whole_weights
+from plain_loop import differing, number_of_ranks, plain_loop, whole_weights
 from torch import Tensor, nn
 
 from sm3_dist import SM3, AdamWLikeSM3
@@ -42,7 +43,6 @@ def trainer_on_cpu(fsdp: int | None) -> Iterator[None]:
     told that the processes have GPUs, and that the device is the CPU.
     """
     from accelerate import PartialState
-    from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedType
 
     def claim_gpus(state: PartialState, *arguments: Any, **options: Any) -> None:
@@ -53,45 +53,44 @@ def trainer_on_cpu(fsdp: int | None) -> Iterator[None]:
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     as_it_is = PartialState.__init__
-    try:
-        with patch.dict(os.environ, places if size != "1" else {}), patch.object(PartialState, "__init__", claim_gpus):
-            yield
-    finally:
-        for each in (AcceleratorState, GradientState, PartialState):
-            each._reset_state()
+    told = patch.dict(os.environ, places if size != "1" or fsdp else {})
+    with accelerate_anew(), told, patch.object(PartialState, "__init__", claim_gpus):
+        yield
 
 
 def in_one_group(model: nn.Module) -> SM3:
     return AdamWLikeSM3(model.parameters(), lr=2e-3, momentum_dtype=torch.int8)
 
 
-def against_a_plain_loop(fsdp: int | None, folder: Path) -> tuple[list[str], list[str]]:
+def against_a_plain_loop(fsdp: int | None, folder: Path, device: str = "cpu") -> tuple[list[str], list[str]]:
     """Names of weights in which Trainer differs from a plain loop, and when interrupted from uninterrupted."""
     import transformers_trainer as example
 
-    ranks, data = dist.get_world_size(), example.Counting()
+    ranks, data = number_of_ranks(), example.Counting()
 
     def loss_of(model: nn.Module, step: int, rank: int) -> Tensor:
         start = (step * ranks + rank) * BATCH
-        tokens = torch.stack([data[i]["input_ids"] for i in range(start, start + BATCH)])
+        tokens = torch.stack([data[i]["input_ids"] for i in range(start, start + BATCH)]).to(device)
         return model(input_ids=tokens, labels=tokens).loss
 
     options = OPTIONS
     if fsdp:  # whose norm of gradients is another in its last bits
         wrapped = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
-        alone = {"sync_module_states": False}  # accelerate looks for a GPU to send them with
+        alone = {"sync_module_states": False} if device == "cpu" else {}  # accelerate looks for a GPU to send them with
         options = OPTIONS | {"clip": 0.0, "fsdp": True, "fsdp_config": {"version": fsdp, **wrapped, **alone}}
     clip = None if fsdp else 1.0
     make_optimizer = in_one_group if fsdp == 1 else as_trainer_groups
-    expected = plain_loop(example.make_model().train(), make_optimizer, loss_of, ranks, STEPS, clip)
-    with trainer_on_cpu(fsdp):
-        whole = whole_weights(example.train(STEPS, folder / "whole", **options))
+    expected = plain_loop(example.make_model().train().to(device), make_optimizer, loss_of, ranks, STEPS, clip)
+
+    def trained(steps: int, name: str, **resume: bool) -> dict[str, Tensor]:
+        with trainer_on_cpu(fsdp) if device == "cpu" else accelerate_anew():
+            return whole_weights(example.train(steps, folder / name, **resume, **options))
+
+    whole = trained(STEPS, "whole")
     if fsdp == 1:  # accelerate loads no optimizer there
         return differing(whole, expected), []
-    with trainer_on_cpu(fsdp):
-        example.train(2, folder / "cut", **options)
-    with trainer_on_cpu(fsdp):
-        resumed = whole_weights(example.train(STEPS, folder / "cut", resume=True, **options))
+    trained(2, "cut")
+    resumed = trained(STEPS, "cut", resume=True)
     return differing(whole, expected), differing(resumed, whole)
 
 
