@@ -57,6 +57,7 @@ def test_the_machine_code_of_the_kernel_of_matrices(sampled: Callable[[Any], lis
     But for the short path of root and reciprocal, and the halves of exact sums, which say so themselves.
     """
     rows = sampled(itertools.product(ARCHITECTURES, range(KINDS)))
+    assert run("check", "0", "bindings") == "checked bindings\n"
     report = run("compile", "0", *(f"{architecture}:{kind}" for architecture, kind in rows))
     print(report)
     lines = [line.split() for line in report.splitlines()]
@@ -339,6 +340,23 @@ def check_single_values() -> None:
         check_roots(start, 2048, "cpu")
     for start in (-1024, 0x39800000 - 1024, -(1 << 31), 0x7F800000 - 1024):
         check_codes(start, 2048, "cpu")
+
+
+def check_bindings() -> None:
+    """Triton's launcher gets every argument of every kernel: it is made of source text with names of its own in it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from sm3_dist.kernels.triton import ends, matrix, tiles
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for kernel in (matrix.step_strip, tiles.step_tiles, ends.begin_step, ends.end_step):
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        given = {name: number for number, name in enumerate(kernel.arg_names)}
+        bound, _, options = bind(*given.values(), num_warps=1)
+        assert bound == given, kernel
+        assert options == {"num_warps": 1}
 
 
 def check_compile(rows: list[str]) -> None:

@@ -14,15 +14,22 @@ from launch.footprint.resident import forget_peak, peak, resident
 from launch.job.world import UserError
 
 Step = Callable[[], Any]
+CYCLES = 2e9
+"""Of a GPU in a second, at most."""
 COPIED = 1 << 28
 """Bytes that are copied to find out how fast memory is: more than any cache holds."""
 
 
 class Times(NamedTuple):
-    """Seconds of one step: until all is done, and until the host may go on."""
+    """Seconds of one step: until all is done, until the host may go on, and of the device where the host is ahead.
+
+    A GPU that is idle when a step begins waits for the host to launch something. After a backward pass it is not idle:
+    the host has launched the step by the time that the GPU gets there.
+    """
 
     whole: float
     host: float
+    device: float
 
 
 class Clock(Protocol):
@@ -49,7 +56,7 @@ class HostClock:
         start = self._now()
         step()
         seconds = self._now() - start
-        return Times(seconds, seconds)
+        return Times(seconds, seconds, seconds)
 
     def extra_bytes(self, step: Step) -> int | None:
         with suppress(UserError):  # no Linux
@@ -61,18 +68,26 @@ class HostClock:
 
 
 class GPUClock:
-    """On the current CUDA device: the time between two events, before and after what the step launches."""
+    """On the current CUDA device: the time between two events, before and after what a step launches."""
 
     def time(self, step: Step) -> Times:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        """Take two steps: one that the GPU waits for, and one that is launched while it does something else."""
         torch.cuda.synchronize()
+        whole, host = self._between_events(step)
+        torch.cuda._sleep(int((1.5 * host + 1e-3) * CYCLES))
+        device, _ = self._between_events(step)
+        return Times(whole, host, device)
+
+    @staticmethod
+    def _between_events(step: Step) -> tuple[float, float]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         start = time.perf_counter()
         step()
         host = time.perf_counter() - start
         end.record()
         end.synchronize()
-        return Times(begin.elapsed_time(end) / 1e3, host)
+        return begin.elapsed_time(end) / 1e3, host
 
     def extra_bytes(self, step: Step) -> int | None:
         torch.cuda.synchronize()

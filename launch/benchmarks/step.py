@@ -52,6 +52,11 @@ class Figures:
         """Seconds until the host may go on."""
         return statistics.median(each.host for each in self.times)
 
+    @property
+    def device(self) -> float:
+        """Seconds of a step that the host has launched by the time that the device begins with it."""
+        return statistics.median(each.device for each in self.times)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options."""
@@ -127,8 +132,8 @@ def measure(
 
 def as_json(name: str, each: Figures) -> dict[str, object]:
     """All that was measured, in seconds and bytes."""
-    wholes, hosts = (list(column) for column in zip(*each.times, strict=True))
-    measured = {"seconds": wholes, "host_seconds": hosts, "first_seconds": each.first.whole}
+    wholes, hosts, devices = (list(column) for column in zip(*each.times, strict=True))
+    measured = {"seconds": wholes, "host_seconds": hosts, "device_seconds": devices, "first_seconds": each.first.whole}
     return {"name": name, "state_bytes": each.state, "extra_bytes": each.extra} | measured
 
 
@@ -138,16 +143,27 @@ def table(figures: dict[str, Figures], numel: int, with_host: bool) -> str:
     Args:
         figures: what was measured.
         numel: number of parameters.
-        with_host: whether the host may go on before a step is done.
+        with_host: whether the host may go on before a step is done. "host ahead" is then the time of a step that is
+            launched while the device is busy, as after a backward pass.
     """
     columns = ["step", "fastest", *(["host"] if with_host else []), "first step"]
-    columns += [*(f"x {name}" for name in REFERENCES), "state per parameter", "memory of a step"]
+    columns += [f"x {name}" for name in REFERENCES]
+    columns += ["host ahead", *(f"x {name}" for name in REFERENCES)] if with_host else []
+    columns += ["state per parameter", "memory of a step"]
     lines = [f"| | {' | '.join(columns)} |", "|:--" + "|--:" * len(columns) + "|"]
     for name, each in figures.items():
         times = [each.median, min(time.whole for time in each.times), *([each.host] if with_host else [])]
-        cells = [f"{1e3 * seconds:.{2 if seconds > 1e-3 else 3}f} ms" for seconds in [*times, each.first.whole]]
+        cells = [in_milliseconds(seconds) for seconds in [*times, each.first.whole]]
         cells += [f"{each.median / figures[other].median:.2f}" for other in REFERENCES]
+        if with_host:
+            cells += [in_milliseconds(each.device)]
+            cells += [f"{each.device / figures[other].device:.2f}" for other in REFERENCES]
         cells.append(f"{each.state / numel:.2f} bytes" if name != LIMIT else "")
         cells.append("" if each.extra is None else f"{each.extra / 1e6:.1f} MB")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def in_milliseconds(seconds: float) -> str:
+    """A time as the tables have it."""
+    return f"{1e3 * seconds:.{2 if seconds > 1e-3 else 3}f} ms"

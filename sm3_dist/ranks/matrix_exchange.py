@@ -177,34 +177,46 @@ class MatrixExchange:
         Args:
             present: for each matrix whether there is something to send, if this rank holds some of it.
         """
+        if self.group is None:
+            return
         for matrix, word, has in zip(self.matrices, self._words, present, strict=True):
             word.fill_((HAS if has else LACKS) if matrix.numel(self.rank) else HOLDS_NOTHING)
-        if self.group is not None:
-            self._whole = self._buffer.new_empty(sum(self._received))
-            self._work = self._all_to_all(self._whole, self._buffer, self._received, self._sent)
+        self._whole = self._buffer.new_empty(sum(self._received))
+        self._work = self._all_to_all(self._whole, self._buffer, self._received, self._sent)
 
-    def transform(self, function: Callable[[Tensor], Tensor]) -> None:
+    def transform(self, function: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> None:
         """Have this rank's matrices, when all of their parts are there, replaced by a function of them; send them back.
 
         Args:
-            function: of a tensor, returns one of the same shape and type.
+            function: of tensors, returns one of the same shape and type for each.
         """
+        if self.group is None:
+            self._transform_parts(function)
+            return
         self._watch.wait([self._work], "the exchange of matrices", self._ranks, self._buffer.device.type == "cpu")
         ends = list(accumulate((1 + self.matrices[m].numel(s) for s in self._ranks for m in self._mine), initial=0))
         pieces = [self._whole[a:b] for a, b in pairwise(ends)]
-        for k, m in enumerate(self._mine):
-            matrix, parts = self.matrices[m], pieces[k :: len(self._mine)]
-            whole = self._whole.new_empty(matrix.shape)
-            for rank, part in zip(self._ranks, parts, strict=True):
-                matrix.copy(rank, part, whole, back=False)
-            result = function(whole)
-            words = torch.stack([part[-1] for part in parts])
+        parts = [pieces[k :: len(self._mine)] for k in range(len(self._mine))]
+        wholes = [self._whole.new_empty(self.matrices[m].shape) for m in self._mine]
+        for m, of_ranks, whole in zip(self._mine, parts, wholes, strict=True):
+            for rank, part in zip(self._ranks, of_ranks, strict=True):
+                self.matrices[m].copy(rank, part, whole, back=False)
+        for m, of_ranks, result in zip(self._mine, parts, function(wholes), strict=True):
+            words = torch.stack([part[-1] for part in of_ranks])
             mixed = (words == HAS).any() & (words == LACKS).any()
-            for rank, part in zip(self._ranks, parts, strict=True):
-                matrix.copy(rank, part, result, back=True)
+            for rank, part in zip(self._ranks, of_ranks, strict=True):
+                self.matrices[m].copy(rank, part, result, back=True)
                 part[-1] = mixed
-        if self.group is not None:
-            self._work = self._all_to_all(self._buffer, self._whole, self._sent, self._received)
+        self._work = self._all_to_all(self._buffer, self._whole, self._sent, self._received)
+
+    def _transform_parts(self, function: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> None:
+        """The same where matrices lie whole on this rank: they are worked on where they are."""
+        wholes = []
+        for matrix, part in zip(self.matrices, self.parts, strict=True):
+            (box,) = matrix.boxes[self.rank]
+            wholes.append(unflattened(part, box.shape, matrix.order))
+        for whole, result in zip(wholes, function(wholes), strict=True):
+            whole.copy_(result)
 
     def finish(self) -> list[int]:
         """Wait for the results.

@@ -19,7 +19,7 @@ from torch import Tensor
 from sm3_dist.layout.box import Box
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.shard import LocalShard, unflattened
-from sm3_dist.maths.orthogonal import TYPE, move_along, orthogonalized, work
+from sm3_dist.maths.orthogonal import TYPE, move_along, orthogonalized_together, work
 from sm3_dist.maths.update import Settings
 from sm3_dist.ranks.matrix_exchange import Matrix, MatrixExchange, bucketed, owners
 from sm3_dist.ranks.same_gradients import GradientMismatchError
@@ -64,6 +64,8 @@ class OrthogonalSteps:
             GradientMismatchError: on every rank of a group, if some ranks have a gradient for their part of a tensor
                 and others have none.
         """
+        if not self.buckets:
+            return
         to_update = {group: replace(s, lr=-1.0, weight_decay=0.0) for group, s in settings.items()}
         if self._stand_ins:
             torch._foreach_copy_([p.stand_in.step for p in self._stand_ins], [p.entry.step for p in self._stand_ins])
@@ -74,7 +76,7 @@ class OrthogonalSteps:
                 if bucket is not None:
                     bucket.start(to_update)
                 if there is not None:
-                    there.exchange.transform(orthogonalized)
+                    there.exchange.transform(orthogonalized_together)
                 if back is not None:
                     back.finish(settings)
                 back, there = there, bucket

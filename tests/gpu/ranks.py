@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 import traceback
@@ -28,7 +29,9 @@ def main(file: str, wanted: str) -> None:
 def run(world: World, device: torch.device) -> dict[str, str]:
     """The checks by name, each with what it raised on some rank or with ``""``."""
     done: dict[str, str] = {}
+    faulthandler.enable()
     for name, check in CHECKS.items():
+        print(name, file=sys.stderr, flush=True)  # the last is what a process died of
         error = ""
         try:
             check(device)

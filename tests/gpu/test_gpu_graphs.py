@@ -145,6 +145,7 @@ def test_a_compiled_step_says_nothing(kind: str) -> None:
     expected, actual = Side(kind), Side(kind)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")  # what it imports for itself
         step = torch.compile(lambda: actual.optimizer.step())
         for number in range(3):
             for side in (expected, actual):

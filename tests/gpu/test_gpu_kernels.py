@@ -14,6 +14,8 @@ from single_values import check_codes, check_roots
 from torch import nn
 
 from sm3_dist import SM3
+from sm3_dist.maths.finite import not_finite
+from sm3_dist.maths.orthogonal import batch_is_exact, orthogonalized, orthogonalized_together
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
 
@@ -96,3 +98,27 @@ def test_one_warning_names_what_is_left_to_eager() -> None:
         warnings.simplefilter("error")
         optimizer.step()
     assert math.isfinite(wide.sum().item())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_what_is_not_finite_is_found(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(70, 33, device="cuda").to(dtype) for _ in range(4)]
+    tensors[1][3, 5], tensors[2][69, 32], tensors[3][0, 0], tensors[3][1, 1] = math.nan, -math.inf, math.nan, math.inf
+    largest = torch.full((9,), torch.finfo(dtype).max, dtype=dtype, device="cuda")
+    strided = torch.randn(64, 32, device="cuda").to(dtype).T[1:, ::2]
+    mixed = [torch.full((5,), math.inf, device="cuda"), torch.ones(3, device="cuda")]
+    found = not_finite([*tensors, largest, largest[:0], strided, *mixed])
+    assert found.tolist() == [0, 1, 1, 1, 0, 0, 0, 1, 0]
+
+
+SHAPES_OF_BATCHES = [(8, 8), (64, 256), (256, 64), (64, 4096), (768, 768), (3072, 768), (768, 3072), (100, 36), (7, 9)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 12])
+def test_matrices_that_are_worked_on_together_have_the_bits_of_each_alone(count: int) -> None:
+    updates = [torch.randn(shape, device="cuda").bfloat16() for shape in SHAPES_OF_BATCHES for _ in range(count)]
+    for result, update in zip(orthogonalized_together(updates), updates, strict=True):
+        assert torch.equal(result, orthogonalized(update))
+        singular = torch.linalg.svdvals(result.float())
+        assert 0.5 < singular[0] < 1.4
+    assert batch_is_exact(count, 768, 3072, torch.device("cuda", torch.cuda.current_device()))

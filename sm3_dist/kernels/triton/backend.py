@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from sm3_dist.kernels import fused
 from sm3_dist.kernels.fused import EMPTY, Operands
 from sm3_dist.kernels.triton import ends, matrix
 from sm3_dist.kernels.triton.availability import interpreting
+from sm3_dist.kernels.triton.launcher import Launcher
 from sm3_dist.kernels.triton.strips import too_far
 from sm3_dist.kernels.triton.tables import Table
 from sm3_dist.kernels.triton.work_list import Flags, WorkList
@@ -70,6 +72,7 @@ class TritonKernel:
         self._of_graphs: list[WorkList] = []  # refer to their tables by address
         self._of_group: dict[int, tuple[Any, ...]] = {}
         self._numbers: list[float] = []  # made of the options of each group
+        self._begin, self._end = Launcher(), Launcher()
         self._write_counters()
 
     def _retype(self, param: int, dtype: torch.dtype) -> None:
@@ -92,6 +95,10 @@ class TritonKernel:
 
     def update(self, settings: Mapping[int, Settings]) -> None:
         """Take one step of every tensor that has a gradient, and count it."""
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            self._update(settings)
+
+    def _update(self, settings: Mapping[int, Settings]) -> None:
         operands = self._operands
         of_groups = [settings[id(group)] for group in self._groups]
         weights, as_surveyed = operands.weights()
@@ -110,21 +117,15 @@ class TritonKernel:
             work.aside.zero_()
         self._clean = False
         lanes = int(ends.LANES)
-        ends.begin_step[(-(-len(operands.params) // lanes),)](
-            *(self._params, self._param_count, self._averages, self._write_made_of()),
-            *(addresses, work.factors, work.counts),
-            enable_fp_fusion=False,
-        )
+        counters = (self._params, self._param_count, self._averages, self._write_made_of())
+        programs = -(-len(operands.params) // lanes)
+        self._begin(ends.begin_step, programs, (*counters, addresses, work.factors, work.counts))
         for launch in work.launches:
             s, group = of_groups[launch.group], self._groups[launch.group]
-            launch.kernel[(launch.programs,)](
-                *(launch.work, launch.table, *launch.more, addresses, table, work.factors, work.counts),
-                *_numbers(s, group["update_rms"], group["rounding_seed"] or 0),
-                *launch.constants,
-                **launch.options,
-            )
+            numbers = _numbers(s, group["update_rms"], group["rounding_seed"] or 0)
+            launch(addresses, table, work.factors, work.counts, *numbers)
         if len(work.pieces):
-            ends.end_step[(len(work.pieces),)](work.pieces, addresses, enable_fp_fusion=False)
+            self._end(ends.end_step, len(work.pieces), (work.pieces, addresses))
         self._clean = True
         del kept
         for i in eager:
@@ -183,9 +184,12 @@ class TritonKernel:
 
 
 def _numbers(s: Settings, update_rms: float | None, seed: int) -> tuple[float | int, ...]:
-    """The settings of a param group that are arguments of kernels."""
+    """The settings of a param group that are arguments of kernels, always of the same types."""
     fresh = (1 - s.momentum if s.momentum else 1.0) * (-1 if s.maximize else 1)
     averages = (s.beta, 1 - s.beta) if s.beta > 0 else (1.0, 1.0)
     limit = math.inf if update_rms is None else CUT_OFF * update_rms
     words = (seed & 0xFFFFFFFF, seed >> 32)
-    return (s.momentum, fresh, *averages, s.eps, limit, *(w - (1 << 32) if w >> 31 else w for w in words))
+    return (
+        *map(float, (s.momentum, fresh, *averages, s.eps, limit)),
+        *(w - (1 << 32) if w >> 31 else w for w in words),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from sm3_dist.kernels import fused
 from sm3_dist.kernels.fused import Operands
 from sm3_dist.kernels.triton import ends, matrix, tiles, values
 from sm3_dist.kernels.triton.availability import interpreting
+from sm3_dist.kernels.triton.launcher import Launcher
 from sm3_dist.kernels.triton.strips import Strips, lines, strips_of
 from sm3_dist.kernels.triton.tiling import RANDOM_TILE, TILE, cut, padded
 from sm3_dist.layout.cover import split
@@ -52,6 +53,7 @@ class Launch:
         programs: how many.
         constants: of the kernel, in the order of its arguments.
         options: for the compiler.
+        launcher: launches them.
     """
 
     kernel: Any
@@ -62,6 +64,12 @@ class Launch:
     programs: int
     constants: tuple[Any, ...]
     options: dict[str, Any]
+    launcher: Launcher = field(default_factory=Launcher)
+
+    def __call__(self, *arguments: Any) -> None:
+        """Launch them; the tables go before the arguments."""
+        given = (self.work, self.table, *self.more, *arguments)
+        self.launcher(self.kernel, self.programs, given, self.constants, self.options)
 
 
 class WorkList:
