@@ -78,7 +78,7 @@ WRAPPERS: dict[str, Callable[[Model, torch.device], nn.Module]] = {
 
 
 class Sides:
-    """A model trained on the device, in some wrapper, and the same whole in eager PyTorch on the CPU (or on the device).
+    """A model trained on the device, in some wrapper, and the same whole on the CPU, in eager PyTorch.
 
     Args:
         wrapper: one of ``WRAPPERS``.

@@ -81,9 +81,10 @@ def muon(params: Sequence[Tensor]) -> Optimizer:
 
 def muon_like(params: Sequence[Tensor], **options: Any) -> Optimizer:
     """SM3 with orthogonal updates on the matrices, and its recipe on the rest: what ``MuonLikeSM3`` makes by names."""
-    matrices = {"params": [param for param in params if param.dim() == 2], **MATRIX}
+    groups: list[dict[str, Any]] = [{"params": [param for param in params if param.dim() == 2], **MATRIX}]
     rest = [param for param in params if param.dim() != 2]
-    return SM3([matrices, {"params": rest}] if rest else [matrices], LR, **ADAMW_LIKE | options)
+    groups += [{"params": rest}] if rest else []
+    return SM3(groups, LR, **ADAMW_LIKE | options)
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial, wraps
 from itertools import product
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -99,9 +99,7 @@ def accumulator(param: DTensor, part: Tensor, shard: LocalShard, i: int) -> Tens
     """
     cut = _cut_of_accumulator(_Cut.of(param), i, shard.cover_block)
     stride = torch.empty(cut.shape, dtype=param.dtype, device="meta").stride()
-    return DTensor.from_local(
-        part, param.device_mesh, cut.placements, run_check=False, shape=torch.Size(cut.shape), stride=stride
-    )
+    return _from_local(part, param.device_mesh, cut.placements, torch.Size(cut.shape), stride)
 
 
 def cut_like(grad: DTensor, param: DTensor) -> DTensor:
@@ -115,7 +113,25 @@ def cut_like(grad: DTensor, param: DTensor) -> DTensor:
     whole = grad.redistribute(mesh, [Replicate()] * mesh.ndim).to_local()
     box = _box(_Cut.of(param), tuple(mesh.get_coordinate() or ()))
     part = whole[tuple(map(slice, box.start, box.stop))].contiguous()
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
+    return _from_local(part, mesh, placements, param.shape, param.stride())
+
+
+def _from_local(
+    part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: tuple[int, ...]
+) -> DTensor:
+    """A DTensor whose part on this rank is ``part``, or holds the same where it is.
+
+    FSDP2 with an offload policy keeps parameters on the CPU under a mesh of GPUs. ``DTensor.from_local`` would bring a
+    part there to the GPU, but leaves one without memory.
+    """
+    here = part.device.type == mesh.device_type
+    local = part if here else part.to("meta")
+    made = DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+    if here:
+        return made
+    offloaded = cast(DTensor, torch.empty_like(made, device=part.device))
+    offloaded.to_local().copy_(part)
+    return offloaded
 
 
 @dataclass(frozen=True)

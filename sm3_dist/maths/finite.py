@@ -32,11 +32,11 @@ def not_finite(tensors: Sequence[Tensor]) -> Tensor:
         if len(these) == len(tensors):
             largest = found
         else:
-            largest[torch.tensor(these, device="cpu").to(device, non_blocking=True)] = found
+            largest[torch.tensor(these, dtype=torch.int64, device="cpu").to(device, non_blocking=True)] = found
     return (~largest.isfinite()).int()
 
 
-def _largest(tensors: Sequence[Tensor]) -> Tensor:
+def _largest(tensors: list[Tensor]) -> Tensor:
     """What is NaN or infinite where an element of a tensor is: its largest absolute value."""
     if tensors[0].device.type != "cpu":  # in a few launches for all of them; on a CPU it takes twenty times as long
         return torch.stack(torch._foreach_norm(tensors, math.inf))

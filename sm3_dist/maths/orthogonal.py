@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -81,13 +81,14 @@ def orthogonalized_together(updates: Sequence[Tensor]) -> list[Tensor]:
     return results
 
 
-@lru_cache(maxsize=None)
+@cache
 def batch_is_exact(count: int, rows: int, columns: int, device: torch.device) -> bool:
-    """Whether a batch of so many matrices has the bits of each alone. Tried once in a process; the host waits for it."""
+    """Whether a batch of so many matrices has the bits of each alone. It is tried, once: the host waits for that."""
     if rows * columns % ALIGNED or columns % ALIGNED:
         return False
     generator = torch.Generator(device).manual_seed(0)
-    some = [_prepared(torch.randn(rows, columns, device=device, generator=generator)) for _ in range(count)]
+    randn = partial(torch.randn, rows, columns, dtype=torch.float32, device=device, generator=generator)
+    some = [_prepared(randn()) for _ in range(count)]
     together = _polynomial(torch.stack(some)).unbind()
     return all(torch.equal(_polynomial(x), batched) for x, batched in zip(some, together, strict=True))
 

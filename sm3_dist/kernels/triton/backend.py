@@ -63,6 +63,8 @@ class TritonKernel:
         self._unaligned: frozenset[int] = frozenset()
         self._flags: list[Flags] = []
         self._seen: list[int] = []
+        self._weights: list[int] = []
+        self._offsets: list[int] = []
         self._where: list[int] = []
         self._released = [e for e in entries if any(e.shard.shared)]
         self._addresses = Table(2 * len(self._operands.params), torch.int64, self._device)
@@ -143,7 +145,9 @@ class TritonKernel:
             if not odd <= self._unaligned:
                 self._unaligned, self._stale = self._unaligned | odd, True
             self._seen = grads
-        where = [*weights, *self._released_addresses()]
+        if weights != self._weights:  # a list tells where weights begin only as to whether that is aligned
+            self._weights, self._offsets = weights, [address % 16 for address in weights]
+        where = [*self._offsets, *self._released_addresses()]
         if self._stale or not as_surveyed or flags != self._flags or where != self._where:
             capture.refuse_to_plan(self._operands.params)
             groups = list(zip(self._groups, flags, strict=True))
