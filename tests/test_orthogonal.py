@@ -26,6 +26,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import sm3_dist
 from sm3_dist import SM3, GradientMismatchError, step_in_backward
 from sm3_dist.layout.box import Box
+from sm3_dist.maths import orthogonal as maths
 from sm3_dist.maths.orthogonal import length, orthogonalized
 from sm3_dist.ranks import matrix_exchange
 
@@ -220,6 +221,38 @@ def test_lengths_do_not_matter_nor_where_it_lies() -> None:
     assert torch.equal(orthogonalized(update * 2.0**-9), orthogonalized(update))
     assert torch.equal(orthogonalized(update.T.contiguous().T), orthogonalized(update))
     assert not orthogonalized(torch.zeros(4, 3).bfloat16()).count_nonzero()
+
+
+BATCHED = [(24, 16), (16, 24), (8, 40), (5, 7), (8, 4, 6)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_bits_do_not_depend_on_what_is_worked_on_together(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """What GPUs do, on the CPU, where a library of products may add up a batch in another order."""
+    generator = torch.Generator().manual_seed(0)
+    updates = [torch.randn(shape, generator=generator).bfloat16() for _ in range(count) for shape in BATCHED]
+    alone = [orthogonalized(update) for update in updates]
+    maths.batch_is_exact.cache_clear()
+    assert all(map(torch.equal, maths._in_batches(updates), alone))
+    asked = []
+    monkeypatch.setattr(maths, "batch_is_exact", lambda *case: not asked.append(case))  # though it may not be
+    for each, expected in zip(maths._in_batches(updates), alone, strict=True):
+        torch.testing.assert_close(each, expected, rtol=0.02, atol=0.01)
+    of_shape = {(count * 2, 16, 24), (count, 8, 40), (count, 5, 7), (count, 8, 24)}
+    assert {case[:3] for case in asked} == {case for case in of_shape if case[0] > 1}
+
+
+def test_a_batch_that_adds_up_in_another_order_is_not_worked_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    polynomial = maths._polynomial
+
+    def off_by_a_bit(x: Tensor) -> Tensor:
+        return polynomial(x) if x.dim() == 2 else torch.nextafter(polynomial(x), torch.tensor(9.0))
+
+    maths.batch_is_exact.cache_clear()
+    monkeypatch.setattr(maths, "_polynomial", off_by_a_bit)
+    monkeypatch.setattr(maths, "product_type", lambda device: torch.float32)
+    assert not maths.batch_is_exact(3, 16, 24, torch.device("cpu"))
+    maths.batch_is_exact.cache_clear()
 
 
 def test_vectors_are_left_as_they_are() -> None:

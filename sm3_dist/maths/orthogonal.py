@@ -64,8 +64,11 @@ def orthogonalized_together(updates: Sequence[Tensor]) -> list[Tensor]:
     Args:
         updates: as for :func:`orthogonalized`, all on one device.
     """
-    if all(update.device.type == "cpu" for update in updates):
-        return [orthogonalized(update) for update in updates]
+    on_host = all(update.device.type == "cpu" for update in updates)  # where nothing is launched
+    return [orthogonalized(update) for update in updates] if on_host else _in_batches(updates)
+
+
+def _in_batches(updates: Sequence[Tensor]) -> list[Tensor]:
     prepared = [_prepared(update) for update in updates]
     alike: dict[tuple[int, ...], list[int]] = {}
     for k, x in enumerate(prepared):
