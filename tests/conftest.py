@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-rank-seconds", type=float, default=30.0, help="try random faults of one rank for so long")
+    parser.addoption("--one-rank-seconds", type=float, default=15.0, help="try random faults of one rank for so long")
     parser.addoption("--one-rank-seed", type=int, help="and begin with this case")
 
 
