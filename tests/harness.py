@@ -10,8 +10,8 @@
 
 Importing torch takes seconds, starting a gloo group milliseconds. So the processes persist over all tests, as many as
 the largest world size asked for, and each run gets a default group of its own on the first ``world_size`` of them. They
-are forked from a single-threaded server that has imported torch and done nothing else: torch is imported once, and
-a pool that had to be killed is back at once.
+are forked from a single-threaded server that has imported what tests import, and done nothing else: that is imported
+once, and a pool that had to be killed is back at once.
 """
 
 from __future__ import annotations
@@ -45,16 +45,28 @@ import torch.distributed as dist
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# What nearly every test imports, and torch._dynamo, which the first DTensor operation imports.
+# What many tests import, or test files that they import, and torch._dynamo, which the first DTensor operation imports.
+# What is not installed is left out.
 PRELOAD = [
     "torch._dynamo",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "pytest",
+    "hypothesis",
+    "fairscale.nn",
+    "launch.train",
+    "moving",
+    "against_reference",
+    "flat_layouts",
 ]
-# Of the server, which must stay single-threaded to be forked, and of the workers.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
+TESTS = Path(__file__).parent
+# Of the server, which must stay single-threaded to be forked and finds what it imports, and of the workers.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH")])),
+}
 START_TIMEOUT = 120.0
 JOBS: Counter[int] = Counter()  # how many runs this process has started, by world size
 GRACE = 5.0  # how long the other ranks may go on after one has failed

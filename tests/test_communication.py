@@ -19,6 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from sm3_dist import SM3, PlanMismatchError
 from sm3_dist.compat import ALL_GATHER, REDUCE_SCATTER, reduce_scatter_single
 from sm3_dist.layout.box import Box
+from sm3_dist.ranks import agreement
 from sm3_dist.ranks.bucket import MaxBucket, Slot
 from sm3_dist.ranks.fingerprint import FIELDS
 from sm3_dist.ranks.threaded_wait import ThreadedWait
@@ -279,9 +280,10 @@ def test_ranks_that_differ_are_told_what_differs(workers: Pool, world_size: int,
 
 
 def absent_rank() -> None:
-    dist.group.WORLD.get_group_store().set_timeout(datetime.timedelta(seconds=3))
     params = [sharded((4, 3))] if dist.get_rank() else [torch.nn.Parameter(torch.zeros(3))]
-    SM3(params).step()
+    dist.group.WORLD.get_group_store().set_timeout(datetime.timedelta(seconds=1))
+    with patch.object(agreement, "SLACK", datetime.timedelta(seconds=1)):
+        SM3(params).step()
     if dist.get_rank() == 0:
         raise PlanMismatchError("rank 0 has no part in it")
 

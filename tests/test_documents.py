@@ -6,12 +6,13 @@ where "cuda" reads "cpu".
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib.util
+import io
 import os
 import re
-import subprocess
-import sys
+import socket
 import textwrap
 import warnings
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import JOBS, Pool
+import torch.distributed as dist
+from harness import Pool
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -123,15 +125,26 @@ def test_every_block_runs_with_the_imports_that_it_has(workers: Pool, tmp_path: 
     workers(1).run(run, text, place, tmp_path)
 
 
-def test_the_program_of_the_readme_trains(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment = {name: value for name, value in environment.items() if name not in ("RANK", "WORLD_SIZE")}
-    JOBS[2] += 1
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    losses = [float(loss) for loss in re.findall(r"loss (\S+)", done.stdout)]
+def train(port: int) -> str:
+    """Run README's program as torchrun does, in this process; what it prints."""
+    rank, size, said = dist.get_rank(), dist.get_world_size(), io.StringIO()
+    dist.destroy_process_group()  # the program makes its own
+    of_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    of_torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        for name, value in of_torchrun.items():
+            patch.setenv(name, str(value))
+        exec(compile(PROGRAM, "train.py", "exec"), {"__name__": "__main__"})
+    return said.getvalue()
+
+
+def test_the_program_of_the_readme_trains(workers: Pool) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    said, silent = workers(2).run(train, port)
+    assert silent == ""
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", said)]
     assert losses[0] > 5
     assert losses[-1] < 1
 

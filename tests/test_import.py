@@ -1,8 +1,12 @@
 """What ``import sm3_dist`` costs, and where it works."""
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
+
+from harness import Pool
 
 import sm3_dist
 
@@ -58,6 +62,12 @@ def run(script: str) -> str:
     ).stdout
 
 
+def run_here(script: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(script, {})
+    return said.getvalue()
+
+
 def test_it_imports_nothing_of_size() -> None:
     """No DTensor, FSDP, Triton or sympy, which take as long as torch."""
     imported = {name.partition(".")[0] for name in run(WHAT_IS_IMPORTED).split()}
@@ -65,5 +75,5 @@ def test_it_imports_nothing_of_size() -> None:
     assert imported - {"sm3_dist"} <= sys.stdlib_module_names
 
 
-def test_plain_tensors_are_stepped_where_torch_was_built_without_distributed() -> None:
-    assert run(WITHOUT_DISTRIBUTED + STEPS) == run(STEPS)
+def test_plain_tensors_are_stepped_where_torch_was_built_without_distributed(workers: Pool) -> None:
+    assert workers(1).run(run_here, STEPS) == [run(WITHOUT_DISTRIBUTED + STEPS)]

@@ -11,7 +11,7 @@ from against_reference import EVERYTHING
 from harness import Pool
 from layouts import full
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -41,31 +41,43 @@ class Net(nn.Module):
         return (self.third(x) if step % 2 == 0 else x).square().mean()
 
 
-def as_it_is(net: Net) -> None:
+Wrap = Callable[[Net, DeviceMesh | None], None]
+
+
+def as_it_is(net: Net, _: DeviceMesh | None) -> None:
     pass
 
 
-def shard(net: Net) -> None:
-    fully_shard(net.third)
-    fully_shard(net)
+def shard(net: Net, mesh: DeviceMesh | None = None) -> None:
+    fully_shard(net.third, mesh=mesh)
+    fully_shard(net, mesh=mesh)
 
 
-def shard_replicas(net: Net) -> None:
-    fully_shard(net, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard")))
+def shard_replicas(net: Net, mesh: DeviceMesh | None) -> None:
+    fully_shard(net, mesh=mesh)
 
 
-def tensor_parallel(net: Net) -> None:
+def tensor_parallel(net: Net, mesh: DeviceMesh | None) -> None:
     """Its own columns of one layer on every rank, and rows of FSDP2 on top if there are more than two."""
-    world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
+    assert mesh is not None
     parallelize_module(net.third, mesh["tensor"], ColwiseParallel(output_layouts=Replicate()))
-    if world > 2:
+    if mesh["data"].size() > 1:
         fully_shard(net, mesh=mesh["data"])
+
+
+def mesh_for(wrap: Wrap) -> DeviceMesh | None:
+    """For all models of a world: each of their own would take a group, and PyTorch its time to work out what to do."""
+    if wrap is as_it_is:
+        return None
+    names = {shard: ("data",), shard_replicas: ("replica", "shard"), tensor_parallel: ("data", "tensor")}[wrap]
+    world = dist.get_world_size()
+    return init_device_mesh("cpu", (world // 2, 2) if len(names) > 1 else (world,), mesh_dim_names=names)
 
 
 def trained(
     during: bool,
-    wrap: Callable[[Net], None] = as_it_is,
+    wrap: Wrap = as_it_is,
+    mesh: DeviceMesh | None = None,
     dtype: torch.dtype = torch.float32,
     passes: int = 1,
     clip_value: float | None = None,
@@ -73,7 +85,7 @@ def trained(
 ) -> list[Tensor]:
     """Weights and state after some steps."""
     net = Net(dtype)
-    wrap(net)
+    wrap(net, mesh)
     optimizer = SM3(net.parameters(), lr=0.1, **options)
     scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
     handle = step_in_backward(net, optimizer, clip_value=clip_value) if during else None
@@ -95,7 +107,8 @@ def trained(
     return [*map(full, net.parameters()), *map(full, state)]
 
 
-def compare(wrap: Callable[[Net], None], passes: int = 1) -> None:
+def compare(wrap: Wrap, passes: int = 1) -> None:
+    mesh = mesh_for(wrap)
     narrow: dict[str, Any] = {"dtype": torch.bfloat16, "momentum_dtype": torch.int8, "stochastic_rounding": True}
     for options in (
         {},
@@ -104,8 +117,8 @@ def compare(wrap: Callable[[Net], None], passes: int = 1) -> None:
         {"backend": "eager"},
         {"momentum": 0.9, **narrow},
     ):
-        after = trained(False, wrap, passes=passes, **options)
-        during = trained(True, wrap, passes=passes, **options)
+        after = trained(False, wrap, mesh, passes=passes, **options)
+        during = trained(True, wrap, mesh, passes=passes, **options)
         assert len(after) == len(during) > 10
         assert all(torch.equal(a, b) for a, b in zip(after, during, strict=True)), options
 

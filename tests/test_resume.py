@@ -109,12 +109,13 @@ def test_interrupted_run_ends_where_an_uninterrupted_one_does(
 def test_goes_on_with_other_ranks_and_another_wrapper(workers: Pool, text: Path, tmp_path: Path) -> None:
     """Sums of gradients are rounded differently then, so the end is nearly the same."""
     weights = []
+    workers(2).run(job, "--checkpoint-every 3 --batch-size 6 --parallel hsdp", text, tmp_path / "stopped", 4)
     for out, ranks, parallel in (
         (tmp_path / "a", 2, "fsdp2"),
         (tmp_path / "b", 3, "zero1"),
         (tmp_path / "c", 1, "none"),
     ):
-        workers(2).run(job, "--checkpoint-every 3 --batch-size 6 --parallel hsdp", text, out, 4)
+        copy(tmp_path / "stopped", out)
         arguments = f"--checkpoint-every 3 --batch-size 6 --resume auto --parallel {parallel}"
         workers(ranks).run(job, arguments, text, out)
         weights.append(tensors(out / "checkpoints" / "step-00000008")["train.model.embedding.weight"])
@@ -141,18 +142,33 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 }
 
 
+def jobs(arguments: str, text: Path, *outs: Path) -> list[str]:
+    """Several runs in one world, which starts as fast as one of them takes its steps."""
+    return [job(arguments, text, out) for out in outs]
+
+
+@pytest.fixture(scope="module")
+def mended(
+    workers: Pool, text: Path, stopped: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, str]]:
+    """By damage the run that went on, and what it said."""
+    outs = {damage: tmp_path_factory.mktemp(damage) for damage in DAMAGES}
+    for damage, (name, harm, _) in DAMAGES.items():
+        copy(stopped, outs[damage])
+        harm(outs[damage] / "checkpoints" / "step-00000006" / name)
+    said = workers(2).run(jobs, "--checkpoint-every 3 --resume auto", text, *outs.values())[0]
+    return dict(zip(outs, zip(outs.values(), said, strict=True), strict=True))
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_is_put_aside_for_the_one_before(
-    workers: Pool, text: Path, calm: Path, stopped: Path, tmp_path: Path, damage: str
+    calm: Path, mended: dict[str, tuple[Path, str]], damage: str
 ) -> None:
-    name, harm, message = DAMAGES[damage]
-    copy(stopped, tmp_path)
-    harm(tmp_path / "checkpoints" / "step-00000006" / name)
-    said = workers(2).run(job, "--checkpoint-every 3 --resume auto", text, tmp_path)[0]
-    assert message in said
+    out, said = mended[damage]
+    assert DAMAGES[damage][2] in said
     assert "It is now called step-00000006.damaged" in said
     assert "at step 3" in said
-    assert same(calm, tmp_path)
+    assert same(calm, out)
 
 
 def test_unfinished_checkpoint_is_ignored(workers: Pool, text: Path, stopped: Path, tmp_path: Path) -> None:

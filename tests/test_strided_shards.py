@@ -6,7 +6,7 @@ import torch
 from harness import Pool
 from layouts import Tensors, distribute, same
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -23,9 +23,12 @@ GRADIENTS: list[tuple[Placement, Placement]] = [
 ]
 
 
-def cut_twice() -> Tensors:
+def both_ways() -> DeviceMesh:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+
+def cut_twice(mesh: DeviceMesh) -> Tensors:
     """A module with weights that are cut twice along their rows."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = Tensors(SHAPES)
     distribute(model, mesh["tp"], lambda number, param: [Shard(0)])
     fully_shard(model, mesh=mesh["dp"])
@@ -47,9 +50,9 @@ def gradient(like: DTensor, whole: Tensor, placements: tuple[Placement, Placemen
 
 
 def steps_differ(skip_nonfinite: str | None) -> list[str]:
-    found = []
+    found, mesh = [], both_ways()
     for placements in GRADIENTS:
-        model, whole = cut_twice(), Tensors(SHAPES)
+        model, whole = cut_twice(mesh), Tensors(SHAPES)
         pairs = list(zip(model.parameters(), whole.parameters(), strict=True))
         generator = torch.Generator().manual_seed(0)
         for weight, wanted in pairs:
@@ -67,7 +70,7 @@ def test_steps_take_gradients_that_are_cut_otherwise(workers: Pool) -> None:
 
 
 def wrong_in_silence() -> list[str]:
-    model, found = cut_twice(), []
+    model, found = cut_twice(both_ways()), []
     SM3(model.parameters())
     for weight, tensor in zip(model.parameters(), Tensors(SHAPES).parameters(), strict=True):
         whole = tensor.detach()

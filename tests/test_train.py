@@ -125,8 +125,12 @@ def test_sharding_divides_the_state(workers: Pool, text: Path, alone: dict[str, 
 IN_BACKWARD = "--steps 6 --dtype bfloat16 --clip inf --momentum-dtype int8"
 
 
-def used_in_backward(arguments: str, data: Path) -> tuple[float, list[bool]]:
-    """Train; the validation loss, and of every step whether it found no gradient left to use."""
+def used_in_backward(data: Path, *runs: str) -> list[tuple[float, list[bool]]]:
+    """Train some runs; of each the validation loss, and of every step whether it found no gradient left to use."""
+    return [used_in_one(arguments, data) for arguments in runs]
+
+
+def used_in_one(arguments: str, data: Path) -> tuple[float, list[bool]]:
     run = Run(parse([*FAST.split(), *arguments.split(), "--data", str(data)]), World.current(), Console(quiet=True))
     parameters, used = list(run.model.parameters()), []
     assert {parameter.dtype for parameter in parameters} == {torch.bfloat16}
@@ -139,17 +143,15 @@ def used_in_backward(arguments: str, data: Path) -> tuple[float, list[bool]]:
 def test_bfloat16_trains_in_backward_as_after_it(workers: Pool, text: Path, size: int, parallel: str) -> None:
     """In every layout that has it: the same weights to the last bit, and no gradient is left."""
     common = f"{IN_BACKWARD} --parallel {parallel}"
-    after, left = workers(size).run(used_in_backward, common, text)[0]
-    during, used = workers(size).run(used_in_backward, f"{common} --step-in-backward", text)[0]
+    runs = (common, f"{common} --step-in-backward")
+    (after, left), (during, used) = workers(size).run(used_in_backward, text, *runs)[0]
     assert (during, used, left) == (after, [True] * 6, [False] * 6)
     assert during < math.log(256) - 0.2
 
 
 def test_rounding_is_stochastic_unless_told_otherwise(workers: Pool, text: Path) -> None:
-    losses = [
-        workers(1).run(used_in_backward, f"{IN_BACKWARD} {rounding}", text)[0][0]
-        for rounding in ("", "--rounding stochastic", "--rounding nearest")
-    ]
+    runs = [f"{IN_BACKWARD} {rounding}" for rounding in ("", "--rounding stochastic", "--rounding nearest")]
+    losses = [loss for loss, _ in workers(1).run(used_in_backward, text, *runs)[0]]
     assert losses[0] == losses[1] != losses[2]
 
 

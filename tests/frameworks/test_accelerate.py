@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from sm3_dist import SM3, MuonLikeSM3
 
-pytest.importorskip("accelerate", reason="needs pip install 'sm3_dist[frameworks]'")
+# Not imported here, where it would take seconds of every process that collects tests.
+pytestmark = pytest.mark.skipif(find_spec("accelerate") is None, reason="needs pip install 'sm3_dist[frameworks]'")
 
 STEPS = 5
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +21,8 @@ from torch.utils.data import DistributedSampler
 
 from sm3_dist import SM3
 
-pytest.importorskip("lightning", reason="needs pip install 'sm3_dist[frameworks]'")
+# Not imported here, where it would take seconds of every process that collects tests.
+pytestmark = pytest.mark.skipif(find_spec("lightning") is None, reason="needs pip install 'sm3_dist[frameworks]'")
 
 EPOCHS = 3
 OPTIONS: dict[str, dict[str, Any]] = {

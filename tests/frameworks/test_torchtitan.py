@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 
 from sm3_dist import SM3, AdamWLikeSM3
 
-pytest.importorskip("torchtitan", reason="needs pip install 'sm3_dist[frameworks]'")
+# Not imported here, where it would take seconds of every process that collects tests.
+pytestmark = pytest.mark.skipif(find_spec("torchtitan") is None, reason="needs pip install 'sm3_dist[frameworks]'")
 
 STEPS = 5
 KINDS: dict[str, tuple[type[SM3], dict[str, Any]]] = {
