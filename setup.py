@@ -25,18 +25,23 @@ class AnyPython(bdist_wheel):
 
 
 class KeptLibrary(build_ext):
-    """Compiles for a checkout only if a source has changed since: pip begins anew with each install."""
+    """Leaves the library in the checkout, whose tests and commands import it from there however it was installed.
+
+    An editable install compiles only if a source has changed since: pip begins anew with each install.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         """Compile, or take what lies in the checkout."""
         target = Path(self.get_ext_fullpath(ext.name))
-        made = Path(*ext.name.split(".")).with_name(target.name)
+        kept = Path(*ext.name.split(".")).with_name(target.name)
         made_of = ["pyproject.toml", *ext.sources, *ext.depends]
-        if self.editable_mode and made.exists() and made.stat().st_mtime > max(map(os.path.getmtime, made_of)):
+        if self.editable_mode and kept.exists() and kept.stat().st_mtime > max(map(os.path.getmtime, made_of)):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(made, target)
+            shutil.copy2(kept, target)
         else:
             super().build_extension(ext)
+            kept.unlink(missing_ok=True)  # a process that has loaded it keeps the old one
+            shutil.copy2(target, kept)
 
 
 class PlainLibrary(build_ext):

@@ -3,8 +3,8 @@
 #
 #     bash launch/gpu_check.sh [DIRECTORY]
 #
-# Needs python3 with torch and triton, and pytest for the tests; nothing is installed or fetched. Takes less than four
-# minutes: each part has its limit. Results go to the terminal and, with the single times, into DIRECTORY. The exit status
+# Needs python3 with torch and triton, and pytest for the tests; nothing is installed or fetched. Takes about
+# four minutes: each part has its limit. Results go to the terminal and, with the single times, into DIRECTORY. The exit status
 # is that of the first part that failed. PYTHON names another interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -35,7 +35,7 @@ if has pytest; then
     tests=("$python" -m pytest -q -o addopts= -W default -p no:cacheprovider tests/gpu)
     has xdist && tests+=(-n 6 --dist loadgroup)
     has pytest_timeout && tests+=(--timeout 80)
-    part tests 90 "${tests[@]}"
+    part tests 110 "${tests[@]}"
 else
     echo "tests: left out, for pytest is not installed: pip install pytest"
     status=1
@@ -46,7 +46,7 @@ bench() { # NAME SECONDS OPTIONS...
 ours=("SM3, triton" "recipe, triton" Adafactor Muon muon-like torch-SM3 FlashAdamW bitsandbytes "AdamW(foreach)")
 bench gpt2 50 --models gpt2 --rounds 15 --only "${ours[@]}"
 bench decoder 45 --models decoder --dtypes bfloat16 --rounds 9 --only "SM3, triton" "recipe, triton" FlashAdamW bitsandbytes
-bench small 30 --models small resnet50 --rounds 9 --only "SM3, triton" "recipe, triton"
-part memory 28 "$python" launch/memory.py --device cuda --out "$out/memory" --models 1.3b \
+bench small 45 --models small resnet50 --rounds 9 --only "SM3, triton" "recipe, triton"
+part memory 60 "$python" launch/memory.py --device cuda --out "$out/memory" --models 1.3b \
     --ways recipe-bf16-momentum8-backward
 exit "$status"

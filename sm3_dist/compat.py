@@ -61,13 +61,14 @@ def guard_strided_shards() -> None:
     """Have PyTorch 2.9 know strided shards where later releases do, and raise where it would be wrong in silence.
 
     Parts of unequal length it puts together in another order, and cuts elsewhere, be they of weights or of state; and
-    of a sum over ranks it gives each rank another's part. ``torch.load(weights_only=True)`` refuses the placement.
+    of a sum over ranks it gives each rank another's part. Up to 2.12 ``torch.load(weights_only=True)`` refuses the
+    placement unless it is named.
     """
-    if redistributes_to_strided_shards():
-        return
     from torch.distributed.tensor.placement_types import _StridedShard
 
     torch.serialization.add_safe_globals([_StridedShard])
+    if redistributes_to_strided_shards():
+        return
     strided: Any = _StridedShard
     gather, split = strided._to_replicate_tensor, strided._split_tensor
 

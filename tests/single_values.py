@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sm3_dist.kernels.triton import values
 from sm3_dist.maths.momentum_code import decode, encode
+from sm3_dist.maths.rms import square_sum
 from sm3_dist.maths.update import _inverse_root
 
 BLOCK = 1024
@@ -30,6 +31,16 @@ def codes(numbers, noise, results, again, count, BLOCK: tl.constexpr):  # type: 
     code = values.encoded(x, tl.load(noise + at, mask=at < count, other=0))
     tl.store(results + at, code, mask=at < count)
     tl.store(again + at, values.decoded(code), mask=at < count)
+
+
+@triton.jit
+def squares(numbers, wholes, uppers, lowers, per_one, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(numbers + at, mask=at < count, other=0.0)
+    upper, lower = values.halves(x, per_one)
+    tl.store(wholes + at, values.units(x, per_one), mask=at < count)
+    tl.store(uppers + at, upper, mask=at < count)
+    tl.store(lowers + at, lower, mask=at < count)
 
 
 def bits_from(start: int, count: int, device: str) -> Tensor:
@@ -68,3 +79,23 @@ def check_codes(start: int, count: int, device: str) -> None:
     assert not differ.any(), (numbers[differ][:5], noise[differ][:5], found[differ][:5], expected[differ][:5])
     assert torch.equal(again.view(torch.int32)[found != -128], decode(expected).view(torch.int32)[found != -128])
     assert again[found == -128].isnan().all()
+
+
+def check_squares(start: int, count: int, device: str, numel: int) -> None:
+    """Squares of all numbers with so many bit patterns from ``start`` on as integers, whole and in halves.
+
+    Args:
+        start: the bits of the first number.
+        count: how many there are.
+        device: where it is done.
+        numel: elements of the tensor whose updates they are; halves are for large ones.
+    """
+    numbers = bits_from(start, count, device).view(torch.float32)
+    expected = square_sum((numel,), torch.zeros((), dtype=torch.int64))
+    found = [torch.empty(count, dtype=kind, device=device) for kind in (torch.int64, torch.int32, torch.int32)]
+    programs = -(-count // BLOCK)
+    squares[(programs,)](numbers, *found, expected.per_one, count, BLOCK, enable_fp_fusion=False)
+    whole, upper, lower = found
+    assert torch.equal(whole, (upper.long() << int(values.HALF)) + lower)
+    expected.add(numbers.cpu())
+    assert whole.sum().item() == expected.partial.item()

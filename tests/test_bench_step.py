@@ -58,11 +58,13 @@ def test_on_a_gpu_the_triton_backend_and_its_peers_contend(monkeypatch: pytest.M
     found = contenders("cuda", torch.bfloat16)
     assert "recipe, triton, 8-bit momentum, stochastic rounding" in found
     assert not any("SM3, c" in name for name in found)
-    installed = {"FlashAdamW": type("FlashAdamW", (AdamW,), {}), "AdamW8bit": type("AdamW8bit", (AdamW,), {})}
+    installed = {kind: type(kind, (AdamW,), {}) for _, kind, _ in PEERS.values()}
     module = type("Module", (), installed)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("importlib.import_module", lambda name: type("Module", (module,), {"SM3": SM3}))
-    assert {*PEERS} <= contenders("cuda", torch.bfloat16).keys()
+    for device in ("cpu", "cuda"):
+        theirs = {name for name, (_, _, needed) in PEERS.items() if needed in ("", device)}
+        assert theirs == contenders(device, torch.bfloat16).keys() & {*PEERS}
     assert "FlashAdamW" not in contenders("cuda", torch.float32)
     assert "FlashAdamW" not in contenders("cpu", torch.bfloat16)
 

@@ -337,13 +337,16 @@ def check_touched_state() -> None:
 
 
 def check_single_values() -> None:
-    """Roots, reciprocals and codes, as tests/gpu does it with every number."""
-    from single_values import FIRST_SHORT, check_codes, check_roots
+    """Roots, reciprocals, codes and squares, as tests/gpu does it with every number."""
+    from single_values import FIRST_SHORT, check_codes, check_roots, check_squares
 
     for start in (0, FIRST_SHORT - 1024, 0x3F800000 - 1024, 0x7F800001 - 2048):
         check_roots(start, 2048, "cpu")
     for start in (-1024, 0x39800000 - 1024, -(1 << 31), 0x7F800000 - 1024):
         check_codes(start, 2048, "cpu")
+    for start in (-1024, 0x3A000000, 0x3F800000 - 1024, 0x42000000 - 1024, 0x7F800000 - 1024):
+        for numel in (1 << 18, 1 << 22, 1 << 30):
+            check_squares(start, 2048, "cpu", numel)
 
 
 def check_bindings() -> None:

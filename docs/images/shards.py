@@ -75,7 +75,7 @@ def main() -> None:
     legend = 10.0
     for rank, name in enumerate(["rank 0", "rank 1", "rank 2", "rank 3"]):
         parts += [cell(legend, height - 30, COLOURS[rank]), text(legend + CELL + 5, height - 15, name)]
-        legend += 90
+        legend += 80
     parts += [
         cell(legend, height - 30, SHARED),
         text(legend + CELL + 5, height - 15, "accumulator entry of several ranks: one all-reduce MAX"),

@@ -37,6 +37,7 @@ VARIANTS: dict[str, Callable[..., SM3]] = {
 PEERS: dict[str, tuple[str, str, str]] = {  # module, class, type of the device that it needs or ""
     "torch-SM3": ("SM3", "SM3", ""),
     "pytorch_optimizer SM3": ("pytorch_optimizer", "SM3", ""),
+    "DeepSpeedCPUAdam": ("deepspeed.ops.adam", "DeepSpeedCPUAdam", "cpu"),
     "FlashAdamW": ("flashoptim", "FlashAdamW", "cuda"),  # databricks/flashoptim
     "bitsandbytes AdamW8bit": ("bitsandbytes.optim", "AdamW8bit", "cuda"),
 }

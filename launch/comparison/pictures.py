@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import pairwise
 from statistics import mean
 
 OURS, OTHERS = "#c8321f", "#7f8c99"
@@ -23,15 +23,16 @@ def running_mean(steps: Sequence[int], values: Sequence[float], count: int) -> t
     return [steps[k] for k in places], [mean(values[k + 1 - count : k + 1]) for k in places]
 
 
-def apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Move labels up as far as they need to keep ``gap`` from one another, in the order in which they stand.
+def apart(points: Sequence[tuple[float, float]], gap: float, width: float = math.inf) -> list[float]:
+    """Heights of labels of points: up as far as they must, ``gap`` from those less than ``width`` to the side.
 
     Example:
-        >>> apart([1.0, 3.0, 1.1], 0.5)
-        [1.0, 3.0, 1.5]
+        >>> apart([(0.0, 1.0), (0.0, 3.0), (2.0, 1.1), (9.0, 1.1)], 0.5, 4.0)
+        [1.0, 3.0, 1.5, 1.1]
     """
-    moved = list(heights)
-    order = sorted(range(len(heights)), key=lambda k: heights[k])
-    for below, above in pairwise(order):
-        moved[above] = max(moved[above], moved[below] + gap)
-    return moved
+    moved: dict[int, float] = {}
+    for k in sorted(range(len(points)), key=lambda k: points[k][1]):
+        x, height = points[k]
+        below = [moved[other] + gap for other in moved if abs(points[other][0] - x) < width]
+        moved[k] = max([height, *below])
+    return [moved[k] for k in range(len(points))]

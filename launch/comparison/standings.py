@@ -80,7 +80,8 @@ def draw_bytes(comparison: Comparison, axes: Any, contestants: Iterable[Contesta
     points = [(c.name, comparison.bytes_per_parameter(c), at_rate(*comparison.best(c))) for c in contestants]
     points = [point for point in points if not math.isinf(point[2])]
     losses = [loss for _, _, loss in points]
-    heights = apart(losses, 0.045 * (max(losses, default=0) - min(losses, default=0)))
+    gap = 0.045 * (max(losses, default=0) - min(losses, default=0))
+    heights = apart([(size, loss) for _, size, loss in points], gap)
     for (name, size, loss), height in zip(points, heights, strict=True):
         colour, weight = (OURS, "bold") if name.startswith("sm3") else (OTHERS, "normal")
         axes.plot(size, loss, "o", color=colour)

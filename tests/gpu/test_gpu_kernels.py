@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from against_eager import DTYPES, RECIPE, SETTINGS, SHAPES, compare, gradient
-from single_values import check_codes, check_roots
+from single_values import check_codes, check_roots, check_squares
 from torch import nn
 
 from sm3_dist import SM3
@@ -59,6 +59,12 @@ def test_codes_of_momentum_are_those_of_pytorch_for_every_number() -> None:
     chunk = 1 << 26
     for start in range(-(1 << 31), 1 << 31, chunk):
         check_codes(start, chunk, "cuda")
+
+
+@pytest.mark.parametrize("numel", [1 << 18, 1 << 22, 1 << 30])
+def test_squares_are_those_of_pytorch(numel: int) -> None:
+    for start in range(0, 0x7F800000, 1 << 28):
+        check_squares(start, 1 << 22, "cuda", numel)
 
 
 def params(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[nn.Parameter]:

@@ -121,8 +121,9 @@ def _library() -> ctypes.CDLL | str:
     built = [path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := folder / f"_cpu{suffix}").exists()]
     if not built:
         return (
-            "the C kernel was not compiled when sm3_dist was installed. Install a C compiler (gcc or clang) and "
-            "install sm3_dist again: pip install --force-reinstall --no-deps -v, which shows what the compiler says."
+            f"the C kernel was not compiled for this Python: none lies in {folder}. Install a C compiler (gcc or "
+            "clang) and install sm3_dist again: pip install --force-reinstall --no-deps -v sm3_dist, or in a checkout "
+            "pip install -v -e ., show what the compiler says."
         )
     try:
         library = ctypes.CDLL(str(built[0]))
