@@ -41,9 +41,9 @@ class RankBytes:
         state: of SM3: accumulators, momentum, step counts, and what ``update_rms`` keeps.
         sent: the buffers of maxima that are sent in each step, with what tells a rank apart that differs.
         adam_moments: the two moments that Adam would hold in place of ``state``, in the type of the weights.
-        exchanged: with ``orthogonalize`` the buffers in which updates travel, within a step alone; besides, the owner of
-            matrices takes about 10 bytes for each of their elements: of those of a bucket (25 MB) on a GPU, elsewhere of
-            one at a time, and 4 bytes for the others in its bucket.
+        exchanged: with ``orthogonalize`` the buffers in which updates travel, within a step alone; besides, the owner
+            of matrices takes about 10 bytes for each of their elements: of those of a bucket (25 MB) on a GPU, and
+            elsewhere of one at a time, and 4 bytes for the others in its bucket.
     """
 
     weights: int
