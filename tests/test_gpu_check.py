@@ -16,7 +16,7 @@ from launch import bench, memory
 from launch.benchmarks.contenders import PEERS, VARIANTS
 
 SCRIPT = Path(launch.__file__).parent / "gpu_check.sh"
-OTHERS = ["AdamW(foreach)", "Adafactor", "Muon", *PEERS]
+OTHERS = ["AdamW(foreach)", "Adafactor", "Muon", *(name for name, (_, _, on) in PEERS.items() if on in ("", "cuda"))]
 
 
 def check(folder: Path, python: str) -> tuple[int, str, list[list[str]]]:
