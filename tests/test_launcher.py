@@ -1,13 +1,15 @@
-"""The launcher of Triton's kernels: the code that the first launch found is launched again, with new arguments."""
+"""What a step of the Triton backend does not do anew: it finds no code and writes no list that stood already."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'sm3_dist[triton]'")
 
+from sm3_dist.kernels.triton import backend
 from sm3_dist.kernels.triton.launcher import Launcher
 
 
@@ -50,3 +52,25 @@ def test_the_interpreter_is_asked_every_time() -> None:
     for argument in "ab":
         launcher(kernel, 2, [argument])
     assert [arguments for _, arguments, _ in kernel.launched] == [("a",), ("b",)]
+
+
+def test_a_list_is_written_anew_where_weights_are_aligned_otherwise_and_not_where_they_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Orthogonal updates, which take a weight's place, lie elsewhere in each step."""
+    made: list[Any] = []
+    monkeypatch.setattr(backend, "WorkList", lambda *arguments: made.append(arguments))
+    kernel: Any = object.__new__(backend.TritonKernel)  # which needs a GPU
+    vars(kernel).update(entries=[], _groups=[], _released=[], _operands=SimpleNamespace(params=[]))
+    vars(kernel).update(_unaligned=frozenset(), _stale=True)
+    vars(kernel).update({name: [] for name in ("_flags", "_seen", "_weights", "_offsets", "_where")})
+    for weights, as_surveyed, lists in [
+        ([64, 128], True, 1),
+        ([64, 128], True, 1),
+        ([6400, 12800], True, 1),  # moved
+        ([6400, 12804], True, 2),
+        ([64, 128], True, 3),
+        ([64, 128], False, 4),  # laid out otherwise
+    ]:
+        kernel._keep_list(weights, [16, 32], [], as_surveyed)
+        assert len(made) == lists, (weights, as_surveyed)

@@ -1,6 +1,8 @@
 """The checks that GPUs are to pass, on the CPU."""
 
 import itertools
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -28,12 +30,12 @@ def test_what_else_gpus_are_to_do(workers: Pool, name: str) -> None:
     workers(2).run(check, name)
 
 
-def check_offloaded() -> None:
+def check_offloaded(**options: Any) -> None:
     """Whatever is made under the mesh of another device than the parameter's has to stay with the parameter."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     whole = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
     params = [torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)])) for _ in range(2)]
-    optimizers = [SM3.adamw_like([param]) for param in params]
+    optimizers = [SM3.adamw_like([param], **options) for param in params]
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         for param in params:
@@ -51,7 +53,8 @@ def check_offloaded() -> None:
         assert torch.equal(*pair), key
 
 
+@pytest.mark.parametrize("momentum", [torch.float32, torch.int8])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_parameters_on_the_cpu_under_a_mesh_of_gpus(workers: Pool, world_size: int) -> None:
-    """As FSDP2 has them with an offload policy."""
-    workers(world_size).run(check_offloaded)
+def test_parameters_on_the_cpu_under_a_mesh_of_gpus(workers: Pool, world_size: int, momentum: torch.dtype) -> None:
+    """As FSDP2 has them with an offload policy; on two ranks an edge cuts a block of covers."""
+    workers(world_size).run(partial(check_offloaded, momentum_dtype=momentum))
