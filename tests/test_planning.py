@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import sm3_dist
-from sm3_dist import SM3
-from sm3_dist.planner.planning import RankBytes
+from sm3_dist import SM3, MuonLikeSM3
+from sm3_dist.planner.planning import RankBytes, plan_muon_like
 from sm3_dist.ranks.bucket import MaxBucket
 
 OPTIONS: list[dict[str, Any]] = [
@@ -175,3 +175,34 @@ def test_gradients_in_backward_are_those_of_one_unit() -> None:
     sharded = {"wrapper": "fsdp2", "world": 2, **in_backward}
     assert sm3_dist.plan(module, **sharded)[0].gradients == 4 * (20 + 40 + 18) // 2
     assert sm3_dist.plan(module, **sharded, units=[module[1]])[0].gradients == 4 * 40 // 2
+
+
+def muon_like(wrapper: str) -> None:
+    module = model(torch.float32, wrapper)
+    told = given(wrapper, module)
+    expected = plan_muon_like(module, **told)[dist.get_rank()]
+    wrapped = WRAP.get(wrapper, lambda module: module)(module)
+    keywords: dict[str, Any] = {"shard_over": dist.group.WORLD} if wrapper == "zero1" else {}
+    optimizer = MuonLikeSM3(wrapped.parameters(), model=wrapped, **keywords)
+    for param in optimizer._keeper.states or wrapped.parameters():
+        param.grad = torch.zeros_like(param) if param.requires_grad else None
+    optimizer.step()
+    current = optimizer._current_plan()
+    state = [value for each in optimizer._keeper.states.values() for value in each.values()]
+    state += [cover.working for entry in current.entries for cover in entry.cut_covers]
+    assert count(state) == expected.state
+    sent = sum(b.numel * b.dtype.itemsize for b in current.buckets if isinstance(b, MaxBucket))
+    sent += count(exchange._lent for exchange in current.exchanges)
+    exchanges = [bucket.exchange for bucket in current.orthogonal.buckets]
+    assert exchanges
+    sent += sum(2 * part.numel() for each in exchanges if each.group is not None for part in each.parts)
+    assert sent == expected.sent
+    optimizer.state  # noqa: B018  # the collectives of this step end before the next begin
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "world_size"),
+    [("none", 1), ("ddp", 2), ("zero1", 3), ("fsdp2", 3), ("hsdp", 4), ("tp", 2), ("fsdp2+tp", 4), ("fsdp1", 3)],
+)
+def test_orthogonal_updates_take_the_bytes_that_are_planned(workers: Pool, wrapper: str, world_size: int) -> None:
+    workers(world_size).run(muon_like, wrapper)

@@ -18,14 +18,16 @@ from torch import nn
 
 from sm3_dist.planner.decoder import MODELS, Decoder, of_size, read_config
 from sm3_dist.planner.other_optimizers import BASELINES, baseline
-from sm3_dist.planner.planning import IN_BACKWARD, plan
+from sm3_dist.planner.planning import IN_BACKWARD, plan, plan_muon_like
 from sm3_dist.planner.rank_shards import WRAPPERS
+from sm3_dist.planner.step_temporaries import step_temporaries
 from sm3_dist.planner.tables import Row, comparison, table
 from sm3_dist.step.param_groups import ADAMW_LIKE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOMENTUM_DTYPES = {**DTYPES, "int8": torch.int8}
 _PATIENCE = 2.0
+_FLOAT = 4
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ VARIANTS = {
     "sm3-momentum": Variant(torch.float32, MOMENTUM),
     "sm3-adamw-like": Variant(torch.float32, {k: ADAMW_LIKE[k] for k in ("momentum", "update_rms", "cover_block")}),
 }
+
+MUON_LIKE = "sm3-muon-like"
 
 
 class Parser(argparse.ArgumentParser):
@@ -131,7 +135,7 @@ def parsers(version: str) -> tuple[Parser, Parser]:
     sm3.add_argument(
         "--step-in-backward", action="store_true", help="no gradients are kept (sm3_dist.step_in_backward)"
     )
-    names = [*VARIANTS, *BASELINES]
+    names = [*VARIANTS, MUON_LIKE, *BASELINES]
     command.add_argument(
         "--optimizer",
         nargs="+",
@@ -139,6 +143,12 @@ def parsers(version: str) -> tuple[Parser, Parser]:
         default=names,
         metavar="NAME",
         help=f"rows of the lower table: {', '.join(names)} (default: all)",
+    )
+    command.epilog = (
+        "together: weights, gradients and state between two steps. step, GPU: the most that a step takes besides and "
+        "frees again, by formula; ours nothing but for orthogonal updates, AdamW, as PyTorch makes it by default, a "
+        "copy of what it steps, and nothing with fused=True. Activations and weights that wrappers gather are not "
+        "counted. docs/planning.md has the formulas."
     )
     return parser, command
 
@@ -186,7 +196,8 @@ def run(given: argparse.Namespace) -> None:
         cover_block=given.cover_block,
     )
     print(table(ranks, sum(param.numel() for param in module.parameters())), end="\n\n", flush=True)
-    rows = [_row(name, module, shared, given.shard_covers) for name in _shown(given.optimizer)]
+    takes = step_temporaries(module, **shared)
+    rows = [_row(name, module, shared, given.shard_covers, takes.get(name, 0)) for name in _shown(given.optimizer)]
     print(comparison(rows, given.wrapper, given.replicas, given.tp_size or 1))
 
 
@@ -247,10 +258,13 @@ def _shown(names: Sequence[str]) -> Iterator[str]:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _row(name: str, module: nn.Module, shared: dict[str, Any], shard_covers: bool) -> Row:
+def _row(name: str, module: nn.Module, shared: dict[str, Any], shard_covers: bool, step: int) -> Row:
     """What each rank holds with one of the optimizers that are compared."""
     if name in BASELINES:
         size, ranks = BASELINES[name].weight, baseline(name, module, **shared)
+    elif name == MUON_LIKE:
+        module = module.to(torch.float32)
+        size, ranks = _FLOAT, plan_muon_like(module, **shared, shard_covers=shard_covers)
     else:
         variant = VARIANTS[name]
         module = module.to(variant.dtype)
@@ -259,7 +273,7 @@ def _row(name: str, module: nn.Module, shared: dict[str, Any], shard_covers: boo
         size, ranks = variant.dtype.itemsize, plan(module, **shared, **options)
     cuts, parts = shared["tensor_parallel"] or {}, shared["tp_size"] or 1
     weights, trained = _largest_part(module.named_parameters(), cuts, parts)
-    return Row(name, ranks, size * weights, size * trained)
+    return Row(name, ranks, size * weights, size * trained, step)
 
 
 def _largest_part(named: Iterable[tuple[str, nn.Parameter]], cuts: dict[str, int], parts: int) -> tuple[int, int]:

@@ -6,18 +6,20 @@ import inspect
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sm3_dist.layout.shard import accumulator_dtype
+from sm3_dist.maths.orthogonal import TYPE
 from sm3_dist.optimizer import SM3
 from sm3_dist.planner.exchange_buffers import Pieces, exchange_bytes
 from sm3_dist.planner.flat_parts import FlatParts
-from sm3_dist.planner.rank_shards import REPLICATED, WRAPPERS, Unit, each_shard, rank_shards
+from sm3_dist.planner.rank_shards import REPLICATED, WRAPPERS, Kind, Unit, each_shard, rank_shards
 from sm3_dist.planner.rectangles import Rectangles
 from sm3_dist.ranks.fingerprint import FIELDS
-from sm3_dist.step.param_groups import validate
+from sm3_dist.step.param_groups import ADAMW_LIKE, MATRIX, validate
 
 WITH_TENSOR_PARALLEL = ("fsdp2", "hsdp")
 """Wrappers that cut what tensor parallelism has left."""
@@ -117,7 +119,7 @@ def plan(
         raise ValueError(f"no steps can be taken during backward {reason}; leave step_in_backward out")
     check_options(momentum, momentum_dtype, update_rms, cover_block)
     mesh = mesh_of(module, world, wrapper, replicas, tensor_parallel, tp_size)
-    options = _Options(shard_covers, momentum > 0, momentum_dtype, update_rms is not None, cover_block)
+    options = Options(shard_covers, momentum > 0, momentum_dtype, update_rms is not None, cover_block)
     wrapped = rank_shards(module, wrapper, mesh, units, tensor_parallel)
     ranks = _all_ranks(wrapped, wrapper, mesh, options, step_in_backward)
     if orthogonalize:
@@ -131,6 +133,43 @@ def plan(
     return ranks * (replicas if wrapper == "hsdp" else 1)
 
 
+def plan_muon_like(
+    module: nn.Module,
+    *,
+    world: int = 1,
+    wrapper: str = "none",
+    replicas: int = 2,
+    units: Collection[nn.Module] = (),
+    tensor_parallel: Mapping[str, int] | None = None,
+    tp_size: int | None = None,
+    shard_covers: bool = False,
+) -> list[RankBytes]:
+    """What each rank holds of a model that trains with :class:`sm3_dist.MuonLikeSM3`, float32 momentum and all.
+
+    Args:
+        module: see :func:`plan` for this and all others.
+        world: number of ranks.
+        wrapper: how they share the work.
+        replicas: for HSDP.
+        units: what is wrapped one by one.
+        tensor_parallel: for tensor parallelism.
+        tp_size: likewise.
+        shard_covers: as for :class:`sm3_dist.SM3`.
+
+    Returns:
+        for each rank its bytes; ``sent`` has two for each element of a matrix that it holds together with others, whose
+        update goes to an owner and comes back.
+    """
+    mesh = mesh_of(module, world, wrapper, replicas, tensor_parallel, tp_size)
+    recipes: tuple[dict[str, Any], ...] = (MATRIX, ADAMW_LIKE)
+    matrices, others = (
+        Options(shard_covers, True, None, own["update_rms"] is not None, own["cover_block"]) for own in recipes
+    )
+    wrapped = rank_shards(module, wrapper, mesh, units, tensor_parallel, matrices_first=True)
+    ranks = _all_ranks(wrapped, wrapper, mesh, replace(others, matrices=matrices), in_backward=False)
+    return ranks * (replicas if wrapper == "hsdp" else 1)
+
+
 def pieces_of(part: Rectangles | FlatParts) -> Pieces:
     """What an exchange of updates asks of what ranks hold."""
     along = isinstance(part, Rectangles)
@@ -139,7 +178,7 @@ def pieces_of(part: Rectangles | FlatParts) -> Pieces:
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
     """Of SM3's options what the bytes depend on."""
 
     shard_covers: bool
@@ -147,21 +186,27 @@ class _Options:
     momentum_dtype: torch.dtype | None
     update_rms: bool
     cover_block: int | None
+    matrices: Options | None = None
+    """Of those whose update is made orthogonal, where they have others."""
+
+    def of(self, kind: Kind) -> Options:
+        """Those of a tensor."""
+        return self.matrices if self.matrices is not None and kind.matrix else self
 
 
 class _Totals:
     """What is added up for each rank, in bytes; of what is shared the entries, by the mesh dimensions of its group."""
 
     def __init__(self, ranks: int) -> None:
-        self.weights, self.gradients, self.largest, self.state, self.moments, self.lent = torch.zeros(
-            (6, ranks), dtype=torch.int64, device="cpu"
+        self.weights, self.gradients, self.largest, self.state, self.moments, self.lent, self.updates = torch.zeros(
+            (7, ranks), dtype=torch.int64, device="cpu"
         )
         self.shared: dict[tuple[int, ...], Tensor] = {}
         self.widest = 0  # accumulators of several types are sent in one buffer
 
 
 def _all_ranks(
-    units: Collection[Unit], wrapper: str, mesh: tuple[int, int], options: _Options, in_backward: bool
+    units: Collection[Unit], wrapper: str, mesh: tuple[int, int], options: Options, in_backward: bool
 ) -> list[RankBytes]:
     """The bytes of each rank of a mesh."""
     totals = _Totals(math.prod(mesh))
@@ -175,17 +220,18 @@ def _all_ranks(
             members = math.prod(mesh[axis] for axis in axes)
             totals.state += -(-(entries + FIELDS * (entries > 0)) // members) * totals.widest
     gradients = totals.largest if in_backward else totals.gradients
-    columns = torch.stack([totals.weights, gradients, totals.state, sent, totals.moments], 1)
+    columns = torch.stack([totals.weights, gradients, totals.state, sent + totals.updates, totals.moments], 1)
     different, number = columns.unique(dim=0, return_inverse=True)
     ranks = [RankBytes(*row) for row in different.tolist()]
     return [ranks[k] for k in number.tolist()]
 
 
-def _add(unit: Unit, wrapper: str, options: _Options, totals: _Totals) -> None:
+def _add(unit: Unit, wrapper: str, options: Options, totals: _Totals) -> None:
     """Add what every rank holds of some units that are alike."""
     pending = torch.zeros_like(totals.gradients)
     for holding in unit.holdings:
         kind, part, numel, times = holding.kind, holding.part, holding.numel, holding.times * unit.times
+        own = options.of(kind)
         size, kept = kind.dtype.itemsize, accumulator_dtype(kind.dtype).itemsize
         stored = torch.full_like(numel, size * kind.numel) if wrapper in REPLICATED else size * numel
         totals.weights += times * stored
@@ -193,14 +239,16 @@ def _add(unit: Unit, wrapper: str, options: _Options, totals: _Totals) -> None:
             continue
         pending += holding.times * stored
         totals.moments += times * 2 * size * numel
-        totals.state += times * (_STEP * holding.counted + _SQUARE_SUM * options.update_rms)
-        if options.momentum:
-            moment = options.momentum_dtype.itemsize if options.momentum_dtype else kept
+        totals.state += times * (_STEP * holding.counted + _SQUARE_SUM * own.update_rms)
+        if own.momentum:
+            moment = own.momentum_dtype.itemsize if own.momentum_dtype else kept
             totals.state += times * moment * numel
         totals.widest = max(totals.widest, kept)
-        for cells in kind.cells(options.cover_block):
+        if own is not options and holding.cut:
+            totals.updates += times * TYPE.itemsize * numel
+        for cells in kind.cells(own.cover_block):
             entries, (shared, inside) = part.stored(cells), part.shared(cells)
-            if options.shard_covers:
+            if own.shard_covers:
                 entries = torch.where(inside, 0, entries)
             held, lent = part.beside(cells)
             totals.state += times * kept * (entries + held)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sm3_dist.layout.cover import Cell, accumulator_count, cell
 from sm3_dist.layout.flat_metadata import Original
 from sm3_dist.layout.zero import Partition
+from sm3_dist.matrices import with_matrices
 from sm3_dist.planner.flat_parts import FlatParts
 from sm3_dist.planner.rectangles import Rectangles, rectangles
 
@@ -43,12 +44,14 @@ class Kind:
         dtype: its type.
         trained: whether it requires a gradient.
         hidden: whether it is a matrix (or a stack of them) between others, and no embedding and no head.
+        matrix: whether :class:`sm3_dist.MuonLikeSM3` makes its update orthogonal.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     trained: bool
     hidden: bool = False
+    matrix: bool = False
 
     @property
     def numel(self) -> int:
@@ -83,6 +86,11 @@ class Holding:
         """Elements of each rank, with padding."""
         return self.part.numel() + self.padding
 
+    @property
+    def cut(self) -> bool:
+        """Whether no rank has all of it."""
+        return int(self.part.numel().max()) < self.kind.numel
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -103,6 +111,7 @@ def rank_shards(
     mesh: tuple[int, int],
     units: Collection[nn.Module] = (),
     tensor_parallel: Mapping[str, int] | None = None,
+    matrices_first: bool = False,
 ) -> list[Unit]:
     """The parameters of a model with what every rank updates of them.
 
@@ -113,13 +122,16 @@ def rank_shards(
             has left.
         units: the submodules that are wrapped one by one, before the root.
         tensor_parallel: the dimension in which each parameter is cut, by name; others are replicated.
+        matrices_first: whether the optimizer has the matrices in a param group before the others, as
+            :class:`sm3_dist.MuonLikeSM3` does.
 
     Raises:
         ValueError: if a module that is flattened has parameters of several types.
     """
-    kinds = _kinds(module)
+    kinds = kinds_of(module)
     if wrapper == "zero1":
-        return [Unit(tuple(holding for _, holding in _ranges(list(module.parameters()), kinds, mesh[0])))]
+        params = sorted(module.parameters(), key=lambda param: matrices_first and not kinds[param].matrix)
+        return [Unit(tuple(holding for _, holding in _ranges(params, kinds, mesh[0])))]
     if wrapper in ("fsdp1", "fairscale"):
         grouped = Counter(tuple(kinds[param] for param in params) for params in _by_unit(module, units))
         separate = wrapper == "fsdp1"
@@ -141,7 +153,7 @@ def each_shard(
     tensor_parallel: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[str, Rectangles | FlatParts]]:
     """As :func:`rank_shards`, but parameter by parameter: its name, and what every rank updates of it."""
-    names, kinds = {param: name for name, param in module.named_parameters()}, _kinds(module)
+    names, kinds = {param: name for name, param in module.named_parameters()}, kinds_of(module)
     if wrapper == "zero1":
         yield from ((names[param], each.part) for param, each in _ranges(list(module.parameters()), kinds, mesh[0]))
         return
@@ -166,13 +178,19 @@ def _counted(some: Iterable[T]) -> tuple[tuple[T, int], ...]:
     return tuple(Counter(some).items())
 
 
-def _kinds(module: nn.Module) -> dict[nn.Parameter, Kind]:
+def kinds_of(module: nn.Module) -> dict[nn.Parameter, Kind]:
     """The kind of each parameter."""
     outer = {param for each in module.modules() if isinstance(each, nn.Embedding) for param in each.parameters()}
     outer |= {param for name, param in module.named_parameters() if name.rpartition(".")[0].endswith("head")}
+    groups = with_matrices(module.parameters(), module)
+    matrices = {param for group in groups if group["orthogonalize"] is True for param in group["params"]}
     return {
         param: Kind(
-            tuple(param.shape) or (1,), param.dtype, param.requires_grad, hidden=param.dim() > 1 and param not in outer
+            tuple(param.shape) or (1,),
+            param.dtype,
+            param.requires_grad,
+            hidden=param.dim() > 1 and param not in outer,
+            matrix=param in matrices,
         )
         for param in module.parameters()
     }

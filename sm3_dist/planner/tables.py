@@ -18,12 +18,14 @@ class Row:
         ranks: the bytes of each rank.
         weights: bytes of all weights that the wrapper gathers: of a rank's part under tensor parallelism.
         trained: of those that are trained.
+        step: the most bytes that a step takes for itself on a GPU.
     """
 
     name: str
     ranks: Sequence[RankBytes]
     weights: int
     trained: int
+    step: int = 0
 
 
 def table(ranks: Sequence[RankBytes], parameters: int) -> str:
@@ -54,11 +56,11 @@ def comparison(rows: Sequence[Row], wrapper: str, replicas: int, tp_size: int = 
 
     Example:
         >>> print(comparison([Row("sm3", [RankBytes(4096, 4096, 96, 64, 0)] * 2, 4096, 4096)], "ddp", 1))
-        on the rank that holds most   weights   gradients       state    together   sent: model   sent: state
-        sm3                           4.10 kB     4.10 kB        96 B     8.29 kB       4.10 kB          64 B
+        on the rank that holds most   weights   gradients       state    together   step, GPU  sent: model  sent: state
+        sm3                           4.10 kB     4.10 kB        96 B     8.29 kB         0 B      4.10 kB         64 B
     """
-    heads = ("weights", "gradients", "state", "together", "sent: model", "sent: state")
-    widths = (9, 12, 12, 12, 14, 14)
+    heads = ("weights", "gradients", "state", "together", "step, GPU", "sent: model", "sent: state")
+    widths = (9, 12, 12, 12, 12, 13, 13)
     lines = [_line("on the rank that holds most", heads, widths)]
     for row in rows:
         most = max(row.ranks, key=lambda each: each.weights + each.gradients + each.state)
@@ -66,7 +68,7 @@ def comparison(rows: Sequence[Row], wrapper: str, replicas: int, tp_size: int = 
         world, formula = len(row.ranks) // tp_size, SENT[wrapper]
         model = size(formula(row.weights, row.trained, world, replicas)) if formula else "activations"
         group = len(row.ranks) // replicas if wrapper == "hsdp" else len(row.ranks)
-        cells = [*map(size, held), size(sum(held)), model, size(2 * ring(group) * most.sent)]
+        cells = [*map(size, held), size(sum(held)), size(row.step), model, size(2 * ring(group) * most.sent)]
         lines.append(_line(row.name, cells, widths))
     return "\n".join(lines)
 
