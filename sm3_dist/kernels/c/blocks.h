@@ -14,8 +14,8 @@ struct panel {
     int64_t strip, block;           /* number of the strip, and of the first block of columns */
     int64_t blocks;                 /* of columns */
     int64_t row, rows, column, columns; /* of what is stored */
-    int32_t *of_rows, *of_columns, *of_tiles; /* gathered aside */
-    float *floors, *tiles, *covers; /* by column, by block, by block for one row */
+    int32_t *of_rows, *of_columns;  /* gathered aside; entries of a row lie together */
+    float *floors, *tiles, *covers; /* by column, by block, by row and block */
 };
 
 struct span {
@@ -44,7 +44,7 @@ static int64_t panel_columns(const struct tensor *t) {
 /* Floats of workspace that a panel needs. */
 static int64_t panel_entries(const struct tensor *t) {
     int64_t rows = smaller(t->side[0].block, t->side[0].length), blocks = panel_blocks(t);
-    return rows * blocks + 2 * panel_columns(t) + 3 * blocks;
+    return 2 * rows * blocks + 2 * panel_columns(t) + blocks;
 }
 
 /* Accumulators, as the three matrices that they are. */
@@ -60,62 +60,64 @@ static float *tile_entries(const struct panel *p) {
 
 static void begin_panel(struct panel *p, float *workspace) {
     int64_t n = p->columns, blocks = p->blocks;
+    int is_product = p->pass.settings.product;
     const float *columns = column_entries(p), *tiles = tile_entries(p);
     p->floors = workspace;
     p->tiles = p->floors + n;
     p->covers = p->tiles + blocks;
-    p->of_tiles = (int32_t *)(p->covers + blocks);
-    p->of_columns = p->of_tiles + blocks;
+    p->of_columns = (int32_t *)(p->covers + p->rows * blocks);
     p->of_rows = p->of_columns + n;
-    memset(p->of_tiles, 0, (size_t)(blocks + n + p->rows * blocks) * sizeof(int32_t));
-    if (!p->pass.settings.product) {
-        memcpy(p->floors, columns, (size_t)n * sizeof(float));
-        memcpy(p->tiles, tiles, (size_t)blocks * sizeof(float));
-        return;
-    }
+    memset(p->of_columns, 0, (size_t)(n + p->rows * blocks) * sizeof(int32_t));
+    memcpy(p->floors, columns, (size_t)n * sizeof(float));
     for (int64_t i = 0, c = 0; i < blocks; i++) {
-        float tile = p->tiles[i] = divisor(tiles[i]);
-        for (int64_t end = span_of(&p->t->side[1], p->block + i).stop - p->column; c < end; c++)
-            p->floors[c] = bounded(columns[c]) / tile;
+        p->tiles[i] = is_product ? divisor(tiles[i]) : tiles[i];
+        int64_t end = span_of(&p->t->side[1], p->block + i).stop - p->column;
+        for (; is_product && c < end; c++) p->floors[c] = bounded(columns[c]) / p->tiles[i];
+    }
+    for (int64_t r = 0; r < p->rows; r++) {
+        const float *entries = row_entries(p, p->row + r);
+        float *covers = p->covers + r * blocks;
+        for (int64_t i = 0; i < blocks; i++)
+            covers[i] = is_product ? bounded(entries[i]) : lesser(entries[i], p->tiles[i]);
     }
 }
 
+/* The maximum of a tile is that of its rows'. */
 static void end_panel(const struct panel *p) {
-    for (int64_t r = 0; r < p->rows; r++)
-        memcpy(row_entries(p, p->row + r), p->of_rows + r * p->blocks, (size_t)p->blocks * sizeof(float));
+    int32_t *tiles = (int32_t *)tile_entries(p);
+    memset(tiles, 0, (size_t)p->blocks * sizeof *tiles);
+    for (int64_t r = 0; r < p->rows; r++) {
+        const int32_t *tops = p->of_rows + r * p->blocks;
+        memcpy(row_entries(p, p->row + r), tops, (size_t)p->blocks * sizeof(float));
+        for (int64_t i = 0; i < p->blocks; i++) tiles[i] = larger(tiles[i], tops[i]);
+    }
     for (int64_t c = 0; c < p->columns; c++) p->of_columns[c] &= INT32_MAX; /* NaN may have a sign there */
     memcpy(column_entries(p), p->of_columns, (size_t)p->columns * sizeof(float));
-    memcpy(tile_entries(p), p->of_tiles, (size_t)p->blocks * sizeof(float));
 }
 
-/* Row number `row` of a matrix, as far as it lies in the panel: n columns from number `column` on, in `blocks` blocks. */
-static void step_panel_row(struct panel *p, const struct matrix *m, int64_t row, int64_t column, int64_t n) {
-    int64_t stored = m->first_column + column, in_block = m->column_phase + column;
-    int64_t i = m->block + in_block / m->column_length - p->block, phase = in_block % m->column_length;
-    int64_t blocks = (phase + n + m->column_length - 1) / m->column_length, r = m->first_row + row - p->row;
-    const float *entries = row_entries(p, p->row + r) + i;
-    int32_t *tops = p->of_rows + r * p->blocks + i;
-    for (int64_t b = 0; b < blocks; b++)
-        p->covers[b] = p->pass.settings.product ? bounded(entries[b]) : lesser(entries[b], p->tiles[i + b]);
-    struct stretch x; /* (an initializer would clear it first, which takes long for a row) */
-    x.n = n;
-    x.block = m->column_length;
-    x.phase = phase;
-    x.covers = p->covers;
-    x.floors = p->floors + stored - p->column;
-    x.peaks = p->of_columns + stored - p->column;
-    x.tops = tops;
-    struct place at;
-    at.row = m->row_place + row;
-    at.column = m->column_place + column;
-    at.box = 0;
+/* Rows of a matrix, from number `top` to `bottom`, as far as they lie in the panel: n columns from number `column` on. */
+static void step_panel_rows(struct panel *p, const struct matrix *m, int64_t top, int64_t bottom, int64_t column,
+                            int64_t n) {
+    int64_t stored = m->first_column + column - p->column, in_block = m->column_phase + column;
+    int64_t i = m->block + in_block / m->column_length - p->block, entry = (m->first_row + top - p->row) * p->blocks + i;
+    struct stretch x = {
+        .n = n,
+        .rows = bottom - top,
+        .block = m->column_length,
+        .phase = in_block % m->column_length,
+        .covers = p->covers + entry,
+        .floors = p->floors + stored,
+        .peaks = p->of_columns + stored,
+        .tops = p->of_rows + entry,
+        .entries = p->blocks,
+    };
+    struct place at = {.row = m->row_place + top, .column = m->column_place + column};
     for (int o = 0; o < OPERANDS; o++) {
-        at.offset[o] = m->offset[o] + row * m->stride[o] + (m->table ? 0 : column);
+        at.offset[o] = m->offset[o] + top * m->stride[o] + (m->table ? 0 : column);
         at.step[o] = 1;
         at.table[o] = m->table ? m->table + o * m->columns + column : 0;
     }
-    step_stretch(&p->pass, &at, &x);
-    for (int64_t b = 0; b < blocks; b++) p->of_tiles[i + b] = larger(p->of_tiles[i + b], tops[b]);
+    step_stretch(&p->pass, &at, &x, m->stride);
 }
 
 static void sweep_panel(struct panel *p, const struct matrix *first, const struct matrix *end) {
@@ -124,7 +126,7 @@ static void sweep_panel(struct panel *p, const struct matrix *first, const struc
         int64_t bottom = smaller(m->rows, p->row + p->rows - m->first_row);
         int64_t left = p->column > m->first_column ? p->column - m->first_column : 0;
         int64_t right = smaller(m->columns, p->column + p->columns - m->first_column);
-        for (int64_t row = top; left < right && row < bottom; row++) step_panel_row(p, m, row, left, right - left);
+        if (left < right && top < bottom) step_panel_rows(p, m, top, bottom, left, right - left);
     }
 }
 

@@ -102,10 +102,10 @@ WIDE_INLINE void OF(divide)(const struct OF(numbers) *c, struct OF(way) *way, in
 
 /* (What is not asked for is done all the same, with numbers that change nothing.) */
 WIDE_INLINE void OF(apply)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t j, int blocked,
-                           OF(lanes) there, const struct OF(way) *way, int slot, struct OF(sum) *sum) {
+                           OF(lanes) there, const struct OF(way) *way, int slot, struct OF(sum) *sum, int is_wide) {
     OF(floats) u = way->update[slot];
     OF(floats) square = OF(mul)(OF(mul)(u, u), c->per_one);
-    OF(add_to)(sum, OF(min)(square, c->cap), there, !blocked); /* (of NaN and the cap, the second) */
+    OF(add_to)(sum, OF(min)(square, c->cap), there, is_wide); /* (of NaN and the cap, the second) */
     u = OF(max)(c->least, OF(mul)(u, c->scale));
     u = OF(mul)(OF(min)(c->limit, u), c->fresh);
     if (x->moment != NONE) {
@@ -118,43 +118,92 @@ WIDE_INLINE void OF(apply)(const struct OF(numbers) *c, const struct OF(line) *x
     OF(store_of)(x->w, j, OF(sub)(w, OF(mul)(u, c->lr)), x->noise[WEIGHT], x->weight, there);
 }
 
-/* n elements. If they are `blocked`, n is a multiple of SIDE, each group has a cover and a maximum, and settings are the
- * usual ones; else floors are whole. */
-WIDE_INLINE void OF(step_line)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t n, int blocked,
-                               const float *covers, int32_t *tops, struct OF(sum) *sum) {
-    OF(floats) cover = c->one;
-    OF(ints) top = OF(every_int)(0);
+/* What is left to do of the last group, at j. */
+WIDE_INLINE void OF(end_group)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t j, int blocked,
+                               struct OF(way) *way, struct OF(sum) *sum, int is_wide) {
+    for (int s = 0; s < SLOTS; s++) {
+        if (s < 3) OF(divide)(c, way, s + 1);
+        OF(apply)(c, x, j + s * LANES, blocked, ALL, way, s, sum, is_wide);
+        if (s == 0) OF(take_root)(way, 3);
+    }
+}
+
+/* n elements of any settings, whose floors are whole. */
+WIDE_INLINE void OF(step_line)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t n, struct OF(sum) *sum) {
     struct OF(way) way;
+    OF(ints) top;
     int64_t j = 0;
     for (int s = 0; s < SLOTS; s++) way.grad[s] = way.square[s] = way.root[s] = c->one;
     for (; n - j >= SIDE; j += SIDE) {
-        top = OF(every_int)(0);
-        if (blocked) cover = OF(every)(*covers++);
 #pragma GCC unroll 4
         for (int s = 0; s < SLOTS; s++) {
             int64_t i = j + s * LANES;
-            OF(take_square)(c, x, i, cover, blocked, ALL, &way, s, &top);
+            OF(take_square)(c, x, i, c->one, 0, ALL, &way, s, &top);
             OF(divide)(c, &way, (s + 1) % SLOTS);
-            if (j) OF(apply)(c, x, i - SIDE, blocked, ALL, &way, s, sum);
+            if (j) OF(apply)(c, x, i - SIDE, 0, ALL, &way, s, sum, 1);
             OF(take_root)(&way, (s + 3) % SLOTS);
         }
-        if (blocked) {
-            *tops = larger(*tops, OF(largest)(top));
-            tops++;
-        }
     }
-    for (int s = 0; j && s < SLOTS; s++) {
-        if (s < 3) OF(divide)(c, &way, s + 1);
-        OF(apply)(c, x, j - SIDE + s * LANES, blocked, ALL, &way, s, sum);
-        if (s == 0) OF(take_root)(&way, 3);
-    }
+    if (j) OF(end_group)(c, x, j - SIDE, 0, &way, sum, 1);
     for (; j < n; j += LANES) {
         OF(lanes) there = OF(lanes_of)(n - j);
-        OF(take_square)(c, x, j, cover, 0, there, &way, 0, &top);
+        OF(take_square)(c, x, j, c->one, 0, there, &way, 0, &top);
         OF(take_root)(&way, 0);
         OF(divide)(c, &way, 0);
-        OF(apply)(c, x, j, 0, there, &way, 0, sum);
+        OF(apply)(c, x, j, 0, there, &way, 0, sum, 1);
     }
+}
+
+WIDE_INLINE struct OF(line) OF(line_of)(int weight, int grad, int moment, const struct stretch *x) {
+    return (struct OF(line)){weight, grad, moment, x->w, x->m, x->g, {x->noise[0], 0, x->noise[MOMENT]}, x->floors, x->peaks, 0};
+}
+
+/* To the next group. */
+WIDE_INLINE void OF(go_on)(struct OF(line) *x) {
+    x->w = (char *)x->w + SIDE * size_of(x->weight);
+    x->g = (const char *)x->g + SIDE * size_of(x->grad);
+    x->m = (char *)x->m + SIDE * size_of(x->moment);
+    x->floors += SIDE, x->peaks += SIDE;
+    for (int o = 0; o < OPERANDS; o++)
+        if (x->noise[o]) x->noise[o] += SIDE;
+}
+
+/* Rows of groups that each have a cover and a maximum, with the usual settings. What is under way at the end of a row goes on
+ * in the next. */
+WIDE_INLINE void OF(step_groups)(int weight, int grad, int moment, struct stretch *x, int is_wide) {
+    const struct OF(numbers) c = OF(numbers_of)(x->settings);
+    struct OF(line) before = OF(line_of)(weight, grad, moment, x);
+    struct OF(sum) sum = OF(new_sum)();
+    struct OF(way) way;
+    int64_t groups = x->n / SIDE, counted = 0;
+    int is_under_way = 0;
+    for (int s = 0; s < SLOTS; s++) way.grad[s] = way.square[s] = way.root[s] = c.one;
+    for (; x->rows > 0; next_row(x)) {
+        struct OF(line) line = OF(line_of)(weight, grad, moment, x);
+        for (int64_t i = 0; i < groups; i++) {
+            const OF(floats) cover = OF(every)(x->covers[i]);
+            OF(ints) top = OF(every_int)(0);
+#pragma GCC unroll 4
+            for (int s = 0; s < SLOTS; s++) {
+                OF(take_square)(&c, &line, s * LANES, cover, 1, ALL, &way, s, &top);
+                OF(divide)(&c, &way, (s + 1) % SLOTS);
+                if (is_under_way) OF(apply)(&c, &before, s * LANES, 1, ALL, &way, s, &sum, is_wide);
+                OF(take_root)(&way, (s + 3) % SLOTS);
+            }
+            x->tops[i] = larger(x->tops[i], OF(largest)(top));
+            counted += is_under_way;
+            is_under_way = 1;
+            before = line;
+            OF(go_on)(&line);
+        }
+        if (counted + groups > MOST_GROUPS && x->rows > 1) {
+            x->squares += OF(total)(&sum, counted * SLOTS, is_wide);
+            sum = OF(new_sum)();
+            counted = 0;
+        }
+    }
+    OF(end_group)(&c, &before, 0, 1, &way, &sum, is_wide);
+    if (x->settings->per_one) x->squares += OF(total)(&sum, (counted + 1) * SLOTS, is_wide);
 }
 
 /* The floors of each element with the covers, for blocks of any length; up to a vector more is written. */
@@ -185,30 +234,35 @@ WIDE_INLINE void OF(raise_tops)(const struct stretch *x, const int32_t *nus) {
     }
 }
 
-WIDE_INLINE void OF(stretch_of)(int weight, int grad, int moment, struct stretch *x) {
-    const struct settings *s = x->settings;
-    const struct OF(numbers) numbers = OF(numbers_of)(s);
-    struct OF(line) line;
+/* One row of any settings, or with any blocks. */
+WIDE_INLINE void OF(step_any)(int weight, int grad, int moment, struct stretch *x) {
+    const struct OF(numbers) numbers = OF(numbers_of)(x->settings);
     float floors[CHUNK + LANES];
     int32_t nus[CHUNK];
-    int is_usual = s->unscale == 1 && (moment == NONE || s->nesterov) && OF(is_short)(s->cap);
-    int is_blocked = is_usual && x->product && x->block == SIDE && x->phase == 0 && x->n % SIDE == 0;
     for (int64_t rest = x->n; rest > 0; rest -= x->n) {
         struct OF(sum) sum = OF(new_sum)();
-        x->n = smaller(rest, is_blocked ? 2 * CHUNK : CHUNK);
-        line.weight = weight, line.grad = grad, line.moment = moment;
-        line.w = x->w, line.g = x->g, line.m = x->m;
-        for (int o = 0; o < OPERANDS; o++) line.noise[o] = x->noise[o];
-        line.floors = is_blocked ? x->floors : floors;
-        line.peaks = x->peaks, line.nus = nus;
-        if (is_blocked) {
-            OF(step_line)(&numbers, &line, x->n, 1, x->covers, x->tops, &sum);
-        } else {
-            OF(stage)(x, floors);
-            OF(step_line)(&numbers, &line, x->n, 0, 0, 0, &sum);
-            OF(raise_tops)(x, nus);
-        }
-        if (s->per_one) x->squares += OF(total)(&sum, (x->n + LANES - 1) / LANES, !is_blocked);
+        x->n = smaller(rest, CHUNK);
+        struct OF(line) line = OF(line_of)(weight, grad, moment, x);
+        line.floors = floors, line.nus = nus;
+        OF(stage)(x, floors);
+        OF(step_line)(&numbers, &line, x->n, &sum);
+        OF(raise_tops)(x, nus);
+        if (x->settings->per_one) x->squares += OF(total)(&sum, (x->n + LANES - 1) / LANES, 1);
         advance(x, size_of(weight), size_of(grad), size_of(moment));
+    }
+}
+
+WIDE_INLINE void OF(stretch_of)(int weight, int grad, int moment, struct stretch *x) {
+    const struct settings *s = x->settings;
+    int is_usual = s->unscale == 1 && (moment == NONE || s->nesterov) && x->product;
+    if (is_usual && x->block == SIDE && x->phase == 0 && x->n % SIDE == 0 && x->n <= MOST_GROUPS * SIDE) {
+        OF(step_groups)(weight, grad, moment, x, !OF(is_short)(s->cap));
+        return;
+    }
+    for (; x->rows > 0; next_row(x)) {
+        struct stretch row = *x;
+        row.squares = 0;
+        OF(step_any)(weight, grad, moment, &row);
+        x->squares += row.squares;
     }
 }

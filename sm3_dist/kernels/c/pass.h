@@ -166,6 +166,7 @@ static void step_parts(struct pass *p, const struct place *at, struct stretch x,
         char *there[OPERANDS] = {0}, *here[OPERANDS];
         struct stretch part = x;
         x.n = part.n = smaller(rest, TILE);
+        part.rows = 1;
         for (int o = 0; o < OPERANDS; o++) {
             if (type[o] != NONE) there[o] = is_dense(at, o) ? operand(p, at, o, done) : narrow[o];
             here[o] = staged[o] ? (char *)wide[o] : there[o];
@@ -189,8 +190,9 @@ static void step_parts(struct pass *p, const struct place *at, struct stretch x,
     }
 }
 
-/* Elements that follow one another; of x that is given what is of accumulators. */
-static void step_stretch(struct pass *p, const struct place *at, struct stretch *x) {
+/* Some rows of elements that follow one another; of x that is given what is of accumulators, and how many rows, which are
+ * this far from one another in each operand. */
+static void step_stretch(struct pass *p, const struct place *at, struct stretch *x, const int64_t *stride) {
     const int64_t *type = p->t->type;
     int random[OPERANDS] = {p->t->rounds && type[WEIGHT] == BFLOAT16, 0,
                             type[MOMENT] == CODE || (p->t->rounds && type[MOMENT] == BFLOAT16)};
@@ -199,9 +201,13 @@ static void step_stretch(struct pass *p, const struct place *at, struct stretch 
     x->product = p->settings.product && p->t->block;
     x->squares = 0;
     for (int o = 0; o < OPERANDS; o++) x->noise[o] = 0;
+    for (int o = 0; o < OPERANDS; o++) x->line[o] = stride[o] * size_of(type[o]);
     if (in_parts) {
         x->w = x->m = 0, x->g = 0;
-        step_parts(p, at, *x, staged, random);
+        for (struct place row = *at; x->rows > 0; next_row(x), row.row++) {
+            step_parts(p, &row, *x, staged, random);
+            for (int o = 0; o < OPERANDS; o++) row.offset[o] += stride[o];
+        }
         return;
     }
     x->w = operand(p, at, WEIGHT, 0);

@@ -2,7 +2,7 @@
  *
  * Two versions: plain C, which compilers vectorize and which rounds to the nearest alone, and lines.h for x86-64. */
 
-struct stretch { /* contiguous elements */
+struct stretch { /* contiguous elements, of one row or of some that lie alike */
     int64_t n;
     void *w, *m;
     const void *g;
@@ -14,6 +14,9 @@ struct stretch { /* contiguous elements */
     int32_t *tops;         /* likewise, by block */
     int32_t product;       /* or minimum */
     const uint16_t *noise[OPERANDS]; /* random bits of each element, to round weight and momentum; null: to the nearest */
+    int64_t rows;          /* how many; from one to the next it is */
+    int64_t line[OPERANDS]; /* this far, in bytes, */
+    int64_t entries;       /* and so many covers, and tops */
     const struct settings *settings;
     uint64_t squares;      /* the sum of squared updates, in units, is added to it */
 };
@@ -41,6 +44,15 @@ INLINE void advance(struct stretch *x, int64_t weight, int64_t grad, int64_t mom
     x->m = (char *)x->m + x->n * moment;
     for (int o = 0; o < OPERANDS; o++)
         if (x->noise[o]) x->noise[o] += x->n;
+}
+
+INLINE void next_row(struct stretch *x) {
+    x->rows--;
+    x->w = (char *)x->w + x->line[WEIGHT];
+    x->g = (const char *)x->g + x->line[GRAD];
+    x->m = (char *)x->m + x->line[MOMENT];
+    x->covers += x->entries;
+    x->tops += x->entries;
 }
 
 /* ---- Plain C. Squares are added up as an integer that doubles hold by their last bits, rounded to even, and those that
@@ -117,12 +129,14 @@ INLINE void blocks_of(int weight, int grad, int moment, int product, int is_wide
 }
 
 INLINE void stretch_of(int weight, int grad, int moment, struct stretch *x) {
-    if (!x->product)
-        blocks_of(weight, grad, moment, 0, 1, x);
-    else if (x->settings->cap < FINE)
-        blocks_of(weight, grad, moment, 1, 0, x);
-    else
-        blocks_of(weight, grad, moment, 1, 1, x);
+    for (; x->rows > 0; next_row(x)) {
+        if (!x->product)
+            blocks_of(weight, grad, moment, 0, 1, x);
+        else if (x->settings->cap < FINE)
+            blocks_of(weight, grad, moment, 1, 0, x);
+        else
+            blocks_of(weight, grad, moment, 1, 1, x);
+    }
 }
 
 #define KIND(form, weight, grad, moment)                                                                             \

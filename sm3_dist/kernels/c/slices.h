@@ -20,13 +20,14 @@ static int32_t run(struct sweep *s, int64_t n, const int64_t *at, float floor, c
     if (!s->pass.settings.shaped && floor == floor) return step_row(&s->pass, n, at, floor, floors, peaks);
     int32_t top = 0;
     if (s->pass.settings.shaped) {
-        struct stretch x = {.n = n, .block = n, .covers = &floor, .floors = floors, .peaks = peaks, .tops = &top};
+        const int64_t none[OPERANDS] = {0};
+        struct stretch x = {.n = n, .rows = 1, .block = n, .covers = &floor, .floors = floors, .peaks = peaks, .tops = &top};
         struct place place = {.box = s->b};
         for (int o = 0; o < OPERANDS; o++) {
             place.offset[o] = at[o];
             place.step[o] = s->b->shape[s->t->dims - 1] == 1 ? 1 : s->b->stride[o][s->t->dims - 1];
         }
-        step_stretch(&s->pass, &place, &x);
+        step_stretch(&s->pass, &place, &x, none);
         return top;
     }
     for (int64_t j = 0; j < n; j += TILE) {

@@ -13,8 +13,8 @@
 #endif
 #include <immintrin.h>
 
-/* Elements of a vector, of a group, and staged at a time; vectors of a group. */
-enum { LANES = 16, SIDE = 64, CHUNK = 1024, SLOTS = SIDE / LANES };
+/* Elements of a vector, of a group, and staged at a time; vectors of a group, and groups that are counted in one sum. */
+enum { LANES = 16, SIDE = 64, CHUNK = 1024, SLOTS = SIDE / LANES, MOST_GROUPS = 32 };
 
 /* What depends on the width has names that end in it. OF() makes them. */
 #include "avx2.h"
