@@ -162,6 +162,21 @@ def test_nan_has_no_sign_in_accumulators(block):
 
 
 @needs_c
+@pytest.mark.parametrize("shape", [(128, 2048), (70, 2112), (1024, 64), SHAPE_IN_BLOCKS], ids=str)
+def test_sums_hold_the_longest_squares_of_many_rows(shape):
+    """NaN counts as the largest square. Vectors add those up in lanes of 32 bits, which hold some rows' alone."""
+    averages = []
+    for backend in ("eager", "c"):
+        weight = nn.Parameter(torch.ones(shape))
+        weight.grad = torch.full(shape, torch.nan)
+        optimizer = SM3.adamw_like([weight], backend=backend)
+        for _ in range(2):  # the first sum is left out
+            optimizer.step()
+        averages.append(optimizer.state[weight]["update_square_average"])
+    assert torch.equal(*averages)
+
+
+@needs_c
 def test_every_float16_and_bfloat16_value_is_read_and_written_right():
     for dtype in (torch.bfloat16, torch.float16):
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
