@@ -92,6 +92,7 @@ def test_products_of_a_peer_are_made_in_the_type_that_the_processor_is_quick_at(
         ("lion", "lion_pytorch"),
         ("muon", "torch"),
         ("nadamw", "torch"),
+        ("normuon", "pytorch_optimizer"),
     ],
 )
 def test_peers_take_steps(name: str, package: str) -> None:

@@ -41,13 +41,29 @@ def came(model: nn.Module, s: Settings) -> Optimizer:
 
 def muon(model: nn.Module, s: Settings) -> Optimizer:
     """Muon (arXiv 2502.16982) on the matrices within the blocks, with AdamW's update size; AdamW on the rest."""
-    inner = {name for name, p in model.named_parameters() if p.dim() == 2 and "blocks." in name}
-    matrices = [p for name, p in model.named_parameters() if name in inner]
-    rest = [p for name, p in model.named_parameters() if name not in inner]
+    matrices, rest = _split(model)
     return Together(
         Muon(matrices, s.lr, momentum=s.momentum, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"),
         AdamW(rest, s.lr, (0.9, s.beta), weight_decay=s.weight_decay),
     )
+
+
+def normuon(model: nn.Module, s: Settings) -> Optimizer:
+    """Muon whose updates are divided by the root mean square of their rows (arXiv 2510.05491), likewise."""
+    matrices, rest = _split(model)
+    group = {"params": matrices, "use_muon": True, "weight_decay": s.weight_decay}
+    make = _from("pytorch_optimizer", "NorMuon")
+    return Together(
+        make([group], s.lr, momentum=s.momentum, beta2=s.beta, update_scale="match_rms", foreach=False),
+        AdamW(rest, s.lr, (0.9, s.beta), weight_decay=s.weight_decay),
+    )
+
+
+def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices within the blocks, and the rest."""
+    inner = {name for name, p in model.named_parameters() if p.dim() == 2 and "blocks." in name}
+    named = list(model.named_parameters())
+    return [p for name, p in named if name in inner], [p for name, p in named if name not in inner]
 
 
 class WideProducts(TorchFunctionMode):

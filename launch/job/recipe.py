@@ -143,6 +143,7 @@ OPTIMIZERS = {
     "came": Recipe(peers.came, Settings(lr=1e-3, momentum=0.9, beta=0.999), whole=True),
     "lion": Recipe(peers.lion, Settings(lr=5e-4, momentum=0.9, beta=0.99), whole=True),
     "muon": Recipe(peers.muon, Settings(lr=4e-3, momentum=0.95, beta=0.95), whole=True),
+    "normuon": Recipe(peers.normuon, Settings(lr=4e-3, momentum=0.95, beta=0.95), whole=True),
     "sgd": Recipe(sgd, Settings(lr=0.1, momentum=0.9), unknown=("beta", *SM3_ALONE)),
 }
 
