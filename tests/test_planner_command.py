@@ -143,7 +143,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--momentum 1.5", "momentum must be at least 0 and less than 1.0, but is 1.5"),
         ("--momentum nan", "momentum must be"),
         ("--update-rms 0", "update_rms must be greater than 0"),
-        ("--world 0", "world must be at least 1, but is 0"),
+        ("--world 0", "world must be at least 1 and at most 1,000,000, but is 0"),
         ("--world 4 --wrapper ddp --tp-size 2", "tp_size=2 with wrapper='ddp': tensor parallelism goes together with"),
         ("--world 4 --wrapper fsdp2 --tp-size 3", "tp_size=3 must divide the 4 ranks"),
         ("--world 4 --wrapper hsdp --tp-size 4", "tp_size=4 must divide the 2 ranks of a replica"),

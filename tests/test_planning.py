@@ -152,7 +152,8 @@ def test_a_model_need_not_exist() -> None:
     [
         ({"wrapper": "abacus"}, "wrapper must be one of"),
         ({"world": 2}, "wrapper='none'"),
-        ({"world": 0, "wrapper": "ddp"}, "world must be at least 1, but is 0"),
+        ({"world": 0, "wrapper": "ddp"}, "world must be at least 1 and at most 1,000,000, but is 0"),
+        ({"world": 10**8, "wrapper": "fsdp2"}, "at most 1,000,000, but is 100,000,000"),
         ({"world": 4, "wrapper": "hsdp", "replicas": 3}, "4 ranks cannot hold 3 replicas"),
         ({"world": 2, "wrapper": "tp"}, "needs tensor_parallel="),
         ({"world": 2, "wrapper": "tp", "tensor_parallel": {"bias": 1}}, "cuts 'bias' in dimension 1"),

@@ -29,6 +29,9 @@ MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8)
 IN_BACKWARD = ("none", "fsdp2", "hsdp", "tp")
 """Wrappers with which steps may be taken during backward."""
 
+MOST_RANKS = 1_000_000
+"""Lest somebody's slip of a finger takes all memory: bytes are told rank by rank."""
+
 _STEP, _SQUARE_SUM = 4, 8
 
 
@@ -101,10 +104,10 @@ def plan(
         for each rank its bytes.
 
     Raises:
-        ValueError: for another wrapper, for several ranks without any, for fewer than 1, for replicas that do not
-            divide them, for tensor parallelism without ``tensor_parallel``, for names in that which the model does not
-            have or dimensions that the parameter does not have, for ``step_in_backward`` where it is refused, and for
-            options that SM3 refuses.
+        ValueError: for another wrapper, for several ranks without any, for fewer than 1 or more than a million, for
+            replicas that do not divide them, for tensor parallelism without ``tensor_parallel``, for names in that
+            which the model does not have or dimensions that the parameter does not have, for ``step_in_backward`` where
+            it is refused, and for options that SM3 refuses.
 
     Example:
         >>> import torch, sm3_dist
@@ -274,8 +277,8 @@ def mesh_of(
     """
     if wrapper not in WRAPPERS:
         raise ValueError(f"wrapper must be one of {', '.join(map(repr, WRAPPERS))}, but is {wrapper!r}")
-    if world < 1:
-        raise ValueError(f"world must be at least 1, but is {world}")
+    if not 1 <= world <= MOST_RANKS:
+        raise ValueError(f"world must be at least 1 and at most {MOST_RANKS:,}, but is {world:,}")
     if wrapper == "none" and world > 1:
         raise ValueError(f"{world} ranks with wrapper={wrapper!r}: name how they share the work, or take world=1")
     copies = replicas if wrapper == "hsdp" else 1
