@@ -169,6 +169,6 @@ def move_along(shard: LocalShard, weight: Tensor, directions: Sequence[Tensor], 
                 wide.mul_(1 - s.lr * s.weight_decay)
             wide.sub_(direction[at].to(dtype).mul_(size).mul_(s.lr))
             if s.rounding is not None:
-                s.rounding.store(part[at], wide, chunk, WEIGHT)
+                s.rounding.noise(chunk, part.device).store(part[at], wide, WEIGHT)
             elif part.dtype != dtype:
                 part[at] = wide

@@ -19,7 +19,7 @@ from sm3_dist.layout.cover import blocks, maxima, spread
 from sm3_dist.layout.shard import LocalShard
 from sm3_dist.maths.momentum_code import decode
 from sm3_dist.maths.rms import SquareSum
-from sm3_dist.maths.rounding import MOMENTUM, WEIGHT, Rounding
+from sm3_dist.maths.rounding import MOMENTUM, WEIGHT, Noise, Rounding
 
 CHUNK_BYTES = 1 << 19
 """Size of one temporary. A handful of them is alive at a time: they stay in cache, and below 4 MB together."""
@@ -99,12 +99,16 @@ def update_box(
         squares.add(update)
     if s.scale is not None:
         update.mul_(s.scale).clamp_(-s.limit, s.limit)
+    noise = None
+    if s.rounding is not None:
+        assert box is not None
+        noise = s.rounding.noise(box, nu.device)
     if momentum_buffer is not None:
         stored = decode(momentum_buffer) if momentum_buffer.dtype == torch.int8 else momentum_buffer
         moment = stored.to(nu.dtype)
         moment.mul_(s.momentum).add_(update.mul_(1 - s.momentum))
         if moment is not momentum_buffer:
-            _store(momentum_buffer, moment, MOMENTUM, s.rounding, box)
+            _store(momentum_buffer, moment, MOMENTUM, noise)
         if s.nesterov:
             update.add_(moment * s.momentum)
         else:
@@ -114,7 +118,7 @@ def update_box(
         wide.mul_(1 - s.lr * s.weight_decay)
     wide.sub_(update.mul_(s.lr))
     if wide is not weight:
-        _store(weight, wide, WEIGHT, s.rounding, box)
+        _store(weight, wide, WEIGHT, noise)
     return nu
 
 
@@ -248,13 +252,12 @@ def update_rows(weight: Tensor, grad: Tensor, accumulators: Sequence[Tensor], se
     row_accumulator[rows] = maxima
 
 
-def _store(target: Tensor, values: Tensor, stream: int, rounding: Rounding | None, box: Box | None) -> None:
-    if rounding is None:
+def _store(target: Tensor, values: Tensor, what: int, noise: Noise | None) -> None:
+    if noise is None:
         assert target.dtype != torch.int8
         target.copy_(values)
     else:
-        assert box is not None
-        rounding.store(target, values, box, stream)
+        noise.store(target, values, what)
 
 
 def _sweep_axis(shape: Sequence[int], limit: int) -> int:

@@ -246,14 +246,21 @@ WIDE_INLINE ints_avx2 groups_avx2(int64_t first) {
                        _mm256_add_epi64(_mm256_set1_epi64x(first + 4), each)};
 }
 
-WIDE_INLINE void store_four_avx2(uint32_t *to, __m256i c0, __m256i c1, __m256i c2, __m256i c3) {
-    __m256i upper = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xaa);
-    __m256i lower = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xaa);
-    _mm256_storeu_si256((__m256i *)to, _mm256_unpacklo_epi64(upper, lower));
-    _mm256_storeu_si256((__m256i *)(to + 8), _mm256_unpackhi_epi64(upper, lower));
+/* Eight words, and turned. */
+WIDE_INLINE void store_eight_avx2(struct random *to, int64_t at, __m256i words) {
+    const __m256i turn = _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    _mm256_storeu_si256((__m256i *)(to->words + at), words);
+    _mm256_storeu_si256((__m256i *)(to->turned + at), _mm256_shuffle_epi8(words, turn));
 }
 
-WIDE_INLINE void store_words_avx2(uint32_t *to, ints_avx2 c0, ints_avx2 c1, ints_avx2 c2, ints_avx2 c3) {
-    store_four_avx2(to, c0.a, c1.a, c2.a, c3.a);
-    store_four_avx2(to + 16, c0.b, c1.b, c2.b, c3.b);
+WIDE_INLINE void store_four_avx2(struct random *to, int64_t at, __m256i c0, __m256i c1, __m256i c2, __m256i c3) {
+    __m256i upper = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xaa);
+    __m256i lower = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xaa);
+    store_eight_avx2(to, at, _mm256_unpacklo_epi64(upper, lower));
+    store_eight_avx2(to, at + 8, _mm256_unpackhi_epi64(upper, lower));
+}
+
+WIDE_INLINE void store_words_avx2(struct random *to, int64_t at, ints_avx2 c0, ints_avx2 c1, ints_avx2 c2, ints_avx2 c3) {
+    store_four_avx2(to, at, c0.a, c1.a, c2.a, c3.a);
+    store_four_avx2(to, at + 16, c0.b, c1.b, c2.b, c3.b);
 }

@@ -155,10 +155,16 @@ WIDE_INLINE __m512i groups_avx512(int64_t first) {
     return _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-WIDE_INLINE void store_words_avx512(uint32_t *to, __m512i c0, __m512i c1, __m512i c2, __m512i c3) {
+/* Sixteen words, and turned. */
+WIDE_INLINE void store_sixteen_avx512(struct random *to, int64_t at, __m512i words) {
+    _mm512_storeu_si512(to->words + at, words);
+    _mm512_storeu_si512(to->turned + at, _mm512_rol_epi32(words, 16));
+}
+
+WIDE_INLINE void store_words_avx512(struct random *to, int64_t at, __m512i c0, __m512i c1, __m512i c2, __m512i c3) {
     const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
     __m512i upper = _mm512_mask_blend_epi32(0xaaaa, c0, _mm512_slli_epi64(c1, 32));
     __m512i lower = _mm512_mask_blend_epi32(0xaaaa, c2, _mm512_slli_epi64(c3, 32));
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi64(upper, low, lower));
-    _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi64(upper, high, lower));
+    store_sixteen_avx512(to, at, _mm512_permutex2var_epi64(upper, low, lower));
+    store_sixteen_avx512(to, at + 16, _mm512_permutex2var_epi64(upper, high, lower));
 }

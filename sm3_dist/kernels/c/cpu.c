@@ -27,8 +27,8 @@
 
 #include "elements.h"
 #include "settings.h"
-#include "widths.h"
 #include "tensors.h"
+#include "widths.h"
 #include "pass.h"
 #include "slices.h"
 #include "blocks.h"

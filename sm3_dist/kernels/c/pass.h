@@ -63,26 +63,32 @@ struct place {
     const struct box *box;          /* but if there is one, whatever follows in its memory */
 };
 
-struct random { /* bits of some elements: 16 for each, eight elements for each four words */
-    uint32_t words[TILE / 2 + 256];
-};
-
-/* 16 random bits for each of n <= TILE elements of a row from a column on. */
-static const uint16_t *row_noise(const struct pass *p, int64_t row, int64_t column, int64_t n, int stream,
-                                 struct random *random) {
+/* Random bits of n <= TILE elements of a row from a column on; returns how many halves lie before those of the first. */
+static int64_t row_noise(const struct pass *p, int64_t row, int64_t column, int64_t n, struct random *random) {
     int64_t phase = column % 8;
-    struct philox philox = {(uint32_t)row, (uint32_t)p->t->number | (uint32_t)stream << 31, (uint32_t)*p->param->step,
-                            p->settings.seed};
-    p->width->words((phase + n + 7) / 8, (uint32_t)(column / 8), &philox, random->words);
-    return (const uint16_t *)random->words + phase;
+    struct philox philox = {(uint32_t)row, (uint32_t)p->t->number, (uint32_t)*p->param->step, p->settings.seed};
+    p->width->words((phase + n + 7) / 8, (uint32_t)(column / 8), &philox, random);
+    return phase;
+}
+
+/* Likewise for n elements of a row, of which each is so many rows and columns after the one before, into some place. */
+static void copy_noise(const struct pass *p, int64_t row, int64_t column, int64_t n, const int64_t *step,
+                       struct random *to, int64_t place) {
+    struct random random;
+    int64_t count = step[0] == 0 && step[1] == 1 ? n : 1;
+    for (int64_t j = 0; j < n; j += count) {
+        int64_t first = row_noise(p, row + j * step[0], column + j * step[1], count, &random);
+        size_t size = (size_t)count * sizeof(uint16_t);
+        memcpy((uint16_t *)to->words + place + j, (uint16_t *)random.words + first, size);
+        memcpy((uint16_t *)to->turned + place + j, (uint16_t *)random.turned + first, size);
+    }
 }
 
 /* Likewise for n elements of a box, from number `skip` after element `at` of its memory on. */
-static void box_noise(const struct pass *p, const struct box *b, int64_t at, int64_t skip, int64_t n, int stream,
-                      uint16_t *noise) {
+static void box_noise(const struct pass *p, const struct box *b, int64_t at, int64_t skip, int64_t n,
+                      struct random *to) {
     const struct tensor *t = p->t;
-    struct random random;
-    int64_t last = t->dims - 1, index[DIMS] = {0}, rest = at - b->offset[WEIGHT];
+    int64_t last = t->dims - 1, index[DIMS] = {0}, rest = at - b->offset[WEIGHT], done = 0;
     for (int64_t e = 0; e <= last; e++) {
         index[e] = b->shape[e] == 1 ? 0 : rest / b->stride[WEIGHT][e];
         rest -= index[e] * b->stride[WEIGHT][e];
@@ -98,24 +104,18 @@ static void box_noise(const struct pass *p, const struct box *b, int64_t at, int
             row += in_tensor * t->place[0][e];
             column += in_tensor * t->place[1][e];
         }
-        if (t->place[1][last] == 1) {
-            memcpy(noise, row_noise(p, row, column, length, stream, &random), (size_t)length * sizeof *noise);
-        } else {
-            for (int64_t j = 0; j < length; j++)
-                noise[j] = *row_noise(p, row + j * t->place[0][last], column + j * t->place[1][last], 1, stream, &random);
-        }
-        noise += length;
+        copy_noise(p, row, column, length, (int64_t[]){t->place[0][last], t->place[1][last]}, to, done);
+        done += length;
         n -= length;
         index[last] += length;
     }
 }
 
-static const uint16_t *make_noise(const struct pass *p, const struct place *at, int64_t skip, int64_t n, int o,
-                                  struct random *random) {
-    int stream = o == MOMENT;
-    if (!at->box) return row_noise(p, at->row, at->column + skip, n, stream, random);
-    box_noise(p, at->box, at->offset[WEIGHT], skip, n, stream, (uint16_t *)random->words);
-    return (const uint16_t *)random->words;
+/* Likewise for n elements from number `skip` on. */
+static int64_t make_noise(const struct pass *p, const struct place *at, int64_t skip, int64_t n, struct random *random) {
+    if (!at->box) return row_noise(p, at->row, at->column + skip, n, random);
+    box_noise(p, at->box, at->offset[WEIGHT], skip, n, random);
+    return 0;
 }
 
 /* Elements of an operand from number `skip` on: where they lie, if side by side. */
@@ -161,7 +161,7 @@ static void step_parts(struct pass *p, const struct place *at, struct stretch x,
     for (int o = 0; o < OPERANDS; o++) as[o] = staged[o] ? FLOAT32 : type[o];
     float wide[OPERANDS][TILE];
     char narrow[OPERANDS][TILE * sizeof(float)];
-    struct random noise[OPERANDS];
+    struct random noise;
     for (int64_t done = 0; rest > 0; rest -= x.n, done += x.n) {
         char *there[OPERANDS] = {0}, *here[OPERANDS];
         struct stretch part = x;
@@ -172,9 +172,13 @@ static void step_parts(struct pass *p, const struct place *at, struct stretch x,
             here[o] = staged[o] ? (char *)wide[o] : there[o];
             if (staged[o] && !is_dense(at, o)) gather(p, at, o, done, x.n, narrow[o], 0);
             if (staged[o]) width->widen(x.n, wide[o], there[o], type[o]);
-            if (random[o]) part.noise[o] = make_noise(p, at, done, x.n, o, &noise[o]);
         }
-        const uint16_t *bits[OPERANDS] = {part.noise[0], 0, part.noise[MOMENT]};
+        if (random[WEIGHT] || random[MOMENT]) {
+            int64_t first = make_noise(p, at, done, x.n, &noise);
+            part.noise[WEIGHT] = random[WEIGHT] ? (const uint16_t *)noise.words + first : 0;
+            part.noise[MOMENT] = random[MOMENT] ? (const uint16_t *)noise.turned + first : 0;
+        }
+        const uint16_t *bits[OPERANDS] = {part.noise[WEIGHT], 0, part.noise[MOMENT]};
         part.w = here[WEIGHT], part.g = here[GRAD], part.m = here[MOMENT];
         width->stretch(kind_of_stretch(as[WEIGHT], as[GRAD], as[MOMENT]), &part);
         for (int o = 0; o < OPERANDS; o += MOMENT) {
