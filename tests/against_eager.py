@@ -1,6 +1,7 @@
 """The comparison of a backend with the eager one, which is the definition: the same bits after every step."""
 
 import shutil
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -129,11 +130,13 @@ def compare_views(weights: list[Tensor], grads: list[list[Tensor]], fused: str =
 def compare_boxes(
     shape: tuple[int, ...],
     replicated: bool,
-    fused: type[kernels.Kernel],
+    fused: Callable[[Sequence[Entry]], kernels.Kernel],
     ranges: int,
     block: int | None = None,
     is_product: bool = False,
+    is_random: bool = False,
 ) -> None:
+    """Boxes of flat ranges; ``is_random``: of bfloat16 weights and 8-bit momentum, rounded stochastically."""
     generator = torch.Generator().manual_seed(len(shape))
     numel = torch.Size(shape).numel()
     for _ in range(ranges):
@@ -144,9 +147,12 @@ def compare_boxes(
         shard = LocalShard(shape, boxes, 3, replicated=replicated, cover_block=block)
         size = shape if replicated else (b - a + 5,)
         weight, grad = torch.randn(size, generator=generator), torch.randn(size, generator=generator)
+        if is_random:
+            weight, grad = weight.bfloat16(), grad.bfloat16()
         group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.0}
         if is_product:  # then as the recipe has it: updates are scaled, and their squares added up
             group |= {"beta": 0.95, "bias_correction": True, "update_rms": 1.0}
+        group |= {"stochastic_rounding": is_random, "rounding_seed": 7}
         settings = Settings(0.1, 0.9, group["beta"], 1e-30, 0.1, False, cover_product=is_product)
         results = []
         for work in (EagerKernel, fused):
@@ -155,7 +161,7 @@ def compare_boxes(
             accumulators = [
                 torch.rand(s.shape, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shard.stored)
             ]
-            moment = torch.zeros(b - a if replicated else size)
+            moment = torch.zeros(b - a if replicated else size, dtype=torch.int8 if is_random else torch.float32)
             squares = square_sum(shape, torch.zeros((), dtype=torch.int64)) if is_product else None
             entry = Entry(param, group, shard, accumulators, moment, torch.ones(()), squares, "x")
             running = work([entry])

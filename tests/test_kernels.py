@@ -1,5 +1,7 @@
 """Every backend against the eager one, which is the definition: the same bits, whatever the tensor and its values."""
 
+from functools import partial
+
 import pytest
 import torch
 from against_eager import (
@@ -104,6 +106,15 @@ def test_memory_may_be_misaligned_strided_or_permuted(dtype):
 def test_boxes_of_flat_ranges(shape, replicated):
     for block, is_product in ((None, False), (3, False), (2, True), (32, True)):
         compare_boxes(shape, replicated, cpu.CKernel, 6, block, is_product)
+
+
+@needs_c
+@pytest.mark.parametrize("shape", [(9, 7), (30, 301), (6, 5, 7), (3, 4, 1, 5, 2)], ids=str)
+def test_boxes_of_flat_ranges_that_are_rounded_stochastically(shape):
+    """Rows begin in the middle of a word of the generator, and end there."""
+    for width in cpu.widths():
+        for block, is_product in ((None, False), (3, False), (2, True)):
+            compare_boxes(shape, True, partial(cpu.CKernel, width=width), 6, block, is_product, is_random=True)
 
 
 @needs_c
