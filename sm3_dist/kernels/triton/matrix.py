@@ -253,22 +253,14 @@ def step_strip(
                 update = tl.maximum(update, -limit, propagate_nan=tl.PropagateNan.ALL)
                 update = tl.minimum(update, limit, propagate_nan=tl.PropagateNan.ALL)
             update = update * fresh
+            if RANDOM or tl.int8 == MOMENT:
+                w_noise, m_noise = noise_at(
+                    places, row_places + below, number, count, seed_low, seed_high, VECTOR, TALL, GROUPS, SIDE
+                )
             if MOMENT is not None:
                 mean = widened(moment, MOMENT) * momentum + update
                 if tl.int8 == MOMENT or (RANDOM and tl.bfloat16 == MOMENT):
-                    noise = noise_at(
-                        places,
-                        row_places + below,
-                        number | (1 << 31),
-                        count,
-                        seed_low,
-                        seed_high,
-                        VECTOR,
-                        TALL,
-                        GROUPS,
-                        SIDE,
-                    )
-                    tl.store(m_at, rounded_randomly(mean, noise, MOMENT), mask=there)
+                    tl.store(m_at, rounded_randomly(mean, m_noise, MOMENT), mask=there)
                 else:
                     tl.store(m_at, rounded(mean, MOMENT), mask=there)
                 if NESTEROV:  # noqa: SIM108
@@ -277,10 +269,7 @@ def step_strip(
                     update = mean
             weight = widened(weight, WEIGHT) * decay - update * lr
             if RANDOM and tl.bfloat16 == WEIGHT:
-                noise = noise_at(
-                    places, row_places + below, number, count, seed_low, seed_high, VECTOR, TALL, GROUPS, SIDE
-                )
-                tl.store(w_at, rounded_randomly(weight, noise, WEIGHT), mask=there)
+                tl.store(w_at, rounded_randomly(weight, w_noise, WEIGHT), mask=there)
             else:
                 tl.store(w_at, rounded(weight, WEIGHT), mask=there)
 

@@ -152,13 +152,13 @@ def step_tiles(
     update = update * fresh
     if RANDOM or tl.int8 == MOMENT:
         number, count = tl.load(tensor + TENSOR_NUMBER), tl.load(counts + entry)
+        w_noise, m_noise = noise_of(column_places, row_places, number, count, seed_low, seed_high)
     if MOMENT is not None:
         m_at = tl.load(tensor + TENSOR_MOMENT).to(tl.pointer_type(MOMENT)) + tl.load(box + BOX_OFFSET + 2)
         m_at = m_at + m_rows[:, None] + columns[None, :]
         mean = widened(tl.load(m_at, mask=there, other=0), MOMENT) * momentum + update
         if tl.int8 == MOMENT or (RANDOM and tl.bfloat16 == MOMENT):
-            noise = noise_of(column_places, row_places, number | (1 << 31), count, seed_low, seed_high)
-            tl.store(m_at, rounded_randomly(mean, noise, MOMENT), mask=there)
+            tl.store(m_at, rounded_randomly(mean, m_noise, MOMENT), mask=there)
         else:
             tl.store(m_at, rounded(mean, MOMENT), mask=there)
         if NESTEROV:  # noqa: SIM108
@@ -169,8 +169,7 @@ def step_tiles(
     weight = widened(tl.load(w_at, mask=there, other=0.0), WEIGHT) * tl.load(group + DECAY)
     weight = weight - update * tl.load(group + LR)
     if RANDOM and tl.bfloat16 == WEIGHT:
-        noise = noise_of(column_places, row_places, number, count, seed_low, seed_high)
-        tl.store(w_at, rounded_randomly(weight, noise, WEIGHT), mask=there)
+        tl.store(w_at, rounded_randomly(weight, w_noise, WEIGHT), mask=there)
     else:
         tl.store(w_at, rounded(weight, WEIGHT), mask=there)
 

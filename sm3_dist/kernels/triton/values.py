@@ -176,10 +176,10 @@ def halves(update, per_one):
 
 @triton.jit
 def random_words(octet, row, tensor, step, seed_low, seed_high):
-    """Four random words for each eight elements of a row: Philox4x32-10, see ``maths/rounding.py``."""
+    """Four random words for each eight elements of a row: Philox4x32-7, see ``maths/rounding.py``."""
     k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
     c0, c1, c2, c3 = octet.to(tl.uint32), row.to(tl.uint32), tensor.to(tl.uint32), step.to(tl.uint32)
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(7):
         high, low = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
         c0, c1 = tl.umulhi(c2, 0xCD9E8D57) ^ c1 ^ k0, c2 * 0xCD9E8D57
         c2, c3 = high ^ c3 ^ k1, low
@@ -190,11 +190,13 @@ def random_words(octet, row, tensor, step, seed_low, seed_high):
 
 @triton.jit
 def noise_of(columns, rows, number, count, seed_low, seed_high):
-    """16 random bits for each element, wherever it lies: one call of the generator for each."""
+    """16 random bits for the weight and 16 for the momentum of each element, wherever it lies, by a call for each."""
     w0, w1, w2, w3 = random_words(columns >> 3, rows, number, count, seed_low, seed_high)
     which = columns & 7
     word = tl.where(which < 4, tl.where(which < 2, w0, w1), tl.where(which < 6, w2, w3))
-    return tl.where((which & 1) == 0, word & 0xFFFF, word >> 16).to(tl.int32)
+    lower, upper = (word & 0xFFFF).to(tl.int32), (word >> 16).to(tl.int32)
+    is_lower = (which & 1) == 0
+    return tl.where(is_lower, lower, upper), tl.where(is_lower, upper, lower)
 
 
 @triton.jit
@@ -210,15 +212,17 @@ def noise_at(
     GROUPS: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """16 random bits for each element of a tile; VECTOR: ``places`` are those of eights, which one call serves."""
+    """As ``noise_of``, for the elements of a tile; VECTOR: ``places`` are those of eights, which one call serves."""
     if VECTOR > 1:
         w0, w1, w2, w3 = random_words(places[None, :, :], rows, number, count, seed_low, seed_high)
         # Pairs are joined from the last bit of an element's place to the first.
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-        noise = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (TALL, GROUPS, SIDE)).to(tl.int32)
+        lower, upper = (words & 0xFFFF).to(tl.int32), (words >> 16).to(tl.int32)
+        of_weight = tl.reshape(tl.join(lower, upper), (TALL, GROUPS, SIDE))
+        of_moment = tl.reshape(tl.join(upper, lower), (TALL, GROUPS, SIDE))
     else:
-        noise = noise_of(places[None, :, :], rows, number, count, seed_low, seed_high)
-    return noise
+        of_weight, of_moment = noise_of(places[None, :, :], rows, number, count, seed_low, seed_high)
+    return of_weight, of_moment
 
 
 def type_of(dtype: torch.dtype | None) -> Any:

@@ -275,7 +275,8 @@ def options_of(thread: int, constants: dict[str, Any], architecture: int) -> dic
     """Options for the compiler of the kernel of matrices, a warp of which is a program.
 
     64 registers leave room for 32 warps, the most programs that a processor takes, and half of the warps that it could
-    hold. What would spill with so few gets more: recipes keep sums of squares, noise and six loads of 16 bytes besides.
+    hold. What would spill with so few gets more: recipes keep sums of squares, noise and six loads of 16 bytes besides,
+    and those that round stochastically have room for 18 warps with 112.
 
     Args:
         thread: elements of the weight that a thread loads at a time.
@@ -283,9 +284,12 @@ def options_of(thread: int, constants: dict[str, Any], architecture: int) -> dic
         architecture: as the compiler has it, 90 for compute capability 9.0; what is 100 and up needs more.
     """
     options = {"num_warps": 1, "enable_fp_fusion": False}
-    random = constants["RANDOM"] or constants["MOMENT"] == values.type_of(torch.int8)
-    if constants["VECTOR"] > 1 and not random:
-        if constants["SQUARES"] == 0:
+    coded = constants["MOMENT"] == values.type_of(torch.int8)
+    if constants["VECTOR"] > 1:
+        if constants["RANDOM"] or coded:
+            if constants["SQUARES"] > 0 and (coded or architecture >= 100):
+                options["maxnreg"] = 112
+        elif constants["SQUARES"] == 0:
             options["maxnreg"] = 72 if thread == 8 and architecture >= 100 else 64
         elif thread == 4:
             options["maxnreg"] = 96 if architecture < 100 else 104
