@@ -140,14 +140,14 @@ def reference_step(
             m = u.new_tensor(code_values())[state.momentum_buffer.long()]
         m = m * momentum + u * (1 - momentum)
         u = u * (1 - momentum) + m * momentum if nesterov else m
-        state.momentum_buffer = _rounded(m, state.momentum_buffer.dtype, rounding, state.step - 1, place=1)
+        state.momentum_buffer = _rounded(m, state.momentum_buffer.dtype, rounding, state.step - 1, half=1)
     if orthogonalize and k > 1 and u.numel():
-        u = _orthogonalized(_rounded(u, torch.bfloat16, rounding, state.step - 1, place=0)).to(dtype)
+        u = _orthogonalized(_rounded(u, torch.bfloat16, rounding, state.step - 1, half=0)).to(dtype)
         u = u * (0.2 * math.sqrt(max(len(u), u[0].numel())))
     w = weight.to(dtype)
     if weight_decay > 0:
         w = w * (1 - lr * weight_decay)
-    weight.copy_(_rounded(w - u * lr, weight.dtype, rounding, state.step - 1, place=0))
+    weight.copy_(_rounded(w - u * lr, weight.dtype, rounding, state.step - 1, half=0))
     if nu.numel():
         state.accumulators = [_maximum(nu, i, cover_block) for i in range(len(state.accumulators))]
 
@@ -163,24 +163,24 @@ def _orthogonalized(u: Tensor) -> Tensor:
     return (x.T if tall else x).reshape(u.shape).bfloat16()
 
 
-def _rounded(x: Tensor, dtype: torch.dtype, rounding: tuple[int, int] | None, step: int, place: int) -> Tensor:
+def _rounded(x: Tensor, dtype: torch.dtype, rounding: tuple[int, int] | None, step: int, half: int) -> Tensor:
     """``x`` in the type in which it is kept. Each element takes 16 random bits of its own, see :class:`Rounding`."""
     if rounding is None or dtype not in (torch.bfloat16, torch.int8) or not x.numel():
         return x.to(dtype)
     lines = x.float().contiguous().view(math.prod(x.shape[: split(x.shape)]), -1)
-    noise = [_noise(*rounding, step, place, row, lines.shape[1]) for row in range(len(lines))]
+    noise = [_noise(*rounding, step, half, row, lines.shape[1]) for row in range(len(lines))]
     rounded = _bfloat16 if dtype == torch.bfloat16 else _code
     values = [list(map(rounded, *pair)) for pair in zip(lines.tolist(), noise, strict=True)]
     return x.new_tensor(values, dtype=torch.float32).view(x.shape).to(dtype)
 
 
 @functools.cache
-def _noise(seed: int, number: int, step: int, place: int, row: int, columns: int) -> list[int]:
-    """16 random bits for each element of a row: of a word for two the lower half, or the upper one; ``place=1`` turns them."""
+def _noise(seed: int, number: int, step: int, half: int, row: int, columns: int) -> list[int]:
+    """16 random bits for each element of a row: half of a word, or, with ``half=1``, the other half."""
     noise = []
     for column in range(columns):
         words = philox((column // 8, row, number, step), (seed % 2**32, seed // 2**32))
-        noise.append(words[column % 8 // 2] // 2 ** (16 * ((column + place) % 2)) % 2**16)
+        noise.append(words[column % 8 // 2] // 2 ** (16 * ((column + half) % 2)) % 2**16)
     return noise
 
 

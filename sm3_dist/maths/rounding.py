@@ -123,7 +123,7 @@ class Noise:
 
     @cached_property
     def _made(self) -> tuple[Tensor, Tensor]:
-        """What each row gets of the generator, in halves of words, and where in that each column's is for the weight."""
+        """What each row gets of the generator, in halves of words, and which of them each column's weight takes."""
         r, box, device = self._rounding, self._box, self._device
         s = split(r.shape)
         rows = _places(r.shape[:s], box.start[:s], box.stop[:s], device)
