@@ -5,6 +5,9 @@ struct philox { /* counter and key of one row */
     uint64_t seed;
 };
 
+#define M0 0xd2511f53u /* the factors of Philox4x32 */
+#define M1 0xcd9e8d57u
+
 enum { PHILOX_ROUNDS = 7, ROW_WORDS = TILE / 2 + 256 };
 
 struct random { /* bits of up to TILE elements, 16 for each, and four words for each eight elements: */
@@ -12,14 +15,14 @@ struct random { /* bits of up to TILE elements, 16 for each, and four words for 
     uint32_t turned[ROW_WORDS]; /* and of momentum: the halves of each word change places */
 };
 
-/* Random bits of some groups of eight elements, from number `first` on: Philox4x32-7. */
-INLINE void random_words(int64_t groups, uint32_t first, const struct philox *p, struct random *random) {
+/* Random bits of some groups of eight elements, from number `first` on, to word `at` and those after it: Philox4x32-7. */
+INLINE void random_words(int64_t groups, uint32_t first, const struct philox *p, struct random *random, int64_t at) {
     const uint32_t row = p->row, tensor = p->tensor, step = p->step;
     const uint32_t low = (uint32_t)p->seed, high = (uint32_t)(p->seed >> 32);
     for (int64_t i = 0; i < groups; i++) {
         uint32_t c0 = first + (uint32_t)i, c1 = row, c2 = tensor, c3 = step, k0 = low, k1 = high;
         for (int round = 0; round < PHILOX_ROUNDS; round++, k0 += 0x9e3779b9u, k1 += 0xbb67ae85u) {
-            uint64_t p0 = (uint64_t)c0 * 0xd2511f53u, p1 = (uint64_t)c2 * 0xcd9e8d57u;
+            uint64_t p0 = (uint64_t)c0 * M0, p1 = (uint64_t)c2 * M1;
             c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
             c1 = (uint32_t)p1;
             c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
@@ -27,8 +30,8 @@ INLINE void random_words(int64_t groups, uint32_t first, const struct philox *p,
         }
         const uint32_t words[4] = {c0, c1, c2, c3};
         for (int k = 0; k < 4; k++) {
-            random->words[4 * i + k] = words[k];
-            random->turned[4 * i + k] = words[k] << 16 | words[k] >> 16;
+            random->words[at + 4 * i + k] = words[k];
+            random->turned[at + 4 * i + k] = words[k] << 16 | words[k] >> 16;
         }
     }
 }

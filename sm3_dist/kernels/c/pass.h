@@ -63,11 +63,12 @@ struct place {
     const struct box *box;          /* but if there is one, whatever follows in its memory */
 };
 
-/* Random bits of n <= TILE elements of a row from a column on; returns how many halves lie before those of the first. */
-static int64_t row_noise(const struct pass *p, int64_t row, int64_t column, int64_t n, struct random *random) {
+/* Random bits of n <= TILE elements of a row from a column on, to word `at`; returns how many halves lie before those of the
+ * first element. */
+static int64_t row_noise(const struct pass *p, int64_t row, int64_t column, int64_t n, struct random *random, int64_t at) {
     int64_t phase = column % 8;
     struct philox philox = {(uint32_t)row, (uint32_t)p->t->number, (uint32_t)*p->param->step, p->settings.seed};
-    p->width->words((phase + n + 7) / 8, (uint32_t)(column / 8), &philox, random);
+    p->width->words((phase + n + 7) / 8, (uint32_t)(column / 8), &philox, random, at);
     return phase;
 }
 
@@ -77,7 +78,7 @@ static void copy_noise(const struct pass *p, int64_t row, int64_t column, int64_
     struct random random;
     int64_t count = step[0] == 0 && step[1] == 1 ? n : 1;
     for (int64_t j = 0; j < n; j += count) {
-        int64_t first = row_noise(p, row + j * step[0], column + j * step[1], count, &random);
+        int64_t first = row_noise(p, row + j * step[0], column + j * step[1], count, &random, 0);
         size_t size = (size_t)count * sizeof(uint16_t);
         memcpy((uint16_t *)to->words + place + j, (uint16_t *)random.words + first, size);
         memcpy((uint16_t *)to->turned + place + j, (uint16_t *)random.turned + first, size);
@@ -113,7 +114,7 @@ static void box_noise(const struct pass *p, const struct box *b, int64_t at, int
 
 /* Likewise for n elements from number `skip` on. */
 static int64_t make_noise(const struct pass *p, const struct place *at, int64_t skip, int64_t n, struct random *random) {
-    if (!at->box) return row_noise(p, at->row, at->column + skip, n, random);
+    if (!at->box) return row_noise(p, at->row, at->column + skip, n, random, 0);
     box_noise(p, at->box, at->offset[WEIGHT], skip, n, random);
     return 0;
 }
@@ -152,6 +153,11 @@ static int is_staged(const struct pass *p, const struct place *at, int staged[OP
     return any;
 }
 
+static void point_to_noise(struct stretch *x, const int random[OPERANDS], const struct random *noise, int64_t first) {
+    x->noise[WEIGHT] = random[WEIGHT] ? (const uint16_t *)noise->words + first : 0;
+    x->noise[MOMENT] = random[MOMENT] ? (const uint16_t *)noise->turned + first : 0;
+}
+
 /* What a stretch cannot take is brought there and back, as much at a time as stays in cache. */
 static void step_parts(struct pass *p, const struct place *at, struct stretch x, const int staged[OPERANDS],
                        const int random[OPERANDS]) {
@@ -174,9 +180,7 @@ static void step_parts(struct pass *p, const struct place *at, struct stretch x,
             if (staged[o]) width->widen(x.n, wide[o], there[o], type[o]);
         }
         if (random[WEIGHT] || random[MOMENT]) {
-            int64_t first = make_noise(p, at, done, x.n, &noise);
-            part.noise[WEIGHT] = random[WEIGHT] ? (const uint16_t *)noise.words + first : 0;
-            part.noise[MOMENT] = random[MOMENT] ? (const uint16_t *)noise.turned + first : 0;
+            point_to_noise(&part, random, &noise, make_noise(p, at, done, x.n, &noise));
         }
         const uint16_t *bits[OPERANDS] = {part.noise[WEIGHT], 0, part.noise[MOMENT]};
         part.w = here[WEIGHT], part.g = here[GRAD], part.m = here[MOMENT];
@@ -194,29 +198,53 @@ static void step_parts(struct pass *p, const struct place *at, struct stretch x,
     }
 }
 
+/* Rows that are brought together, or need more random bits than there is room for, one by one. */
+static void step_long_rows(struct pass *p, struct place row, struct stretch x, const int64_t *stride,
+                           const int staged[OPERANDS], const int random[OPERANDS]) {
+    for (; x.rows > 0; next_row(&x), row.row++) {
+        step_parts(p, &row, x, staged, random);
+        for (int o = 0; o < OPERANDS; o++) row.offset[o] += stride[o];
+    }
+}
+
+/* Rows of no more than TILE elements, taken as they are, as many at a time as there is room for their random bits. */
+static void step_short_rows(struct pass *p, const struct place *at, struct stretch x, const int random[OPERANDS]) {
+    struct random noise;
+    int64_t first = at->column % 8, words = (first + x.n + 7) / 8 * 4, row = at->row;
+    x.halves = 2 * words;
+    while (x.rows > 0) {
+        struct stretch part = x;
+        part.rows = smaller(x.rows, larger(1, (int32_t)(TILE / 2 / words)));
+        for (int64_t r = 0; r < part.rows; r++) row_noise(p, row + r, at->column, x.n, &noise, r * words);
+        point_to_noise(&part, random, &noise, first);
+        row += part.rows;
+        for (int64_t r = 0; r < part.rows; r++) next_row(&x);
+        p->width->stretch(kind_of_stretch(p->t->type[WEIGHT], p->t->type[GRAD], p->t->type[MOMENT]), &part);
+        p->squares += part.squares;
+    }
+}
+
 /* Some rows of elements that follow one another; of x that is given what is of accumulators, and how many rows, which are
  * this far from one another in each operand. */
 static void step_stretch(struct pass *p, const struct place *at, struct stretch *x, const int64_t *stride) {
     const int64_t *type = p->t->type;
     int random[OPERANDS] = {p->t->rounds && type[WEIGHT] == BFLOAT16, 0,
                             type[MOMENT] == CODE || (p->t->rounds && type[MOMENT] == BFLOAT16)};
-    int staged[OPERANDS], in_parts = is_staged(p, at, staged) || random[WEIGHT] || random[MOMENT];
+    int staged[OPERANDS], is_rounded = random[WEIGHT] || random[MOMENT], any = is_staged(p, at, staged);
     x->settings = &p->settings;
     x->product = p->settings.product && p->t->block;
     x->squares = 0;
     for (int o = 0; o < OPERANDS; o++) x->noise[o] = 0;
     for (int o = 0; o < OPERANDS; o++) x->line[o] = stride[o] * size_of(type[o]);
-    if (in_parts) {
-        x->w = x->m = 0, x->g = 0;
-        for (struct place row = *at; x->rows > 0; next_row(x), row.row++) {
-            step_parts(p, &row, *x, staged, random);
-            for (int o = 0; o < OPERANDS; o++) row.offset[o] += stride[o];
-        }
-        return;
-    }
     x->w = operand(p, at, WEIGHT, 0);
     x->g = operand(p, at, GRAD, 0);
     x->m = type[MOMENT] == NONE ? 0 : operand(p, at, MOMENT, 0);
-    p->width->stretch(kind_of_stretch(type[WEIGHT], type[GRAD], type[MOMENT]), x);
-    p->squares += x->squares;
+    if (any || (is_rounded && (at->box || x->n > TILE))) {
+        step_long_rows(p, *at, *x, stride, staged, random);
+    } else if (is_rounded) {
+        step_short_rows(p, at, *x, random);
+    } else {
+        p->width->stretch(kind_of_stretch(type[WEIGHT], type[GRAD], type[MOMENT]), x);
+        p->squares += x->squares;
+    }
 }

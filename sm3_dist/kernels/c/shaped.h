@@ -16,7 +16,8 @@ struct stretch { /* contiguous elements, of one row or of some that lie alike */
     const uint16_t *noise[OPERANDS]; /* random bits of each element, to round weight and momentum; null: to the nearest */
     int64_t rows;          /* how many; from one to the next it is */
     int64_t line[OPERANDS]; /* this far, in bytes, */
-    int64_t entries;       /* and so many covers, and tops */
+    int64_t entries;       /* so many covers, and tops, */
+    int64_t halves;        /* and so much noise */
     const struct settings *settings;
     uint64_t squares;      /* the sum of squared updates, in units, is added to it */
 };
@@ -53,6 +54,8 @@ INLINE void next_row(struct stretch *x) {
     x->m = (char *)x->m + x->line[MOMENT];
     x->covers += x->entries;
     x->tops += x->entries;
+    for (int o = 0; o < OPERANDS; o++)
+        if (x->noise[o]) x->noise[o] += x->halves;
 }
 
 /* ---- Plain C. Squares are added up as an integer that doubles hold by their last bits, rounded to even, and those that

@@ -56,8 +56,9 @@ INLINE void narrow_of(int64_t n, void *restrict to, const float *restrict from, 
     target static void stretch_##width(int kind, struct stretch *x) {                                                \
         switch (kind) { ALL_KINDS }                                                                                  \
     }                                                                                                                \
-    target static void words_##width(int64_t groups, uint32_t first, const struct philox *p, struct random *random) {\
-        WORDS(groups, first, p, random);                                                                             \
+    target static void words_##width(int64_t groups, uint32_t first, const struct philox *p, struct random *random,  \
+                                     int64_t at) {                                                                   \
+        WORDS(groups, first, p, random, at);                                                                         \
     }                                                                                                                \
     CONVERSIONS(width, target)
 
@@ -66,7 +67,7 @@ struct width {
     int typed; /* whether stretches may have all types and round at random; if not, weight and gradient are float32 */
     row_function *row;
     stretch_function *stretch;
-    void (*words)(int64_t groups, uint32_t first, const struct philox *p, struct random *random);
+    void (*words)(int64_t groups, uint32_t first, const struct philox *p, struct random *random, int64_t at);
     void (*widen)(int64_t n, float *to, const void *from, int64_t type);
     void (*narrow)(int64_t n, void *to, const float *from, int64_t type);
     void (*scatter)(int64_t n, void *to, const float *from, const uint16_t *noise, int64_t type);
