@@ -8,9 +8,9 @@ struct philox { /* counter and key of one row */
 #define M0 0xd2511f53u /* the factors of Philox4x32 */
 #define M1 0xcd9e8d57u
 
-enum { PHILOX_ROUNDS = 7, ROW_WORDS = TILE / 2 + 256 };
+enum { PHILOX_ROUNDS = 7, ROOM = 2048, ROW_WORDS = ROOM / 2 + 256 }; /* elements that there is room for; words */
 
-struct random { /* bits of up to TILE elements, 16 for each, and four words for each eight elements: */
+struct random { /* bits of up to ROOM elements, 16 for each, and four words for each eight elements: */
     uint32_t words[ROW_WORDS];  /* those of weights, */
     uint32_t turned[ROW_WORDS]; /* and of momentum: the halves of each word change places */
 };

@@ -63,7 +63,7 @@ struct place {
     const struct box *box;          /* but if there is one, whatever follows in its memory */
 };
 
-/* Random bits of n <= TILE elements of a row from a column on, to word `at`; returns how many halves lie before those of the
+/* Random bits of n <= ROOM elements of a row from a column on, to word `at`; returns how many halves lie before those of the
  * first element. */
 static int64_t row_noise(const struct pass *p, int64_t row, int64_t column, int64_t n, struct random *random, int64_t at) {
     int64_t phase = column % 8;
@@ -207,14 +207,14 @@ static void step_long_rows(struct pass *p, struct place row, struct stretch x, c
     }
 }
 
-/* Rows of no more than TILE elements, taken as they are, as many at a time as there is room for their random bits. */
+/* Rows of no more than ROOM elements, taken as they are, as many at a time as there is room for their random bits. */
 static void step_short_rows(struct pass *p, const struct place *at, struct stretch x, const int random[OPERANDS]) {
     struct random noise;
     int64_t first = at->column % 8, words = (first + x.n + 7) / 8 * 4, row = at->row;
     x.halves = 2 * words;
     while (x.rows > 0) {
         struct stretch part = x;
-        part.rows = smaller(x.rows, larger(1, (int32_t)(TILE / 2 / words)));
+        part.rows = smaller(x.rows, larger(1, (int32_t)(ROOM / 2 / words)));
         for (int64_t r = 0; r < part.rows; r++) row_noise(p, row + r, at->column, x.n, &noise, r * words);
         point_to_noise(&part, random, &noise, first);
         row += part.rows;
@@ -239,7 +239,7 @@ static void step_stretch(struct pass *p, const struct place *at, struct stretch 
     x->w = operand(p, at, WEIGHT, 0);
     x->g = operand(p, at, GRAD, 0);
     x->m = type[MOMENT] == NONE ? 0 : operand(p, at, MOMENT, 0);
-    if (any || (is_rounded && (at->box || x->n > TILE))) {
+    if (any || (is_rounded && (at->box || x->n > ROOM))) {
         step_long_rows(p, *at, *x, stride, staged, random);
     } else if (is_rounded) {
         step_short_rows(p, at, *x, random);
