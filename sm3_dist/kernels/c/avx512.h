@@ -88,44 +88,37 @@ WIDE_INLINE void store_halves_avx512(uint16_t *p, __m512i x, __mmask16 there) {
         _mm512_mask_cvtepi32_storeu_epi16(p, there, x);
 }
 
-WIDE_INLINE __m512 from_codes_avx512(__m512i c) {
-    const __m512i normal = _mm512_set1_epi32(8);
-    __m512i length = _mm512_abs_epi32(c);
-    __mmask16 is_small = _mm512_cmplt_epi32_mask(length, normal);
-    __m512i bits = _mm512_add_epi32(length, _mm512_set1_epi32(CODE_BIAS));
-    /* c * 2^-15 for c < 8 as 2^-12 * (1 + c / 8) - 2^-12 */
-    bits = _mm512_slli_epi32(_mm512_mask_add_epi32(bits, is_small, bits, normal), DROPPED);
-    __m512 value = _mm512_castsi512_ps(bits);
-    value = _mm512_mask_sub_ps(value, is_small, value, _mm512_set1_ps(NORMAL));
-    bits = _mm512_or_epi32(_mm512_castps_si512(value), _mm512_and_epi32(c, _mm512_set1_epi32(INT32_MIN)));
-    __mmask16 is_nan = _mm512_cmpeq_epi32_mask(c, _mm512_set1_epi32(-128));
-    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, is_nan, _mm512_set1_epi32(0x7fc00000)));
-}
-
-WIDE_INLINE __m512i to_codes_avx512(__m512 x, __m512i noise) {
-    const __m512 normal = _mm512_set1_ps(NORMAL);
-    __m512 length = _mm512_andnot_ps(_mm512_set1_ps(-0.0f), x);
-    __m512i fixed = _mm512_cvttps_epi32(_mm512_mul_ps(_mm512_min_ps(length, normal), _mm512_set1_ps(0x1p31f)));
-    __m512i code = _mm512_sub_epi32(_mm512_castps_si512(length), _mm512_set1_epi32(CODE_BIAS << DROPPED));
-    __mmask16 is_small = _mm512_cmp_ps_mask(length, normal, _CMP_LT_OQ);
-    code = _mm512_mask_slli_epi32(code, is_small, fixed, 4);
-    code = _mm512_add_epi32(code, _mm512_slli_epi32(noise, DROPPED - 16));
-    code = _mm512_min_epi32(_mm512_srai_epi32(code, DROPPED), _mm512_set1_epi32(127));
-    code = _mm512_mask_sub_epi32(code, _mm512_movepi32_mask(_mm512_castps_si512(x)), _mm512_setzero_si512(), code);
-    return unless_nan_avx512(x, code, -128);
-}
-
+/* Codes have no more bits than bfloat16, so that is what they become first, in vectors of half the size. */
 WIDE_INLINE __m512 load_codes_avx512(const int8_t *p, __mmask16 there) {
+    /* The values below 8 * 2^-15. */
+    const __m256i small = _mm256_broadcastsi128_si256(
+        _mm_setr_epi16(0, 0x3800, 0x3880, 0x38c0, 0x3900, 0x3920, 0x3940, 0x3960));
     __m128i codes = there == ALL ? _mm_loadu_si128((const __m128i *)p) : _mm_maskz_loadu_epi8(there, p);
-    return from_codes_avx512(_mm512_cvtepi8_epi32(codes));
+    __m256i c = _mm256_cvtepi8_epi16(codes), length = _mm256_abs_epi16(c);
+    __m256i bits = _mm256_slli_epi16(_mm256_add_epi16(length, _mm256_set1_epi16(CODE_BIAS)), DROPPED - 16);
+    __mmask16 is_small = _mm256_cmplt_epi16_mask(length, _mm256_set1_epi16(8));
+    bits = _mm256_mask_permutexvar_epi16(bits, is_small, length, small);
+    bits = _mm256_or_si256(bits, _mm256_and_si256(c, _mm256_set1_epi16(INT16_MIN)));
+    __mmask16 is_nan = _mm256_cmpeq_epi16_mask(c, _mm256_set1_epi16(-128));
+    bits = _mm256_mask_mov_epi16(bits, is_nan, _mm256_set1_epi16(0x7fc0));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+/* With 16 bits after the point. As bits of a float a code is no larger than by arithmetic where arithmetic holds. */
 WIDE_INLINE void store_codes_avx512(int8_t *p, __m512 x, __m512i noise, __mmask16 there) {
-    __m512i codes = to_codes_avx512(x, noise);
+    __m512 length = _mm512_andnot_ps(_mm512_set1_ps(-0.0f), x);
+    __m512 small = _mm512_min_ps(length, _mm512_set1_ps(NORMAL));
+    __m512i fixed = _mm512_cvttps_epi32(_mm512_mul_ps(small, _mm512_set1_ps(0x1p31f)));
+    __m512i code = _mm512_sub_epi32(_mm512_castps_si512(length), _mm512_set1_epi32(CODE_BIAS << DROPPED));
+    code = _mm512_max_epi32(_mm512_srai_epi32(code, DROPPED - 16), fixed);
+    code = _mm512_srai_epi32(_mm512_add_epi32(code, noise), 16);
+    __m128i codes = _mm512_cvtsepi32_epi8(code); /* of longer ones the longest */
+    codes = _mm_mask_sub_epi8(codes, _mm512_movepi32_mask(_mm512_castps_si512(x)), _mm_setzero_si128(), codes);
+    codes = _mm_mask_mov_epi8(codes, _mm512_cmpunord_ps_mask(x, x), _mm_set1_epi8(-128));
     if (there == ALL)
-        _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(codes));
+        _mm_storeu_si128((__m128i *)p, codes);
     else
-        _mm512_mask_cvtepi32_storeu_epi8(p, there, codes);
+        _mm_mask_storeu_epi8(p, there, codes);
 }
 
 struct sum_avx512 { /* of squares in units, rounded to integers, each no larger than a cap */
