@@ -6,6 +6,7 @@ SM3_DIST_WHEEL: "any-python" names the library and the wheel for the platform al
 
 import os
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,17 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-class KeptLibrary(build_ext):
+class Library(build_ext):
+    """Tells the library from which sources it is made."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile."""
+        sources = runpy.run_path("sm3_dist/kernels/c/sources.py")
+        ext.define_macros.append(("SM3_SOURCES", str(sources["checksum"]())))
+        super().build_extension(ext)
+
+
+class KeptLibrary(Library):
     """Leaves the library in the checkout, whose tests and commands import it from there however it was installed.
 
     An editable install compiles only if a source has changed since: pip begins anew with each install.
@@ -44,7 +55,7 @@ class KeptLibrary(build_ext):
             shutil.copy2(target, kept)
 
 
-class PlainLibrary(build_ext):
+class PlainLibrary(Library):
     """Names the library for no Python, and does without it in no case."""
 
     def finalize_options(self) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from sm3_dist import SM3, kernels
 from sm3_dist.kernels.c import backend as cpu
+from sm3_dist.kernels.c.sources import checksum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,3 +96,10 @@ def test_without_the_compiled_library_eager_serves_and_one_warning_says_why(monk
     finally:
         for cached in (cpu._library, cpu._warn_once):
             cached.cache_clear()
+
+
+@needs_c
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    assert not isinstance(cpu._library.__wrapped__(), str)
+    monkeypatch.setattr(cpu, "checksum", lambda: checksum() ^ 1)
+    assert "other sources" in cpu._library.__wrapped__()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sm3_dist.kernels import fused
+from sm3_dist.kernels.c.sources import checksum
 from sm3_dist.kernels.fused import DIMS, Operands
 from sm3_dist.kernels.matrices import matrices, sides
 from sm3_dist.layout.cover import split
@@ -129,10 +130,11 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(built[0]))
     except OSError as error:
         return f"the compiled C kernel does not load: {error}. Install sm3_dist again on this machine."
-    sizes = ((_Param, 0), (_Matrix, 8), (_Tensor, 16), (_Box, 32), (_Settings, 48))
-    layout = sum(ctypes.sizeof(struct) << shift for struct, shift in sizes)
-    if not hasattr(library, "sm3_layout") or _layout_of(library) != layout:
-        return "the C kernel was compiled from other sources than are installed. Install sm3_dist again."
+    if not hasattr(library, "sm3_sources") or _sources_of(library) != checksum():
+        return (
+            f"the C kernel {built[0]} was compiled from other sources than lie beside it. Install sm3_dist again: in a "
+            "checkout pip install -e . compiles it."
+        )
     library.sm3_width.restype = ctypes.c_char_p
     library.sm3_width.argtypes = (ctypes.c_int,)
     library.sm3_scratch_bytes.restype = ctypes.c_int64
@@ -161,9 +163,9 @@ def _parallel(process: int) -> int | None:
         return None
 
 
-def _layout_of(library: ctypes.CDLL) -> int:
-    library.sm3_layout.restype = ctypes.c_int64
-    return int(library.sm3_layout())
+def _sources_of(library: ctypes.CDLL) -> int:
+    library.sm3_sources.restype = ctypes.c_int64
+    return int(library.sm3_sources())
 
 
 def widths() -> list[str]:

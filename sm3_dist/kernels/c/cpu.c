@@ -62,11 +62,8 @@ static int64_t share_start(const struct step *step, int64_t index) {
     return step->numel - rest + part * (index % threads) / threads;
 }
 
-/* Sizes of the structs that backend.py declares as well: a library compiled from other sources is told by them. */
-EXPORT int64_t sm3_layout(void) {
-    return (int64_t)((sizeof(struct settings) << 48) + (sizeof(struct box) << 32) + (sizeof(struct tensor) << 16) +
-                     (sizeof(struct matrix) << 8) + sizeof(struct param));
-}
+/* What setup.py was told by sources.py, which is asked again when this is loaded. */
+EXPORT int64_t sm3_sources(void) { return SM3_SOURCES; }
 
 /* Name of vector width number i, or null if there are fewer or this processor lacks it. */
 EXPORT const char *sm3_width(int i) {
