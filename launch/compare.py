@@ -37,8 +37,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--optimizers",
         nargs="+",
         default=["adamw", "sm3"],
-        help="any of --optimizer; sm3-paper or sm3-muon-like; sm3-16; in fewer bytes, with a recipe in front or none, "
-        f"sm3-{'; sm3-'.join(FEWER_BYTES)}",
+        help="any of --optimizer, sm3 with the recipe adamw-like; sm3-paper or sm3-muon-like; sm3-16; in fewer bytes, "
+        f"with a recipe in front or none, sm3-{'; sm3-'.join(FEWER_BYTES)}",
     )
     parser.add_argument("--models", nargs="+", default=["small"], choices=list(PRESETS), help="sizes of the model")
     parser.add_argument("--seeds", type=int, default=3, help="seeds for the best learning rate and its neighbours")

@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 launch/train.py
 
-trains on the source files of Python's standard library, sharded with FSDP2, with SM3. `--help` lists the options.
+trains on the source files of Python's standard library, sharded with FSDP2, with SM3, which makes the updates of
+matrices orthogonal. `--help` lists the options.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Run:
             f"{len(text.held_out):,} held out"
         )
         say(
-            f"{options.optimizer} trains {options.model}, {self.parameters:,} parameters: "
+            f"{recipe.title(options)} trains {options.model}, {self.parameters:,} parameters: "
             f"{strategy(options, self.world)}, {self.world.size} process(es) on {self.device.type}"
         )
 
@@ -116,7 +117,8 @@ class Run:
         folder.configure(
             self.options.as_json()
             | asdict(self.settings)
-            | {"parallel": strategy(self.options, self.world), "world_size": self.world.size}
+            | {"recipe": recipe.which(self.options), "parallel": strategy(self.options, self.world)}
+            | {"world_size": self.world.size}
             | {"parameters": self.parameters, "corpus": self.text.digest}
         )
         return folder
@@ -126,8 +128,9 @@ class Run:
 
         How the ranks share the work is not part of it.
         """
-        options = ("model", "optimizer", "recipe", "steps", "batch_size", "seq_len", "schedule", "seed", "dtype")
-        identity = {name: getattr(self.options, name) for name in options} | asdict(self.settings)
+        options = ("model", "optimizer", "steps", "batch_size", "seq_len", "schedule", "seed", "dtype")
+        identity = {name: getattr(self.options, name) for name in options}
+        identity |= {"recipe": recipe.which(self.options)} | asdict(self.settings)
         identity |= {"clip": str(self.options.clip_norm), "corpus": self.text.digest}  # JSON knows no infinity
         if self.options.clip_value is not None:
             identity["clip_value"] = self.options.clip_value
@@ -232,7 +235,7 @@ class Run:
         if most:
             rows["most allocated per rank"] = f"{size(most)}, {most / self.parameters:.2f} bytes per parameter"
         rows |= {"time of all steps": f"{figures['seconds']:.0f} s"}
-        self.console.print(table(f"{self.options.optimizer} after {self.options.steps} steps", rows))
+        self.console.print(table(f"{recipe.title(self.options)} after {self.options.steps} steps", rows))
         out = self.options.out
         kept = f"{CONFIG}, {METRICS} and {PICTURE}"
         written = f"{kept} are in {out}" if out else f"pass --out DIRECTORY to get {kept}"

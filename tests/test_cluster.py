@@ -71,5 +71,5 @@ def test_a_host_is_lost_and_comes_back(tmp_path: Path) -> None:
     command = [str(CLUSTER / "two_hosts.sh"), str(tmp_path / "run"), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for said in ("--- host 1 is lost", "--- host 1 is back", "resumed from", "sm3 after 60 steps"):
+    for said in ("--- host 1 is lost", "--- host 1 is back", "resumed from", "sm3 (muon-like) after 60 steps"):
         assert said in done.stdout

@@ -24,7 +24,7 @@ from launch.comparison.comparison import (
 from launch.comparison.standings import BYTES, CURVES, draw, table
 from launch.job.command_line import parse
 from launch.job.folder import METRICS
-from launch.job.recipe import OPTIMIZERS
+from launch.job.recipe import OPTIMIZERS, settings
 from launch.job.world import UserError
 
 SM3, ADAMW = Contestant("small", "sm3"), Contestant("small", "adamw")
@@ -176,7 +176,17 @@ def test_mistakes_are_told_before_anything_is_run(
 
 def test_every_optimizer_of_the_training_job_can_take_part() -> None:
     variants = [*FEWER_BYTES, "paper", "adamw-like", "muon-like-momentum8", "64"]
-    for name in [*OPTIMIZERS, *(f"sm3-{variant}" for variant in variants)]:
+    for name in ["sm3", *OPTIMIZERS, *(f"sm3-{variant}" for variant in variants)]:
         contestant = Contestant("small", name)
-        assert parse(contestant.arguments).model == "small"
-        assert contestant.start > 0
+        options = parse(contestant.arguments)
+        assert options.model == "small"
+        assert contestant.start == settings(options).lr
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [(name, "adamw-like") for name in ("sm3", "sm3-64", "sm3-momentum8", "sm3-adamw-like-bf16")]
+    + [("sm3-paper", "paper"), ("sm3-muon-like-momentum8", "muon-like"), ("muon", None)],
+)
+def test_a_name_stands_for_one_recipe_whatever_the_default_is(name: str, recipe: str | None) -> None:
+    assert parse(Contestant("small", name).arguments).recipe == recipe

@@ -195,6 +195,26 @@ def test_checkpoint_of_another_run_is_an_error(workers: Pool, text: Path, calm: 
     assert len(saved_steps(calm)) == 3
 
 
+@pytest.mark.parametrize("option", ["--recipe adamw-like", "--parallel fsdp1-flat"])
+def test_checkpoint_of_another_recipe_is_an_error_that_names_both(
+    workers: Pool, text: Path, calm: Path, option: str
+) -> None:
+    line = r"\A[^\n]* belongs to another run: recipe was 'muon-like' and is 'adamw-like'; [^\n]*\Z"
+    workers(2).run_raises(UserError, job, f"--resume auto {option}", text, calm, match=line)
+
+
+def test_checkpoint_without_a_recipe_is_adamw_like(workers: Pool, text: Path, tmp_path: Path) -> None:
+    """As it was written while that was the default."""
+    workers(1).run(job, "--checkpoint-every 3 --recipe adamw-like", text, tmp_path, 4)
+    manifest = tmp_path / "checkpoints" / "step-00000003" / "manifest.json"
+    written = json.loads(manifest.read_text())
+    written["run"]["recipe"] = None
+    manifest.write_text(json.dumps(written))
+    match = "recipe was 'adamw-like' and is 'muon-like'"
+    workers(1).run_raises(UserError, job, "--resume auto", text, tmp_path, match=match)
+    assert "at step 3" in workers(1).run(job, "--resume auto --recipe adamw-like", text, tmp_path)[0]
+
+
 def test_checkpoint_of_a_newer_program_is_an_error(workers: Pool, text: Path, stopped: Path, tmp_path: Path) -> None:
     copy(stopped, tmp_path)
     manifest = tmp_path / "checkpoints" / "step-00000006" / "manifest.json"

@@ -18,7 +18,8 @@ from launch.job import peers
 from launch.job.command_line import parse
 from launch.job.model import GPT, PRESETS
 from launch.job.options import Options
-from launch.job.recipe import adamw_bytes, build, chosen, schedule, settings, state_bytes
+from launch.job.parallel import FLATTENED, PARALLEL
+from launch.job.recipe import RECIPES, adamw_bytes, build, chosen, schedule, settings, state_bytes, title
 from launch.job.world import UserError
 
 
@@ -58,14 +59,35 @@ def test_examples_in_the_documentation_of(module: str) -> None:
 
 def test_recipes_differ_and_are_for_sm3_alone() -> None:
     like, paper = (chosen(parse(["--recipe", name])) for name in ("adamw-like", "paper"))
-    assert chosen(parse([])) == like != paper
+    assert like != paper
     with pytest.raises(UserError, match="--recipe paper is a way to use SM3"):
         chosen(parse(["--recipe", "paper", "--optimizer", "adamw"]))
 
 
-@pytest.mark.parametrize(("given", "momenta"), [([], (0.95, 0.9)), (["--momentum", "0.8"], (0.8, 0.8))])
+@pytest.mark.parametrize(
+    ("arguments", "recipe"),
+    [
+        ("", "muon-like"),
+        *((f"--parallel {parallel}", "muon-like") for parallel in PARALLEL if parallel not in FLATTENED),
+        *((f"--parallel {parallel}", "adamw-like") for parallel in FLATTENED),
+        ("--step-in-backward", "adamw-like"),
+        ("--parallel fsdp1-flat --recipe muon-like", "muon-like"),  # a refusal, later
+        ("--recipe adamw-like", "adamw-like"),
+    ],
+)
+def test_matrices_are_made_orthogonal_wherever_they_can_be(arguments: str, recipe: str) -> None:
+    options = parse(arguments.split())
+    assert chosen(options) is RECIPES[recipe]
+    assert settings(options) == RECIPES[recipe].best
+    assert title(options) == f"sm3 ({recipe})"
+
+
+@pytest.mark.parametrize(
+    ("given", "momenta"),
+    [([], (0.95, 0.9)), (["--momentum", "0.8"], (0.8, 0.8)), (["--momentum", "0.9"], (0.9, 0.9))],
+)
 def test_momentum_of_matrices_is_their_own_unless_it_is_given(given: list[str], momenta: tuple[float, float]) -> None:
-    options = parse(["--recipe", "muon-like", "--model", "tiny", *given])
+    options = parse(["--model", "tiny", *given])
     matrices, rest = build(GPT(PRESETS["tiny"], 16), settings(options), options).param_groups
     assert (matrices["orthogonalize"], rest["orthogonalize"]) == (True, False)
     assert (matrices["momentum"], rest["momentum"]) == momenta

@@ -46,8 +46,9 @@ class Contestant:
 
     Args:
         model: size of the model.
-        name: ``adamw``; ``sm3-paper``: SM3 with that recipe; ``sm3-16``: with covers of 16 elements; ``sm3-bf16``,
-            ``sm3-muon-like-momentum8``: in fewer bytes, as :data:`FEWER_BYTES` has it.
+        name: ``adamw``; ``sm3-paper``: SM3 with that recipe, ``sm3``: with the one that is like AdamW; ``sm3-16``: with
+            covers of 16 elements; ``sm3-bf16``, ``sm3-muon-like-momentum8``: in fewer bytes, as :data:`FEWER_BYTES`
+            has it.
     """
 
     model: str
@@ -62,14 +63,14 @@ class Contestant:
 
         Example:
             >>> Contestant("small", "sm3-16").arguments
-            ('--model', 'small', '--optimizer', 'sm3', '--cover-block', '16')
+            ('--model', 'small', '--optimizer', 'sm3', '--recipe', 'adamw-like', '--cover-block', '16')
             >>> Contestant("small", "sm3-muon-like-momentum8").arguments[4:]
             ('--recipe', 'muon-like', '--momentum-dtype', 'int8')
         """
         kind, recipe, variant = self._parts
         covers = variant.isdecimal() and int(variant) > 0
-        if kind not in OPTIMIZERS or (variant and not covers and variant not in FEWER_BYTES):
-            variants = [f"sm3-{variant}" for variant in (*RECIPES, *FEWER_BYTES)]
+        if not (recipe or kind in OPTIMIZERS) or (variant and not covers and variant not in FEWER_BYTES):
+            variants = ["sm3", *(f"sm3-{variant}" for variant in (*RECIPES, *FEWER_BYTES))]
             known = ", ".join([*OPTIMIZERS, *variants, "sm3-16 (covers of 16 elements)", "sm3-muon-like-momentum8"])
             raise UserError(f"--optimizers {self.name}: there is none of that name; known are {known}")
         how = ("--recipe", recipe) if recipe else ()
@@ -85,11 +86,11 @@ class Contestant:
     @property
     def _parts(self) -> tuple[str, str, str]:
         """What of the name is the optimizer, which recipe of SM3, and what comes after it."""
-        if not self.name.startswith("sm3-"):
+        if not f"{self.name}-".startswith("sm3-"):
             return self.name, "", ""
-        rest = self.name.removeprefix("sm3-")
+        rest = self.name.removeprefix("sm3").removeprefix("-")
         recipe = next((name for name in RECIPES if f"{rest}-".startswith(f"{name}-")), "")
-        return "sm3", recipe, rest.removeprefix(recipe).removeprefix("-")
+        return "sm3", recipe or "adamw-like", rest.removeprefix(recipe).removeprefix("-")
 
 
 def wanted(

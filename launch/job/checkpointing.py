@@ -205,6 +205,8 @@ class Checkpoints:
                 f"{path} was written in version {version} of the format, and this program knows version "
                 f"{FORMAT_VERSION}; resume with the program that wrote it"
             )
+        if run.get("optimizer") == "sm3" and run.get("recipe") is None:  # as it was written while this was the default
+            run = run | {"recipe": "adamw-like"}
         differing = [
             f"{name} was {run.get(name)!r} and is {value!r}"
             for name, value in self.identity.items()

@@ -16,7 +16,7 @@ from launch.job.world import UserError
 # Options that choose an entry of a table.
 CHOICES = {
     "model": list(PRESETS),
-    "optimizer": list(OPTIMIZERS),
+    "optimizer": ["sm3", *OPTIMIZERS],
     "recipe": list(RECIPES),
     "parallel": ["auto", *PARALLEL],
     "schedule": list(SCHEDULES),

@@ -25,7 +25,12 @@ class Options:
 
     model: str = option("small", "size of the model")
     optimizer: str = option("sm3", "what takes the steps")
-    recipe: str | None = option(None, "how to use sm3 (default: adamw-like)", type=str)
+    recipe: str | None = option(
+        None,
+        "how to use sm3; default: muon-like, but adamw-like with --parallel fsdp1-flat, fairscale, or "
+        "--step-in-backward, where muon-like cannot be",
+        type=str,
+    )
     parallel: str = option("auto", "how ranks share the work; auto: fsdp2, or none for a single process")
     steps: int = option(600, "optimizer steps")
     batch_size: int = option(16, "sequences per step, over all ranks")

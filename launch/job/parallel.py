@@ -62,6 +62,8 @@ def strategy(options: Options, world: World) -> str:
 
 # Strategies that give a model its weights before they cut it up.
 WRAPPED_WHOLE = ("fsdp1", "fsdp1-flat", "fairscale")
+# Strategies under which the optimizer sees one parameter in the place of all those of a block.
+FLATTENED = ("fsdp1-flat", "fairscale")
 
 
 def ranks_per_copy(options: Options, world: World) -> int:

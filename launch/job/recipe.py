@@ -15,12 +15,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from launch.job import packages, peers
 from launch.job.options import Options
+from launch.job.parallel import FLATTENED
 from launch.job.settings import Settings
 from launch.job.world import UserError
 from sm3_dist import SM3, MuonLikeSM3, step_in_backward
 from sm3_dist.layout.flat_metadata import is_flattened
 from sm3_dist.schedule import CosineSchedule, PaperSchedule
-from sm3_dist.step.param_groups import ADAMW_LIKE
+from sm3_dist.step.param_groups import ADAMW_LIKE, MATRIX
 
 SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {"paper": PaperSchedule, "cosine": CosineSchedule}
 
@@ -34,7 +35,7 @@ def sm3_adamw_like(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
 
 def sm3_muon_like(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
     options = sm3_options(s)
-    if s.momentum == ADAMW_LIKE["momentum"]:  # that of the rest; matrices have another, unless told
+    if s.momentum == MATRIX["momentum"]:  # that of the matrices; the rest has another, unless told
         del options["momentum"]
     try:
         return MuonLikeSM3(model.named_parameters(), s.lr, model=model, **options, **sharding)
@@ -125,14 +126,16 @@ class Recipe:
 RECIPES = {
     "adamw-like": Recipe(sm3_adamw_like, Settings(2e-3, **{k: ADAMW_LIKE[k] for k in SETTABLE}), unknown=()),
     "muon-like": Recipe(
-        sm3_muon_like, Settings(4e-3, **{k: ADAMW_LIKE[k] for k in SETTABLE}), unknown=(), groups=muon_like_groups
+        sm3_muon_like,
+        Settings(4e-3, **{k: ADAMW_LIKE[k] for k in SETTABLE} | {"momentum": MATRIX["momentum"]}),
+        unknown=(),
+        groups=muon_like_groups,
     ),
     "paper": Recipe(sm3_paper, Settings(lr=5e-3, momentum=0.9, beta=0.0), unknown=()),
 }
 
-# One entry for each choice of --optimizer.
+# One entry for each choice of --optimizer but sm3, which has a recipe.
 OPTIMIZERS = {
-    "sm3": RECIPES["adamw-like"],
     "adamw": Recipe(adamw, Settings(lr=2e-3, momentum=0.9, beta=0.95), moments=2),
     "nadamw": Recipe(nadamw, Settings(lr=2e-3, momentum=0.9, beta=0.95), moments=2),
     "adamw-8bit": Recipe(peers.adamw_8bit, Settings(lr=2e-3, momentum=0.9, beta=0.95), whole=True, moments=0.5),
@@ -148,17 +151,52 @@ OPTIMIZERS = {
 }
 
 
+def which(options: Options) -> str | None:
+    """Which of :data:`RECIPES` is used, ``None`` for another optimizer: the one of ``--recipe``, if there is any.
+
+    Without it that is muon-like, which trains far better than the others, wherever it can be. It cannot be, and
+    adamw-like is used,
+
+    - with ``--parallel fsdp1-flat`` and ``fairscale``, which flatten matrices and others into one parameter: that has
+      one set of options, and the two need different ones;
+    - with ``--step-in-backward``, where each parameter is stepped as soon as its gradient is there: a matrix is made
+      orthogonal as a whole, for which ranks would have to exchange its parts in the midst of backward.
+
+    Raises:
+        UserError: there are no recipes for that optimizer.
+
+    Example:
+        >>> which(Options()), which(Options(parallel="fairscale")), which(Options(optimizer="adamw"))
+        ('muon-like', 'adamw-like', None)
+    """
+    if options.optimizer != "sm3":
+        if options.recipe is not None:
+            raise UserError(f"--recipe {options.recipe} is a way to use SM3, and --optimizer is {options.optimizer}")
+        return None
+    if options.recipe is not None:
+        return options.recipe
+    return "adamw-like" if options.parallel in FLATTENED or options.step_in_backward else "muon-like"
+
+
+def title(options: Options) -> str:
+    """What users are told of it.
+
+    Example:
+        >>> title(Options()), title(Options(optimizer="adamw"))
+        ('sm3 (muon-like)', 'adamw')
+    """
+    recipe = which(options)
+    return options.optimizer if recipe is None else f"{options.optimizer} ({recipe})"
+
+
 def chosen(options: Options) -> Recipe:
     """What ``--optimizer`` and ``--recipe`` ask for.
 
     Raises:
         UserError: there are no recipes for that optimizer.
     """
-    if options.recipe is None:
-        return OPTIMIZERS[options.optimizer]
-    if options.optimizer != "sm3":
-        raise UserError(f"--recipe {options.recipe} is a way to use SM3, and --optimizer is {options.optimizer}")
-    return RECIPES[options.recipe]
+    recipe = which(options)
+    return OPTIMIZERS[options.optimizer] if recipe is None else RECIPES[recipe]
 
 
 def settings(options: Options) -> Settings:
