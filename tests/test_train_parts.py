@@ -18,7 +18,7 @@ from launch.job import peers
 from launch.job.command_line import parse
 from launch.job.model import GPT, PRESETS
 from launch.job.options import Options
-from launch.job.parallel import FLATTENED, PARALLEL
+from launch.job.parallel import PARALLEL
 from launch.job.recipe import RECIPES, adamw_bytes, build, chosen, schedule, settings, state_bytes, title
 from launch.job.world import UserError
 
@@ -64,12 +64,14 @@ def test_recipes_differ_and_are_for_sm3_alone() -> None:
         chosen(parse(["--recipe", "paper", "--optimizer", "adamw"]))
 
 
+FLATTENED = ("fsdp1-flat", "fairscale")
+
+
 @pytest.mark.parametrize(
     ("arguments", "recipe"),
     [
         ("", "muon-like"),
-        *((f"--parallel {parallel}", "muon-like") for parallel in PARALLEL if parallel not in FLATTENED),
-        *((f"--parallel {parallel}", "adamw-like") for parallel in FLATTENED),
+        *((f"--parallel {each}", "adamw-like" if each in FLATTENED else "muon-like") for each in PARALLEL),
         ("--step-in-backward", "adamw-like"),
         ("--parallel fsdp1-flat --recipe muon-like", "muon-like"),  # a refusal, later
         ("--recipe adamw-like", "adamw-like"),
