@@ -136,8 +136,19 @@ WIDE_INLINE ints_avx2 load_halves_avx2(const uint16_t *p, int there, int is_uppe
     return (ints_avx2){spread_avx2(p, is_upper), spread_avx2(p + 8, is_upper)};
 }
 
-WIDE_INLINE void store_halves_avx2(uint16_t *p, ints_avx2 x, int there) {
-    __m256i narrow = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
+WIDE_INLINE ints_avx2 load_lower_avx2(const uint16_t *p, int there) { return load_halves_avx2(p, there, 0); }
+WIDE_INLINE ints_avx2 load_upper_avx2(const uint16_t *p, int there) { return load_halves_avx2(p, there, 1); }
+
+/* With what carries over to the upper half if it is to be rounded so. */
+WIDE_INLINE ints_avx2 to_even_avx2(ints_avx2 bits) {
+    ints_avx2 last = and_avx2(shift_right_avx2(bits, 16), every_int_avx2(1));
+    return plus_avx2(bits, plus_avx2(last, every_int_avx2(0x7fff)));
+}
+
+/* The upper halves, or that of a NaN where x is one. */
+WIDE_INLINE void store_upper_avx2(uint16_t *p, ints_avx2 bits, floats_avx2 x, int there) {
+    ints_avx2 upper = unless_nan_avx2(x, shift_right_avx2(bits, 16), 0x7fc0);
+    __m256i narrow = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper.a, upper.b), 0xd8);
     if (there == ALL)
         _mm256_storeu_si256((__m256i *)p, narrow);
     else

@@ -43,11 +43,6 @@ WIDE_INLINE __m512 choose_avx512(__m512 x, __m512 y, __m512 is_y) {
     return _mm512_mask_mov_ps(x, _mm512_movepi32_mask(_mm512_castps_si512(is_y)), y);
 }
 
-/* `other` where x is NaN, else `bits`. */
-WIDE_INLINE __m512i unless_nan_avx512(__m512 x, __m512i bits, int32_t other) {
-    return _mm512_mask_mov_epi32(bits, _mm512_cmpunord_ps_mask(x, x), _mm512_set1_epi32(other));
-}
-
 /* The lesser one; NaN if either is: where a number is NaN, the lesser is taken to be the second operand. */
 WIDE_INLINE __m512 lesser_avx512(__m512 x, __m512 y) {
     return _mm512_mask_mov_ps(_mm512_min_ps(x, y), _mm512_cmpunord_ps_mask(x, x), x);
@@ -73,19 +68,37 @@ WIDE_INLINE void store_floats_avx512(float *p, __m512 x, __mmask16 there) {
 /* As load_floats(), where it is not known when this is compiled whether all are there. */
 WIDE_INLINE __m512 load_some_avx512(const float *p, __mmask16 there) { return _mm512_maskz_loadu_ps(there, p); }
 
-/* 16 bits of each lane, as its upper or its lower half. */
-WIDE_INLINE __m512i load_halves_avx512(const uint16_t *p, __mmask16 there, int is_upper) {
-    __m256i halves =
-        there == ALL ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi16(there, p);
-    __m512i x = _mm512_cvtepu16_epi32(halves);
-    return is_upper ? _mm512_slli_epi32(x, 16) : x;
+WIDE_INLINE __m256i some_halves_avx512(const uint16_t *p, __mmask16 there) {
+    return there == ALL ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi16(there, p);
 }
 
-WIDE_INLINE void store_halves_avx512(uint16_t *p, __m512i x, __mmask16 there) {
+/* 16 bits of each lane, as its lower or its upper half. */
+WIDE_INLINE __m512i load_lower_avx512(const uint16_t *p, __mmask16 there) {
+    return _mm512_cvtepu16_epi32(some_halves_avx512(p, there));
+}
+
+WIDE_INLINE __m512i load_upper_avx512(const uint16_t *p, __mmask16 there) {
+    const __m512i order = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 16);
+    return _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, order, _mm512_castsi256_si512(some_halves_avx512(p, there)));
+}
+
+/* With what carries over to the upper half if it is to be rounded so. */
+WIDE_INLINE __m512i to_even_avx512(__m512i bits) {
+    __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16));
+    bits = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(bits, is_odd, bits, _mm512_set1_epi32(1));
+}
+
+/* The upper halves, or that of a NaN where x is one. */
+WIDE_INLINE void store_upper_avx512(uint16_t *p, __m512i bits, __m512 x, __mmask16 there) {
+    const __m512i first = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d, 0,
+                                            0, 0, 0, 0, 0, 0, 0); /* every second half */
+    __m256i upper = _mm512_castsi512_si256(_mm512_permutexvar_epi16(first, bits));
+    upper = _mm256_mask_mov_epi16(upper, _mm512_cmpunord_ps_mask(x, x), _mm256_set1_epi16(0x7fc0));
     if (there == ALL)
-        _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(x));
+        _mm256_storeu_si256((__m256i *)p, upper);
     else
-        _mm512_mask_cvtepi32_storeu_epi16(p, there, x);
+        _mm256_mask_storeu_epi16(p, there, upper);
 }
 
 /* Codes have no more bits than bfloat16, so that is what they become first, in vectors of half the size. */

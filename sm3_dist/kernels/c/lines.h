@@ -8,7 +8,7 @@
 WIDE_INLINE OF(floats) OF(load_of)(const void *p, int64_t j, int type, OF(lanes) there) {
     if (type == FLOAT32) return OF(load_floats)((const float *)p + j, there);
     if (type == CODE) return OF(load_codes)((const int8_t *)p + j, there);
-    return OF(real)(OF(load_halves)((const uint16_t *)p + j, there, 1));
+    return OF(real)(OF(load_upper)((const uint16_t *)p + j, there));
 }
 
 /* `noise`: 16 bits by element; null: round to the nearest. */
@@ -18,17 +18,11 @@ WIDE_INLINE void OF(store_of)(void *p, int64_t j, OF(floats) x, const uint16_t *
         return;
     }
     OF(ints) bits = OF(bits)(x), random = OF(every_int)(0);
-    if (noise) random = OF(load_halves)(noise + j, there, 0);
-    if (type == CODE) {
+    if (noise) random = OF(load_lower)(noise + j, there);
+    if (type == CODE)
         OF(store_codes)((int8_t *)p + j, x, random, there);
-        return;
-    }
-    if (!noise) {
-        random = OF(and)(OF(shift_right)(bits, 16), OF(every_int)(1));
-        random = OF(plus)(random, OF(every_int)(0x7fff));
-    }
-    bits = OF(shift_right)(OF(plus)(bits, random), 16);
-    OF(store_halves)((uint16_t *)p + j, OF(unless_nan)(x, bits, 0x7fc0), there);
+    else
+        OF(store_upper)((uint16_t *)p + j, noise ? OF(plus)(bits, random) : OF(to_even)(bits), x, there);
 }
 
 struct OF(numbers) { /* that are the same for all elements */
