@@ -4,6 +4,7 @@ The C kernel is a plain library, loaded with ctypes, and knows nothing of Python
 SM3_DIST_WHEEL: "any-python" names the library and the wheel for the platform alone, "pure" leaves the library out.
 """
 
+import ctypes
 import os
 import re
 import runpy
@@ -15,6 +16,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 WHEEL = os.environ.get("SM3_DIST_WHEEL")
+SOURCES = runpy.run_path("sm3_dist/kernels/c/sources.py")["checksum"]()
 
 
 class AnyPython(bdist_wheel):
@@ -25,28 +27,41 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def sources_of(library: Path) -> int | None:
+    """From which sources a library says that it was made; ``None`` if there is none that does."""
+    try:
+        asked = ctypes.CDLL(str(library.resolve())).sm3_sources
+    except (OSError, AttributeError):
+        return None
+    asked.restype = ctypes.c_int64
+    return asked()
+
+
 class Library(build_ext):
-    """Tells the library from which sources it is made."""
+    """Tells the library from which sources it is made.
+
+    One that was made from others is made anew, whatever the times of the files: copies keep those of their originals.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         """Compile."""
-        sources = runpy.run_path("sm3_dist/kernels/c/sources.py")
-        ext.define_macros.append(("SM3_SOURCES", str(sources["checksum"]())))
+        ext.define_macros.append(("SM3_SOURCES", str(SOURCES)))
+        self.force = self.force or sources_of(Path(self.get_ext_fullpath(ext.name))) != SOURCES
         super().build_extension(ext)
 
 
 class KeptLibrary(Library):
     """Leaves the library in the checkout, whose tests and commands import it from there however it was installed.
 
-    An editable install compiles only if a source has changed since: pip begins anew with each install.
+    An editable install compiles only if sources or options have changed since: pip begins anew with each install.
     """
 
     def build_extension(self, ext: Extension) -> None:
         """Compile, or take what lies in the checkout."""
         target = Path(self.get_ext_fullpath(ext.name))
         kept = Path(*ext.name.split(".")).with_name(target.name)
-        made_of = ["pyproject.toml", *ext.sources, *ext.depends]
-        if self.editable_mode and kept.exists() and kept.stat().st_mtime > max(map(os.path.getmtime, made_of)):
+        is_new = sources_of(kept) == SOURCES and kept.stat().st_mtime > os.path.getmtime("pyproject.toml")
+        if self.editable_mode and is_new:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(kept, target)
         else:

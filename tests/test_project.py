@@ -1,11 +1,15 @@
 """Promises of the package as a whole."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
+import pytest
+from against_eager import needs_c
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -63,6 +67,31 @@ def test_every_header_of_the_kernel_compiles_it_anew():
     listed = (ROOT / "pyproject.toml").read_text()
     assert headers
     assert [name for name in headers if f'"sm3_dist/kernels/c/{name}"' not in listed] == []
+
+
+@needs_c
+@pytest.mark.parametrize("change", [None, "sources", "options"])
+def test_an_editable_install_compiles_what_has_changed_alone(tmp_path, change):
+    """Whatever the times of the sources: those of another checkout, copied over, may be older than the library here."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "sm3_dist/__init__.py", "sm3_dist/kernels/c"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / name, tmp_path / name)
+    sources = sorted((tmp_path / "sm3_dist" / "kernels" / "c").glob("*.[ch]"))
+    if change == "sources":
+        sources[0].write_text(sources[0].read_text() + "/* Changed. */")
+    for path in (*sources, tmp_path / "pyproject.toml"):
+        os.utime(path, (0, 0))
+    if change == "options":
+        (tmp_path / "pyproject.toml").touch()
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\ntouch called\nexit 1\n")
+    compiler.chmod(0o755)
+    code = "from setuptools.build_meta import build_editable; build_editable('.')"
+    environment = os.environ | {"CC": str(compiler)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "called").exists() == (change is not None)
 
 
 def test_no_source_is_longer_than_400_lines():
