@@ -25,7 +25,6 @@ EACH(__m512i, product, _mm512_mul_epu32)
 WIDE_INLINE __m512 sqrt_avx512(__m512 x) { return _mm512_sqrt_ps(x); }
 WIDE_INLINE __m512i bits_avx512(__m512 x) { return _mm512_castps_si512(x); }
 WIDE_INLINE __m512 real_avx512(__m512i x) { return _mm512_castsi512_ps(x); }
-WIDE_INLINE __m512i shift_right_avx512(__m512i x, int n) { return _mm512_srli_epi32(x, (unsigned)n); }
 WIDE_INLINE __m512i upper_avx512(__m512i x) { return _mm512_srli_epi64(x, 32); }
 
 WIDE_INLINE __m512 every_avx512(float x) { return _mm512_set1_ps(x); }

@@ -50,7 +50,7 @@ static int32_t step_row(const struct pass *p, int64_t n, const int64_t *at, floa
     const struct tensor *t = p->t;
     char *w = p->param->weight + at[WEIGHT] * size_of(t->type[WEIGHT]);
     const char *g = p->param->grad + at[GRAD] * size_of(t->type[GRAD]);
-    char *m = t->type[MOMENT] == NONE ? 0 : t->moment + at[MOMENT] * size_of(t->type[MOMENT]);
+    char *m = t->moment + at[MOMENT] * size_of(t->type[MOMENT]);
     return p->width->row(p->kind, n, w, g, m, floor, floors, peaks, &p->settings);
 }
 
@@ -238,7 +238,7 @@ static void step_stretch(struct pass *p, const struct place *at, struct stretch 
     for (int o = 0; o < OPERANDS; o++) x->line[o] = stride[o] * size_of(type[o]);
     x->w = operand(p, at, WEIGHT, 0);
     x->g = operand(p, at, GRAD, 0);
-    x->m = type[MOMENT] == NONE ? 0 : operand(p, at, MOMENT, 0);
+    x->m = operand(p, at, MOMENT, 0);
     if (any || (is_rounded && (at->box || x->n > ROOM))) {
         step_long_rows(p, *at, *x, stride, staged, random);
     } else if (is_rounded) {

@@ -1,4 +1,4 @@
-/* What a step does to every element. Declared once more in cpu.py, as are the structs of tensors.h. */
+/* What a step does to every element. Declared once more in backend.py, as are the structs of tensors.h. */
 
 struct settings { /* of one param group in one step; the last ones of one tensor */
     float lr;

@@ -121,7 +121,7 @@ INLINE void blocks_of(int weight, int grad, int moment, int product, int is_wide
     for (int64_t j = 0, b = 0; j < x->n; b++) {
         char *w = (char *)x->w + j * size_of(weight);
         const char *g = (const char *)x->g + j * size_of(grad);
-        void *m = moment == NONE ? 0 : (char *)x->m + j * size_of(moment);
+        char *m = (char *)x->m + j * size_of(moment);
         int32_t top = block_of(weight, grad, moment, product, is_wide, end - j, w, g, m, x->covers[b], x->floors + j,
                                x->peaks + j, x->settings, &sums);
         x->tops[b] = larger(x->tops[b], top);

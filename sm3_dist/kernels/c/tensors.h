@@ -2,7 +2,7 @@
 
 enum { DIMS = 8, TILE = 1024, LONG_ROW = 8192 };
 
-/* The structs are declared once more in cpu.py. */
+/* The structs are declared once more in backend.py. */
 
 struct box {
     int64_t shape[DIMS];
