@@ -45,6 +45,15 @@ def test_the_c_backend_gives_the_bits_of_eager(dtype, settings):
 
 
 @needs_c
+@pytest.mark.parametrize("settings", [{}, RECIPE | {"momentum_dtype": torch.int8, "rounding_seed": 3}], ids=str)
+@pytest.mark.parametrize("shape", [(4, 1024, 3, 3), (9, 150, 63), (33, 2, 300, 40), (2, 9000, 1)], ids=str)
+def test_short_rows_that_make_no_long_row_together(shape, settings):
+    """Those of one index of dimension 0 are too many to be joined to a row, and several are worked through as one."""
+    generator = torch.Generator().manual_seed(0)
+    compare([torch.randn(shape, generator=generator)], [[torch.randn(shape, generator=generator)]] * 4, **settings)
+
+
+@needs_c
 @pytest.mark.parametrize("settings", [{"momentum": 0.9}, RECIPE | {"cover_block": 32, "cover_product": True}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("momentum_dtype", [torch.bfloat16, torch.int8], ids=str)
@@ -100,7 +109,7 @@ def test_memory_may_be_misaligned_strided_or_permuted(dtype):
 
 @needs_c
 @pytest.mark.parametrize(
-    "shape", [(10, 7), (100, 300), (6, 5, 4), (40, 30, 20), (5, 4, 3, 2), (3, 4, 1, 5, 2)], ids=str
+    "shape", [(10, 7), (100, 300), (6, 5, 4), (40, 30, 20), (5, 4, 3, 2), (3, 4, 1, 5, 2), (4, 300, 30)], ids=str
 )
 @pytest.mark.parametrize("replicated", [False, True])
 def test_boxes_of_flat_ranges(shape, replicated):

@@ -98,49 +98,73 @@ static void collect(const struct sweep *s, int64_t d, int64_t n) {
     }
 }
 
-/* Rows so short that several are worked through as one. Only where all of the box is contiguous, and d is 1. */
-static void sweep_short_rows(struct sweep *s, int64_t from, int64_t to, int64_t length) {
+/* Row number r of a box, as the indices of its first d dimensions. */
+static void row_at(const struct box *b, int64_t d, int64_t r, int64_t *index) {
+    for (int64_t i = d - 1; i >= 0; r /= b->shape[i], i--) index[i] = r % b->shape[i];
+}
+
+static void to_next_row(const struct box *b, int64_t d, int64_t *index) {
+    for (int64_t i = d - 1; i >= 0 && ++index[i] == b->shape[i]; i--) index[i] = 0;
+}
+
+/* The least accumulator entry of the dimensions that count rows. */
+static float row_floor(const struct sweep *s, int64_t d, const int64_t *index) {
+    float floor = INFINITY;
+    for (int64_t i = 0; i < d; i++) floor = lesser(floor, s->t->accumulator[i][s->b->start[i] + index[i]]);
+    return floor;
+}
+
+/* Raise the maxima of the dimensions that count rows; that of dimension 0 is current. */
+static void raise_row(struct sweep *s, int64_t d, const int64_t *index, int32_t top) {
+    s->current_peak = larger(s->current_peak, top);
+    for (int64_t i = 1; i < d; i++) {
+        int32_t *peak = s->peaks[i] + s->b->start[i] + index[i];
+        *peak = larger(*peak, top);
+    }
+}
+
+/* Rows so short that several are worked through as one. Only where all of the box is contiguous. */
+static void sweep_short_rows(struct sweep *s, int64_t d, int64_t from, int64_t to, int64_t length) {
     const struct box *b = s->b;
-    float *rows = s->t->accumulator[0] + b->start[0], floors[TILE];
+    int64_t ahead[DIMS], index[DIMS];
+    float floors[TILE];
     int32_t peaks[TILE];
-    for (int64_t r = from; r < to;) {
-        int64_t tall = smaller(to - r, TILE / length), at[OPERANDS];
+    row_at(b, d, from, ahead);
+    row_at(b, d, from, index);
+    for (int64_t r = from, tall; r < to; r += tall) {
+        int64_t at[OPERANDS];
+        tall = smaller(to - r, TILE / length);
         for (int o = 0; o < OPERANDS; o++) at[o] = b->offset[o] + r * length;
-        for (int64_t i = 0; i < tall; i++)
-            for (int64_t j = 0; j < length; j++) floors[i * length + j] = lesser(rows[r + i], s->floors[j]);
+        for (int64_t i = 0; i < tall; i++, to_next_row(b, d, ahead)) {
+            float floor = row_floor(s, d, ahead);
+            for (int64_t j = 0; j < length; j++) floors[i * length + j] = lesser(floor, s->floors[j]);
+        }
         memset(peaks, 0, sizeof peaks);
         run(s, tall * length, at, INFINITY, floors, peaks);
-        for (int64_t i = 0; i < tall; i++, r++) {
-            turn_to(s, b->start[0] + r);
+        for (int64_t i = 0; i < tall; i++, to_next_row(b, d, index)) {
+            int32_t top = 0;
             for (int64_t j = 0; j < length; j++) {
-                s->current_peak = larger(s->current_peak, peaks[i * length + j]);
+                top = larger(top, peaks[i * length + j]);
                 s->row_peaks[j] = larger(s->row_peaks[j], peaks[i * length + j]);
             }
+            turn_to(s, b->start[0] + index[0]);
+            raise_row(s, d, index, top);
         }
     }
 }
 
 static void sweep_rows(struct sweep *s, int64_t d, int64_t from, int64_t to, const float *floors, int32_t *row_peaks) {
-    const struct tensor *t = s->t;
     const struct box *b = s->b;
-    int64_t length = product(b->shape, d, t->dims), index[DIMS];
-    for (int64_t i = d - 1, rest = from; i >= 0; rest /= b->shape[i], i--) index[i] = rest % b->shape[i];
-    for (int64_t r = from; r < to; r++) {
+    int64_t length = product(b->shape, d, s->t->dims), index[DIMS];
+    row_at(b, d, from, index);
+    for (int64_t r = from; r < to; r++, to_next_row(b, d, index)) {
         int64_t at[OPERANDS];
         for (int o = 0; o < OPERANDS; o++) {
             at[o] = b->offset[o];
             for (int64_t i = 0; i < d; i++) at[o] += index[i] * b->stride[o][i];
         }
-        float floor = INFINITY;
-        for (int64_t i = 0; i < d; i++) floor = lesser(floor, t->accumulator[i][b->start[i] + index[i]]);
         turn_to(s, b->start[0] + index[0]);
-        int32_t top = run(s, length, at, floor, floors, row_peaks);
-        s->current_peak = larger(s->current_peak, top);
-        for (int64_t i = 1; i < d; i++) {
-            int32_t *peak = s->peaks[i] + b->start[i] + index[i];
-            *peak = larger(*peak, top);
-        }
-        for (int64_t i = d - 1; i >= 0 && ++index[i] == b->shape[i]; i--) index[i] = 0;
+        raise_row(s, d, index, run(s, length, at, row_floor(s, d, index), floors, row_peaks));
     }
 }
 
@@ -160,7 +184,7 @@ static void sweep_box(struct sweep *s, int64_t from, int64_t to) {
     spread(s, d, length);
     memset(s->row_peaks, 0, (size_t)length * sizeof(int32_t));
     if (is_short)
-        sweep_short_rows(s, from, to, length);
+        sweep_short_rows(s, d, from, to, length);
     else
         sweep_rows(s, d, from, to, s->floors, s->row_peaks);
     collect(s, d, length);
