@@ -126,7 +126,7 @@ def draw_state(axes: Any) -> None:
         mine = name.startswith("SM3.adamw_like") or "MuonLikeSM3" in name
         axes.plot(size, bits, "o", color=OURS if mine else OTHERS, markersize=9 if mine else 6)
         colour, weight = (OURS, "bold") if mine else ("#333333", "normal")
-        place: Any = {"xytext": (size + 0.15, height), "va": "center"}
+        place: Any = {"xytext": (size + 0.25, height), "va": "center"}
         axes.annotate(name, (size, bits), **place, color=colour, weight=weight, fontsize=9)
     axes.set(xlabel="bytes of optimizer state per parameter", ylabel="validation, bits per byte", xlim=(-0.3, 10.5))
     axes.set_title("After 1,000 steps, each at its best learning rate; 0.8 M parameters, one seed")
