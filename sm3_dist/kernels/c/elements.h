@@ -92,7 +92,7 @@ INLINE void store(void *p, int64_t j, float x, int type) {
         ((uint16_t *)p)[j] = type == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
 }
 
-/* (Of no momentum: a null pointer stays one, however far it is moved.) */
+/* (Without momentum a pointer to it stays where it is.) */
 INLINE int64_t size_of(int64_t type) { return type == NONE ? 0 : type == FLOAT32 ? 4 : type == CODE ? 1 : 2; }
 
 enum { LINE = 64, AHEAD = 4096 }; /* bytes */

@@ -44,14 +44,18 @@ static void finish(struct pass *p) {
     if (p->t->partial) __atomic_fetch_add(p->t->partial, (int64_t)p->squares, __ATOMIC_RELAXED);
 }
 
+/* Where an operand begins. Without momentum it is the weight in its place, lest somebody moves a null pointer. */
+static char *start_of(const struct pass *p, int o) {
+    if (o == GRAD) return p->param->grad;
+    return o == MOMENT && p->t->moment ? p->t->moment : p->param->weight;
+}
+
 /* Plain SM3 on n contiguous elements from element `at` of the local tensors (by operand) on. */
 static int32_t step_row(const struct pass *p, int64_t n, const int64_t *at, float floor, const float *floors,
                         int32_t *peaks) {
-    const struct tensor *t = p->t;
-    char *w = p->param->weight + at[WEIGHT] * size_of(t->type[WEIGHT]);
-    const char *g = p->param->grad + at[GRAD] * size_of(t->type[GRAD]);
-    char *m = t->moment + at[MOMENT] * size_of(t->type[MOMENT]);
-    return p->width->row(p->kind, n, w, g, m, floor, floors, peaks, &p->settings);
+    char *of[OPERANDS];
+    for (int o = 0; o < OPERANDS; o++) of[o] = start_of(p, o) + at[o] * size_of(p->t->type[o]);
+    return p->width->row(p->kind, n, of[WEIGHT], of[GRAD], of[MOMENT], floor, floors, peaks, &p->settings);
 }
 
 /* Where elements that follow one another lie, in the memory of the operands and in the original tensor. */
@@ -121,9 +125,8 @@ static int64_t make_noise(const struct pass *p, const struct place *at, int64_t 
 
 /* Elements of an operand from number `skip` on: where they lie, if side by side. */
 static char *operand(const struct pass *p, const struct place *at, int o, int64_t skip) {
-    char *base = o == WEIGHT ? p->param->weight : o == GRAD ? p->param->grad : p->t->moment;
     int64_t first = at->offset[o] + (at->table[o] ? at->table[o][skip] : skip * at->step[o]);
-    return base + first * size_of(p->t->type[o]);
+    return start_of(p, o) + first * size_of(p->t->type[o]);
 }
 
 static int is_dense(const struct place *at, int o) { return !at->table[o] && at->step[o] == 1; }
@@ -169,12 +172,12 @@ static void step_parts(struct pass *p, const struct place *at, struct stretch x,
     char narrow[OPERANDS][TILE * sizeof(float)];
     struct random noise;
     for (int64_t done = 0; rest > 0; rest -= x.n, done += x.n) {
-        char *there[OPERANDS] = {0}, *here[OPERANDS];
+        char *there[OPERANDS], *here[OPERANDS];
         struct stretch part = x;
         x.n = part.n = smaller(rest, TILE);
         part.rows = 1;
         for (int o = 0; o < OPERANDS; o++) {
-            if (type[o] != NONE) there[o] = is_dense(at, o) ? operand(p, at, o, done) : narrow[o];
+            there[o] = is_dense(at, o) ? operand(p, at, o, done) : narrow[o];
             here[o] = staged[o] ? (char *)wide[o] : there[o];
             if (staged[o] && !is_dense(at, o)) gather(p, at, o, done, x.n, narrow[o], 0);
             if (staged[o]) width->widen(x.n, wide[o], there[o], type[o]);
