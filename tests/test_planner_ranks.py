@@ -33,6 +33,7 @@ def inside(box: Box, regions: tuple[Box, ...]) -> bool:
 def assert_shared(part: Rectangles | FlatParts, cells: Any, stored: list[Box], regions: list[tuple[Box, ...]]) -> None:
     """Of ranks that store an entry; nobody asks where those are that store none."""
     counts, within = part.shared(cells)
+    assert within.dtype == torch.bool
     assert counts.tolist() == [sum(region.numel for region in each) for each in regions]
     for rank, (box, each) in enumerate(zip(stored, regions, strict=True)):
         assert not box.numel or bool(within.expand(len(stored))[rank]) == inside(box, each)

@@ -118,7 +118,7 @@ def compare(wrapper: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
 PLACES = [
     *(("none", 1), ("ddp", 2), ("zero1", 2), ("zero1", 3), ("zero1-covers", 3)),
     *(("fsdp2", 1), ("fsdp2", 3), ("fsdp2-covers", 3), ("hsdp", 4), ("tp", 3), ("tp-covers", 3)),
-    *(("fsdp2+tp", 2), ("fsdp2+tp", 4), ("hsdp+tp", 4)),
+    *(("fsdp2+tp", 2), ("fsdp2+tp", 4), ("fsdp2+tp-covers", 4), ("hsdp+tp", 4)),
     *(("fsdp1", 3), ("fsdp1-covers", 3), ("fairscale", 2)),
 ]
 TABLE = [

@@ -146,7 +146,7 @@ class Rectangles:
             aside = torch.tensor(True, dtype=torch.bool, device="cpu")
             for none in none_shared[:k]:
                 aside = aside & none
-            inside = inside | (all_shared[k] & (aside | torch.tensor(whole[k], dtype=torch.int64, device="cpu")))
+            inside = inside | (all_shared[k] & (aside | torch.tensor(whole[k], dtype=torch.bool, device="cpu")))
         return inside
 
     def _of_each_rank(self, value: Tensor) -> Tensor:
