@@ -17,6 +17,7 @@ from sm3_dist.planner.decoder import Decoder, of_size
 from sm3_dist.planner.flat_parts import FlatParts
 from sm3_dist.planner.rank_shards import rank_shards
 from sm3_dist.planner.rectangles import Rectangles, rectangles
+from sm3_dist.planner.sharding import Sharding
 
 shapes = st.lists(st.integers(1, 20), min_size=1, max_size=4).map(tuple)
 blocks = st.sampled_from([None, 1, 2, 3, 4, 64])
@@ -131,9 +132,10 @@ def test_flat_parts(shape: tuple[int, ...], cuts: list[float], before: int, afte
 def test_thousands_of_ranks_are_no_more_work_than_eight() -> None:
     with torch.device("meta"):
         model = Decoder(of_size(7e9))
-    for wrapper, tensor_parallel in (("fsdp2", None), ("tp", model.tensor_parallel), ("fsdp1", None)):
+    told: dict[str, Any] = {"units": model.blocks, "tensor_parallel": model.tensor_parallel}
+    for wrapper in ("fsdp2", "tp", "fsdp1"):
         few, many = (
-            sum(len(unit.holdings) for unit in rank_shards(model, wrapper, mesh, list(model.blocks), tensor_parallel))
-            for mesh in ((8, 1), (4096, 1))
+            sum(len(unit.holdings) for unit in rank_shards(Sharding.of(model, world=world, wrapper=wrapper, **told)))
+            for world in (8, 4096)
         )
         assert few == many <= 12

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 import sm3_dist
 from sm3_dist import SM3, MuonLikeSM3
 from sm3_dist.planner.planning import RankBytes, plan_muon_like
+from sm3_dist.planner.sharding import Sharding
 from sm3_dist.ranks.bucket import MaxBucket
 
 OPTIONS: list[dict[str, Any]] = [
@@ -181,7 +182,7 @@ def test_gradients_in_backward_are_those_of_one_unit() -> None:
 def muon_like(wrapper: str) -> None:
     module = model(torch.float32, wrapper)
     told = given(wrapper, module)
-    expected = plan_muon_like(module, **told)[dist.get_rank()]
+    expected = plan_muon_like(Sharding.of(module, **told))[dist.get_rank()]
     wrapped = WRAP.get(wrapper, lambda module: module)(module)
     keywords: dict[str, Any] = {"shard_over": dist.group.WORLD} if wrapper == "zero1" else {}
     optimizer = MuonLikeSM3(wrapped.parameters(), model=wrapped, **keywords)

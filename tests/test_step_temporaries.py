@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import sm3_dist
 from sm3_dist.maths import orthogonal
 from sm3_dist.planner import step_temporaries as formulas
+from sm3_dist.planner.sharding import Sharding
 from sm3_dist.planner.step_temporaries import step_temporaries
 
 SHAPES = [(1000, 64), (64, 64), (64, 64), (256, 64), (64, 256), (64,), (900, 64)]
@@ -72,7 +73,7 @@ def taken(make: Callable[[list[nn.Parameter]], Optimizer], shapes: Sequence[tupl
 
 
 def planned(name: str, shapes: Sequence[tuple[int, ...]], **options: Any) -> int:
-    return step_temporaries(nn.ParameterList(parameters(shapes)), **options)[name]
+    return step_temporaries(Sharding.of(nn.ParameterList(parameters(shapes)), **options))[name]
 
 
 def test_adamw_copies_all_that_it_steps() -> None:
@@ -101,7 +102,7 @@ def test_muon_takes_one_matrix_after_another(matrices: list[tuple[int, ...]]) ->
 
 def test_the_rest_of_muon_is_adamws() -> None:
     module = nn.Sequential(nn.Embedding(1000, 64), nn.Linear(64, 64))
-    assert step_temporaries(module)["muon"] == 4 * (1000 * 64 + 64)
+    assert step_temporaries(Sharding.of(module))["muon"] == 4 * (1000 * 64 + 64)
 
 
 def test_adam_mini_copies_the_largest_tensor_twice() -> None:
@@ -128,7 +129,7 @@ def test_buckets_are_no_larger_than_planned(wrapper: str) -> None:
     told: dict[str, Any] = {"world": 1 if wrapper == "none" else 4, "wrapper": wrapper}
     names = [name for name, _ in module.named_parameters()]
     buffers = max(rank.exchanged for rank in sm3_dist.plan(module, **told, orthogonalize=names))
-    most = step_temporaries(module, **told)["sm3-muon-like"]
+    most = step_temporaries(Sharding.of(module, **told))["sm3-muon-like"]
     travels = wrapper not in ("none", "ddp")
     work = (formulas._ORTHOGONAL + formulas._PUT_TOGETHER * travels) * 12_500_000
     assert buffers + work <= most <= 3 * buffers + work

@@ -31,6 +31,7 @@ from launch.footprint.bars import draw_bars
 from launch.job.model import GPT, PRESETS
 from sm3_dist import plan
 from sm3_dist.planner.other_optimizers import baseline
+from sm3_dist.planner.sharding import Sharding
 from sm3_dist.step.param_groups import ADAMW_LIKE
 
 HERE = Path(__file__).parent
@@ -58,7 +59,7 @@ def draw_bytes(axes: Any) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
 
     def state(name: str) -> float:
-        return baseline(name, model)[0].state / count
+        return baseline(name, Sharding.of(model))[0].state / count
 
     def ours(dtype: torch.dtype, momentum: torch.dtype, in_backward: bool = False) -> tuple[float, ...]:
         known = inspect.signature(plan).parameters  # those that take memory

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +19,7 @@ from torch import nn
 from sm3_dist.planner.decoder import MODELS, Decoder, of_size, read_config
 from sm3_dist.planner.other_optimizers import BASELINES, baseline
 from sm3_dist.planner.planning import IN_BACKWARD, plan, plan_muon_like
-from sm3_dist.planner.rank_shards import WRAPPERS
+from sm3_dist.planner.sharding import WRAPPERS, Sharding
 from sm3_dist.planner.step_temporaries import step_temporaries
 from sm3_dist.planner.tables import Row, comparison, table
 from sm3_dist.step.param_groups import ADAMW_LIKE
@@ -196,9 +196,10 @@ def run(given: argparse.Namespace) -> None:
         cover_block=given.cover_block,
     )
     print(table(ranks, sum(param.numel() for param in module.parameters())), end="\n\n", flush=True)
-    takes = step_temporaries(module, **shared)
-    rows = [_row(name, module, shared, given.shard_covers, takes.get(name, 0)) for name in _shown(given.optimizer)]
-    print(comparison(rows, given.wrapper, given.replicas, given.tp_size or 1))
+    sharding = Sharding.of(module, **shared)
+    takes = step_temporaries(sharding)
+    rows = [_row(name, sharding, shared, given.shard_covers, takes.get(name, 0)) for name in _shown(given.optimizer)]
+    print(comparison(rows, given.wrapper, given.replicas, sharding.mesh[1]))
 
 
 def _model(given: argparse.Namespace) -> nn.Module:
@@ -258,34 +259,32 @@ def _shown(names: Sequence[str]) -> Iterator[str]:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _row(name: str, module: nn.Module, shared: dict[str, Any], shard_covers: bool, step: int) -> Row:
-    """What each rank holds with one of the optimizers that are compared."""
+def _row(name: str, sharding: Sharding, shared: dict[str, Any], shard_covers: bool, step: int) -> Row:
+    """What each rank holds with one of the optimizers that are compared; of ``shared`` the sharding was made."""
+    module = sharding.module
     if name in BASELINES:
-        size, ranks = BASELINES[name].weight, baseline(name, module, **shared)
+        size, ranks = BASELINES[name].weight, baseline(name, sharding)
     elif name == MUON_LIKE:
-        module = module.to(torch.float32)
-        size, ranks = _FLOAT, plan_muon_like(module, **shared, shard_covers=shard_covers)
+        module.to(torch.float32)
+        size, ranks = _FLOAT, plan_muon_like(sharding, shard_covers=shard_covers)
     else:
         variant = VARIANTS[name]
-        module = module.to(variant.dtype)
-        in_backward = variant.in_backward and shared["wrapper"] in IN_BACKWARD and not shard_covers
+        module.to(variant.dtype)
+        in_backward = variant.in_backward and sharding.wrapper in IN_BACKWARD and not shard_covers
         options = {**variant.options, "shard_covers": shard_covers, "step_in_backward": in_backward}
         size, ranks = variant.dtype.itemsize, plan(module, **shared, **options)
-    cuts, parts = shared["tensor_parallel"] or {}, shared["tp_size"] or 1
-    weights, trained = _largest_part(module.named_parameters(), cuts, parts)
+    weights, trained = _largest_part(sharding)
     return Row(name, ranks, size * weights, size * trained, step)
 
 
-def _largest_part(named: Iterable[tuple[str, nn.Parameter]], cuts: dict[str, int], parts: int) -> tuple[int, int]:
+def _largest_part(sharding: Sharding) -> tuple[int, int]:
     """Elements that tensor parallelism leaves the rank that has most of them, all and those that are trained."""
     weights = trained = 0
-    for name, param in named:
-        axis = cuts.get(name)
-        n = (
-            param.numel()
-            if axis is None
-            else param.numel() // max(1, param.shape[axis]) * -(-param.shape[axis] // parts)
-        )
+    for name, param in sharding.module.named_parameters():
+        axis = sharding.tensor_parallel.get(name)
+        n = param.numel()
+        if axis is not None:
+            n = n // max(1, param.shape[axis]) * -(-param.shape[axis] // sharding.mesh[1])
         weights += n
         trained += n if param.requires_grad else 0
     return weights, trained

@@ -14,16 +14,16 @@ adafactor    a float32 average of each row and each column that the rank holds s
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sm3_dist.planner.planning import RankBytes, mesh_of
-from sm3_dist.planner.rank_shards import REPLICATED, Kind, rank_shards
+from sm3_dist.planner.planning import RankBytes
+from sm3_dist.planner.rank_shards import Kind, rank_shards
 from sm3_dist.planner.rectangles import product
+from sm3_dist.planner.sharding import Sharding
 
 _FLOAT = 4
 _QUANTIZED, _SMALL = 256, 4096
@@ -88,17 +88,7 @@ BASELINES = {
 """By name. Their sources stand above."""
 
 
-def baseline(
-    name: str,
-    module: nn.Module,
-    *,
-    world: int = 1,
-    wrapper: str = "none",
-    replicas: int = 2,
-    units: Collection[nn.Module] = (),
-    tensor_parallel: Mapping[str, int] | None = None,
-    tp_size: int | None = None,
-) -> list[RankBytes]:
+def baseline(name: str, sharding: Sharding) -> list[RankBytes]:
     """What each rank holds with another optimizer, most of them with float32 weights as in mixed precision.
 
     Gradients are of the type of the weights. Not every one of these works under every wrapper: the bytes are those that
@@ -106,37 +96,31 @@ def baseline(
 
     Args:
         name: one of :data:`BASELINES`.
-        module: see :func:`sm3_dist.plan` for this and all others.
-        world: number of ranks.
-        wrapper: how they share the work.
-        replicas: for HSDP.
-        units: what is wrapped one by one.
-        tensor_parallel: for tensor parallelism.
-        tp_size: likewise.
+        sharding: the model, and how the ranks share it.
 
     Returns:
         for each rank its bytes; nothing is sent.
 
     Raises:
-        ValueError: as :func:`sm3_dist.plan` does.
+        ValueError: if a module that is flattened has parameters of several types.
 
     Example:
         >>> import torch
         >>> with torch.device("meta"):
         ...     model = torch.nn.Linear(1024, 1024, bias=False)
-        >>> {name: baseline(name, model)[0].state for name in ("adamw", "adamw-8bit", "muon", "adafactor")}
+        >>> {name: baseline(name, Sharding.of(model))[0].state for name in ("adamw", "adamw-8bit", "muon", "adafactor")}
         {'adamw': 8388608, 'adamw-8bit': 2129920, 'muon': 4194304, 'adafactor': 8192}
     """
-    other, mesh = BASELINES[name], mesh_of(module, world, wrapper, replicas, tensor_parallel, tp_size)
-    weights, gradients, state = torch.zeros((3, math.prod(mesh)), dtype=torch.int64, device="cpu")
-    for unit in rank_shards(module, wrapper, mesh, units, tensor_parallel):
+    other = BASELINES[name]
+    weights, gradients, state = torch.zeros((3, sharding.ranks), dtype=torch.int64, device="cpu")
+    for unit in rank_shards(sharding):
         for holding in unit.holdings:
             kind, times, numel = holding.kind, holding.times * unit.times, holding.numel
-            stored = other.weight * (torch.full_like(numel, kind.numel) if wrapper in REPLICATED else numel)
+            stored = other.weight * (torch.full_like(numel, kind.numel) if sharding.replicated else numel)
             weights += times * stored
             if kind.trained:
                 gradients += times * stored
                 state += times * other.state(numel, holding.part.lengths(), kind)
     nothing = torch.zeros_like(state)
     ranks = [RankBytes(*row) for row in torch.stack([weights, gradients, state, nothing, nothing], 1).tolist()]
-    return ranks * (replicas if wrapper == "hsdp" else 1)
+    return ranks * sharding.copies

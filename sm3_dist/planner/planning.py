@@ -16,21 +16,16 @@ from sm3_dist.maths.orthogonal import TYPE
 from sm3_dist.optimizer import SM3
 from sm3_dist.planner.exchange_buffers import Pieces, exchange_bytes
 from sm3_dist.planner.flat_parts import FlatParts
-from sm3_dist.planner.rank_shards import REPLICATED, WRAPPERS, Kind, Unit, each_shard, rank_shards
+from sm3_dist.planner.rank_shards import Kind, Unit, each_shard, rank_shards
 from sm3_dist.planner.rectangles import Rectangles
+from sm3_dist.planner.sharding import Sharding
 from sm3_dist.ranks.fingerprint import FIELDS
 from sm3_dist.step.param_groups import ADAMW_LIKE, MATRIX, validate
-
-WITH_TENSOR_PARALLEL = ("fsdp2", "hsdp")
-"""Wrappers that cut what tensor parallelism has left."""
 
 MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8)
 
 IN_BACKWARD = ("none", "fsdp2", "hsdp", "tp")
 """Wrappers with which steps may be taken during backward."""
-
-MOST_RANKS = 1_000_000
-"""Lest somebody's slip of a finger takes all memory: bytes are told rank by rank."""
 
 _STEP, _SQUARE_SUM = 4, 8
 
@@ -121,56 +116,44 @@ def plan(
         reason = "with shard_covers" if shard_covers else f"with wrapper={wrapper!r}"
         raise ValueError(f"no steps can be taken during backward {reason}; leave step_in_backward out")
     check_options(momentum, momentum_dtype, update_rms, cover_block)
-    mesh = mesh_of(module, world, wrapper, replicas, tensor_parallel, tp_size)
+    sharding = Sharding.of(
+        module,
+        world=world,
+        wrapper=wrapper,
+        replicas=replicas,
+        units=units,
+        tensor_parallel=tensor_parallel,
+        tp_size=tp_size,
+    )
     options = Options(shard_covers, momentum > 0, momentum_dtype, update_rms is not None, cover_block)
-    wrapped = rank_shards(module, wrapper, mesh, units, tensor_parallel)
-    ranks = _all_ranks(wrapped, wrapper, mesh, options, step_in_backward)
+    ranks = _all_ranks(sharding, rank_shards(sharding), options, step_in_backward)
     if orthogonalize:
         if tp_size is not None and wrapper != "tp":
             raise ValueError("orthogonalize= is not planned together with tp_size=; leave one of them out")
-        shards = each_shard(module, wrapper, mesh, units, tensor_parallel)
         trained = {name for name, param in module.named_parameters() if param.requires_grad} & set(orthogonalize)
-        pieces = [pieces_of(part) for name, part in shards if name in trained]
-        exchanged = exchange_bytes(pieces, math.prod(mesh))
+        pieces = [pieces_of(part) for name, part in each_shard(sharding) if name in trained]
+        exchanged = exchange_bytes(pieces, sharding.ranks)
         ranks = [replace(rank, exchanged=count) for rank, count in zip(ranks, exchanged, strict=True)]
-    return ranks * (replicas if wrapper == "hsdp" else 1)
+    return ranks * sharding.copies
 
 
-def plan_muon_like(
-    module: nn.Module,
-    *,
-    world: int = 1,
-    wrapper: str = "none",
-    replicas: int = 2,
-    units: Collection[nn.Module] = (),
-    tensor_parallel: Mapping[str, int] | None = None,
-    tp_size: int | None = None,
-    shard_covers: bool = False,
-) -> list[RankBytes]:
+def plan_muon_like(sharding: Sharding, *, shard_covers: bool = False) -> list[RankBytes]:
     """What each rank holds of a model that trains with :class:`sm3_dist.MuonLikeSM3`, float32 momentum and all.
 
     Args:
-        module: see :func:`plan` for this and all others.
-        world: number of ranks.
-        wrapper: how they share the work.
-        replicas: for HSDP.
-        units: what is wrapped one by one.
-        tensor_parallel: for tensor parallelism.
-        tp_size: likewise.
+        sharding: the model, and how the ranks share it.
         shard_covers: as for :class:`sm3_dist.SM3`.
 
     Returns:
         for each rank its bytes; ``sent`` has two for each element of a matrix that it holds together with others, whose
         update goes to an owner and comes back.
     """
-    mesh = mesh_of(module, world, wrapper, replicas, tensor_parallel, tp_size)
     recipes: tuple[dict[str, Any], ...] = (MATRIX, ADAMW_LIKE)
     matrices, others = (
         Options(shard_covers, True, None, own["update_rms"] is not None, own["cover_block"]) for own in recipes
     )
-    wrapped = rank_shards(module, wrapper, mesh, units, tensor_parallel, matrices_first=True)
-    ranks = _all_ranks(wrapped, wrapper, mesh, replace(others, matrices=matrices), in_backward=False)
-    return ranks * (replicas if wrapper == "hsdp" else 1)
+    units = rank_shards(sharding, matrices_first=True)
+    return _all_ranks(sharding, units, replace(others, matrices=matrices), in_backward=False) * sharding.copies
 
 
 def pieces_of(part: Rectangles | FlatParts) -> Pieces:
@@ -208,19 +191,17 @@ class _Totals:
         self.widest = 0  # accumulators of several types are sent in one buffer
 
 
-def _all_ranks(
-    units: Collection[Unit], wrapper: str, mesh: tuple[int, int], options: Options, in_backward: bool
-) -> list[RankBytes]:
-    """The bytes of each rank of a mesh."""
-    totals = _Totals(math.prod(mesh))
+def _all_ranks(sharding: Sharding, units: Collection[Unit], options: Options, in_backward: bool) -> list[RankBytes]:
+    """The bytes of each rank of a copy."""
+    totals = _Totals(sharding.ranks)
     for unit in units:
-        _add(unit, wrapper, options, totals)
+        _add(unit, sharding.replicated, options, totals)
     sent = sum(totals.shared.values(), start=torch.zeros_like(totals.state)) * totals.widest + totals.lent
     buckets = sum(((entries > 0).long() for entries in totals.shared.values()), start=torch.zeros_like(sent))
     sent += FIELDS * totals.widest * torch.maximum(buckets, (sent > 0).long())
     if options.shard_covers:  # each rank of a group owns an equal part of its buffer
         for axes, entries in totals.shared.items():
-            members = math.prod(mesh[axis] for axis in axes)
+            members = math.prod(sharding.mesh[axis] for axis in axes)
             totals.state += -(-(entries + FIELDS * (entries > 0)) // members) * totals.widest
     gradients = totals.largest if in_backward else totals.gradients
     columns = torch.stack([totals.weights, gradients, totals.state, sent + totals.updates, totals.moments], 1)
@@ -229,14 +210,14 @@ def _all_ranks(
     return [ranks[k] for k in number.tolist()]
 
 
-def _add(unit: Unit, wrapper: str, options: Options, totals: _Totals) -> None:
+def _add(unit: Unit, replicated: bool, options: Options, totals: _Totals) -> None:
     """Add what every rank holds of some units that are alike."""
     pending = torch.zeros_like(totals.gradients)
     for holding in unit.holdings:
         kind, part, numel, times = holding.kind, holding.part, holding.numel, holding.times * unit.times
         own = options.of(kind)
         size, kept = kind.dtype.itemsize, accumulator_dtype(kind.dtype).itemsize
-        stored = torch.full_like(numel, size * kind.numel) if wrapper in REPLICATED else size * numel
+        stored = torch.full_like(numel, size * kind.numel) if replicated else size * numel
         totals.weights += times * stored
         if not kind.trained:
             continue
@@ -260,54 +241,6 @@ def _add(unit: Unit, wrapper: str, options: Options, totals: _Totals) -> None:
             totals.shared[axes] = totals.shared.get(axes, torch.zeros_like(shared)) + times * shared
     totals.gradients += unit.times * pending
     totals.largest = torch.maximum(totals.largest, pending)
-
-
-def mesh_of(
-    module: nn.Module,
-    world: int,
-    wrapper: str,
-    replicas: int,
-    tensor_parallel: Mapping[str, int] | None,
-    tp_size: int | None,
-) -> tuple[int, int]:
-    """Over how many ranks (of a replica, for HSDP) the wrapper cuts, and over how many tensor parallelism does.
-
-    Raises:
-        ValueError: for what cannot be planned.
-    """
-    if wrapper not in WRAPPERS:
-        raise ValueError(f"wrapper must be one of {', '.join(map(repr, WRAPPERS))}, but is {wrapper!r}")
-    if not 1 <= world <= MOST_RANKS:
-        raise ValueError(f"world must be at least 1 and at most {MOST_RANKS:,}, but is {world:,}")
-    if wrapper == "none" and world > 1:
-        raise ValueError(f"{world} ranks with wrapper={wrapper!r}: name how they share the work, or take world=1")
-    copies = replicas if wrapper == "hsdp" else 1
-    if copies < 1 or world % copies:
-        raise ValueError(f"{world} ranks cannot hold {replicas} replicas of equal size; replicas must divide the ranks")
-    ranks = world // copies
-    if wrapper == "tp":
-        tp_size = ranks if tp_size is None else tp_size
-        if tp_size != ranks:
-            raise ValueError(f"tp_size={tp_size} with wrapper='tp', which is over all {ranks} ranks; leave it out")
-    elif tp_size is None:
-        return ranks, 1
-    elif wrapper not in WITH_TENSOR_PARALLEL:
-        known = ", ".join(map(repr, WITH_TENSOR_PARALLEL))
-        raise ValueError(f"tp_size={tp_size} with wrapper={wrapper!r}: tensor parallelism goes together with {known}")
-    if tp_size < 1 or ranks % tp_size:
-        raise ValueError(f"tp_size={tp_size} must divide the {ranks} ranks{' of a replica' * (copies > 1)}")
-    if tensor_parallel is None:
-        raise ValueError(
-            f"wrapper={wrapper!r} {'' if wrapper == 'tp' else 'with tp_size= '}needs tensor_parallel=, the dimension "
-            "in which each parameter is cut, by name"
-        )
-    params = dict(module.named_parameters())
-    for name, axis in tensor_parallel.items():
-        if name not in params:
-            raise ValueError(f"tensor_parallel= names {name!r}, and the model has no parameter of that name")
-        if not 0 <= axis < params[name].dim():
-            raise ValueError(f"tensor_parallel= cuts {name!r} in dimension {axis}, and it has {params[name].dim()}")
-    return ranks // tp_size, tp_size
 
 
 def check_options(

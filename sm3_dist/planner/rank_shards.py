@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,13 +21,7 @@ from sm3_dist.layout.zero import Partition
 from sm3_dist.matrices import with_matrices
 from sm3_dist.planner.flat_parts import FlatParts
 from sm3_dist.planner.rectangles import Rectangles, rectangles
-
-WRAPPERS = ("none", "ddp", "zero1", "fsdp2", "hsdp", "tp", "fsdp1", "fairscale")
-"""One process; DistributedDataParallel, alone and with ``SM3(shard_over=)``; ``fully_shard`` over all ranks, and over
-those of each replica; tensor parallel; torch's FullyShardedDataParallel and fairscale's."""
-
-REPLICATED = ("none", "ddp", "zero1")
-"""Wrappers that leave every parameter whole on every rank."""
+from sm3_dist.planner.sharding import Sharding
 
 T = TypeVar("T", bound=Hashable)
 
@@ -105,67 +99,45 @@ class Unit:
     times: int = 1
 
 
-def rank_shards(
-    module: nn.Module,
-    wrapper: str,
-    mesh: tuple[int, int],
-    units: Collection[nn.Module] = (),
-    tensor_parallel: Mapping[str, int] | None = None,
-    matrices_first: bool = False,
-) -> list[Unit]:
-    """The parameters of a model with what every rank updates of them.
+def rank_shards(sharding: Sharding, matrices_first: bool = False) -> list[Unit]:
+    """The parameters of a model with what every rank of a copy updates of them.
 
     Args:
-        module: the model, not wrapped.
-        wrapper: one of :data:`WRAPPERS`.
-        mesh: over how many ranks (for HSDP those of one replica) the wrapper cuts what tensor parallelism over so many
-            has left.
-        units: the submodules that are wrapped one by one, before the root.
-        tensor_parallel: the dimension in which each parameter is cut, by name; others are replicated.
+        sharding: the model, and how the ranks share it.
         matrices_first: whether the optimizer has the matrices in a param group before the others, as
             :class:`sm3_dist.MuonLikeSM3` does.
 
     Raises:
         ValueError: if a module that is flattened has parameters of several types.
     """
-    kinds = kinds_of(module)
-    if wrapper == "zero1":
+    module, mesh, kinds = sharding.module, sharding.mesh, kinds_of(sharding.module)
+    if sharding.wrapper == "zero1":
         params = sorted(module.parameters(), key=lambda param: matrices_first and not kinds[param].matrix)
         return [Unit(tuple(holding for _, holding in _ranges(params, kinds, mesh[0])))]
-    if wrapper in ("fsdp1", "fairscale"):
-        grouped = Counter(tuple(kinds[param] for param in params) for params in _by_unit(module, units))
-        separate = wrapper == "fsdp1"
+    if sharding.flat:
+        grouped = Counter(tuple(kinds[param] for param in params) for params in _by_unit(sharding))
+        separate = sharding.wrapper == "fsdp1"
         return [Unit(tuple(_flat(alike, mesh[0], separate)), times) for alike, times in grouped.items()]
-    sharded = wrapper in ("fsdp2", "hsdp")
-    axes = {param: (tensor_parallel or {}).get(name) for name, param in module.named_parameters()}
-    together = _by_unit(module, units) if sharded else [[param] for param in module.parameters()]
-    alike = _counted(
-        _counted((kinds[param], (0 if sharded else None, axes[param])) for param in params) for params in together
-    )
+    cuts = {param: sharding.cuts(name) for name, param in module.named_parameters()}
+    together = _by_unit(sharding) if sharding.by_rows else [[param] for param in module.parameters()]
+    alike = _counted(_counted((kinds[param], cuts[param]) for param in params) for params in together)
     return [Unit(tuple(_cut(unit, mesh)), times) for unit, times in alike]
 
 
-def each_shard(
-    module: nn.Module,
-    wrapper: str,
-    mesh: tuple[int, int],
-    units: Collection[nn.Module] = (),
-    tensor_parallel: Mapping[str, int] | None = None,
-) -> Iterator[tuple[str, Rectangles | FlatParts]]:
+def each_shard(sharding: Sharding) -> Iterator[tuple[str, Rectangles | FlatParts]]:
     """As :func:`rank_shards`, but parameter by parameter: its name, and what every rank updates of it."""
-    names, kinds = {param: name for name, param in module.named_parameters()}, kinds_of(module)
-    if wrapper == "zero1":
+    module, mesh, kinds = sharding.module, sharding.mesh, kinds_of(sharding.module)
+    names = {param: name for name, param in module.named_parameters()}
+    if sharding.wrapper == "zero1":
         yield from ((names[param], each.part) for param, each in _ranges(list(module.parameters()), kinds, mesh[0]))
-        return
-    sharded, flat = wrapper in ("fsdp2", "hsdp"), wrapper in ("fsdp1", "fairscale")
-    for params in _by_unit(module, units) if sharded or flat else [list(module.parameters())]:
-        if flat:
-            held = [each.part for each in _flat([kinds[param] for param in params], mesh[0], wrapper == "fsdp1")]
+    elif sharding.flat:
+        for params in _by_unit(sharding):
+            held = [each.part for each in _flat([kinds[p] for p in params], mesh[0], sharding.wrapper == "fsdp1")]
             yield from zip(map(names.__getitem__, params), held, strict=True)
-            continue
-        for param in params:
-            cuts = (0 if sharded else None, (tensor_parallel or {}).get(names[param]))
-            yield names[param], rectangles(kinds[param].shape, mesh, cuts)
+    else:
+        for params in _by_unit(sharding) if sharding.by_rows else [list(module.parameters())]:
+            for param in params:
+                yield names[param], rectangles(kinds[param].shape, mesh, sharding.cuts(names[param]))
 
 
 def _cut(unit: Iterable[tuple[tuple[Kind, tuple[int | None, ...]], int]], mesh: tuple[int, int]) -> Iterator[Holding]:
@@ -252,10 +224,10 @@ def _between(shape: tuple[int, ...], start: int, cuts: Tensor) -> FlatParts:
     return FlatParts(shape, len(cuts) - 1, first, tuple(inside[first : max(first, last) + 1].tolist()))
 
 
-def _by_unit(module: nn.Module, units: Collection[nn.Module]) -> list[list[nn.Parameter]]:
+def _by_unit(sharding: Sharding) -> list[list[nn.Parameter]]:
     """The parameters that are wrapped together: those of each unit, innermost first, then what is left in the root."""
     seen: set[nn.Parameter] = set()
-    wrapped = set(units)
+    module, wrapped = sharding.module, set(sharding.units)
     result = []
     for unit in [each for each in reversed(list(module.modules())) if each in wrapped and each is not module] + [
         module

@@ -20,16 +20,16 @@ adafactor       a float32 copy of the largest tensor and what is left of the one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sm3_dist.maths.orthogonal import TYPE
 from sm3_dist.planner.exchange_buffers import ALIVE
-from sm3_dist.planner.planning import mesh_of
 from sm3_dist.planner.rank_shards import Kind, each_shard, kinds_of
+from sm3_dist.planner.sharding import Sharding
 from sm3_dist.ranks.matrix_exchange import BUCKET_BYTES
 
 _FLOAT, _HALF = 4, 2
@@ -113,37 +113,21 @@ FORMULAS: dict[str, Formula] = {
 """By name, of those that take something. Their sources stand above."""
 
 
-def step_temporaries(
-    module: nn.Module,
-    *,
-    world: int = 1,
-    wrapper: str = "none",
-    replicas: int = 2,
-    units: Collection[nn.Module] = (),
-    tensor_parallel: Mapping[str, int] | None = None,
-    tp_size: int | None = None,
-) -> dict[str, int]:
+def step_temporaries(sharding: Sharding) -> dict[str, int]:
     """The most bytes that a rank takes for itself in a step on a GPU, for each optimizer that takes any.
 
     Args:
-        module: see :func:`sm3_dist.plan` for this and all others.
-        world: number of ranks.
-        wrapper: how they share the work.
-        replicas: for HSDP.
-        units: what is wrapped one by one.
-        tensor_parallel: for tensor parallelism.
-        tp_size: likewise.
+        sharding: the model, and how the ranks share it.
 
     Example:
         >>> import torch
         >>> with torch.device("meta"):
         ...     model = torch.nn.Linear(1024, 1024, bias=False)
-        >>> takes = step_temporaries(model)
+        >>> takes = step_temporaries(Sharding.of(model))
         >>> takes["adamw"], takes["muon"], takes["adafactor"]
         (4194304, 12582912, 4194304)
     """
-    mesh = mesh_of(module, world, wrapper, replicas, tensor_parallel, tp_size)
+    module, parts = sharding.module, dict(each_shard(sharding))
     kinds = kinds_of(module)
-    parts = dict(each_shard(module, wrapper, mesh, units, tensor_parallel))
     held = [Held(kinds[param], parts[name].numel()) for name, param in module.named_parameters() if param.requires_grad]
-    return {name: int(formula(held, wrapper).max()) for name, formula in FORMULAS.items()}
+    return {name: int(formula(held, sharding.wrapper).max()) for name, formula in FORMULAS.items()}
