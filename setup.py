@@ -16,7 +16,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 WHEEL = os.environ.get("SM3_DIST_WHEEL")
-SOURCES = runpy.run_path("sm3_dist/kernels/c/sources.py")["checksum"]()
+SOURCES = runpy.run_path("sm3_dist/kernels/c/sources.py")
 
 
 class AnyPython(bdist_wheel):
@@ -27,14 +27,12 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def sources_of(library: Path) -> int | None:
-    """From which sources a library says that it was made; ``None`` if there is none that does."""
+def is_current(library: Path) -> bool:
+    """Whether there is a library that was made from the sources that lie here."""
     try:
-        asked = ctypes.CDLL(str(library.resolve())).sm3_sources
-    except (OSError, AttributeError):
-        return None
-    asked.restype = ctypes.c_int64
-    return asked()
+        return SOURCES["is_current"](ctypes.CDLL(str(library.resolve())))
+    except OSError:
+        return False
 
 
 class Library(build_ext):
@@ -45,8 +43,8 @@ class Library(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile."""
-        ext.define_macros.append(("SM3_SOURCES", str(SOURCES)))
-        self.force = self.force or sources_of(Path(self.get_ext_fullpath(ext.name))) != SOURCES
+        ext.define_macros.append(("SM3_SOURCES", str(SOURCES["checksum"]())))
+        self.force = self.force or not is_current(Path(self.get_ext_fullpath(ext.name)))
         super().build_extension(ext)
 
 
@@ -60,7 +58,7 @@ class KeptLibrary(Library):
         """Compile, or take what lies in the checkout."""
         target = Path(self.get_ext_fullpath(ext.name))
         kept = Path(*ext.name.split(".")).with_name(target.name)
-        is_new = sources_of(kept) == SOURCES and kept.stat().st_mtime > os.path.getmtime("pyproject.toml")
+        is_new = is_current(kept) and kept.stat().st_mtime > os.path.getmtime("pyproject.toml")
         if self.editable_mode and is_new:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(kept, target)

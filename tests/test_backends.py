@@ -9,7 +9,7 @@ from torch import nn
 
 from sm3_dist import SM3, kernels
 from sm3_dist.kernels.c import backend as cpu
-from sm3_dist.kernels.c.sources import checksum
+from sm3_dist.kernels.c import sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,5 +101,6 @@ def test_without_the_compiled_library_eager_serves_and_one_warning_says_why(monk
 @needs_c
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
     assert not isinstance(cpu._library.__wrapped__(), str)
-    monkeypatch.setattr(cpu, "checksum", lambda: checksum() ^ 1)
+    other = sources.checksum() ^ 1
+    monkeypatch.setattr(sources, "checksum", lambda: other)
     assert "other sources" in cpu._library.__wrapped__()

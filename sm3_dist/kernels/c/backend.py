@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sm3_dist.kernels import fused
-from sm3_dist.kernels.c.sources import checksum
+from sm3_dist.kernels.c.sources import is_current
 from sm3_dist.kernels.fused import DIMS, Operands
 from sm3_dist.kernels.matrices import matrices, sides
 from sm3_dist.layout.cover import split
@@ -130,7 +130,7 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(built[0]))
     except OSError as error:
         return f"the compiled C kernel does not load: {error}. Install sm3_dist again on this machine."
-    if not hasattr(library, "sm3_sources") or _sources_of(library) != checksum():
+    if not is_current(library):
         return (
             f"the C kernel {built[0]} was compiled from other sources than lie beside it. Install sm3_dist again: in a "
             "checkout pip install -e . compiles it."
@@ -161,11 +161,6 @@ def _parallel(process: int) -> int | None:
         return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None
-
-
-def _sources_of(library: ctypes.CDLL) -> int:
-    library.sm3_sources.restype = ctypes.c_int64
-    return int(library.sm3_sources())
 
 
 def widths() -> list[str]:

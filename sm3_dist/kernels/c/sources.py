@@ -1,5 +1,11 @@
-"""What the C sources say, as a number, by which a library that was compiled from others is told. Needs no torch."""
+"""What the C sources say, as a number, by which a library that was compiled from others is told.
 
+Needs no torch: ``setup.py`` runs it as a file, before there is any.
+"""
+
+from __future__ import annotations
+
+import ctypes
 import zlib
 from pathlib import Path
 
@@ -13,3 +19,11 @@ def checksum() -> int:
     """
     folder = Path(__file__).parent
     return zlib.crc32(b"".join(path.read_bytes() for path in sorted(folder.glob("*.[ch]"))))
+
+
+def is_current(library: ctypes.CDLL) -> bool:
+    """Whether a compiled library says that it was made from these sources."""
+    if not hasattr(library, "sm3_sources"):
+        return False
+    library.sm3_sources.restype = ctypes.c_int64
+    return bool(library.sm3_sources() == checksum())
