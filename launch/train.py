@@ -26,6 +26,7 @@ from launch.job.batches import IGNORED, Batches, Passage, check_length
 from launch.job.checkpointing import Checkpoints
 from launch.job.command_line import parse
 from launch.job.folder import CHECKPOINTS, CONFIG, METRICS, PICTURE, Folder
+from launch.job.identity import identify
 from launch.job.leaving import leave, stop_agent
 from launch.job.model import GPT, PRESETS, cross_entropy
 from launch.job.options import Options
@@ -124,17 +125,9 @@ class Run:
         return folder
 
     def keep_checkpoints(self) -> Checkpoints:
-        """What a run must have in common with another to go on from its checkpoints: all that its weights depend on.
-
-        How the ranks share the work is not part of it.
-        """
-        options = ("model", "optimizer", "steps", "batch_size", "seq_len", "schedule", "seed", "dtype")
-        identity = {name: getattr(self.options, name) for name in options}
-        identity |= {"recipe": recipe.which(self.options)} | asdict(self.settings)
-        identity |= {"clip": str(self.options.clip_norm), "corpus": self.text.digest}  # JSON knows no infinity
-        if self.options.clip_value is not None:
-            identity["clip_value"] = self.options.clip_value
+        """What saves the run and brings it back."""
         path = self.options.out / CHECKPOINTS if self.options.out is not None else None
+        identity = identify(self.options, self.settings, self.text.digest)
         say = partial(self.console.print, markup=False, highlight=False, soft_wrap=True)
         return Checkpoints(path, self.state, self.world, identity, self.options.keep, say)
 

@@ -203,6 +203,29 @@ def test_checkpoint_of_another_recipe_is_an_error_that_names_both(
     workers(2).run_raises(UserError, job, f"--resume auto {option}", text, calm, match=line)
 
 
+def test_what_an_error_advises_goes_on(workers: Pool, text: Path, tmp_path: Path) -> None:
+    saved, other = "--lr 0.02 --momentum 0.8", "--recipe adamw-like --clip 2 --seed 3 --momentum-dtype bfloat16"
+    workers(1).run(job, f"--checkpoint-every 3 {saved}", text, tmp_path, 4)
+    passed = "--seed 0 --recipe muon-like --lr 0.02 --momentum 0.8 --clip 1.0"
+    advice = rf"To go on with it pass {passed} and leave --momentum-dtype out; to start anew pass another --out\Z"
+    workers(1).run_raises(UserError, job, f"--resume auto {other}", text, tmp_path, match=advice)
+    assert "at step 3" in workers(1).run(job, f"--resume auto {passed}", text, tmp_path)[0]
+
+
+def test_checkpoint_of_another_text_is_an_error(workers: Pool, calm: Path, tmp_path: Path) -> None:
+    other = corpus(tmp_path / "text")
+    (other / "7.txt").unlink()
+    match = "corpus was .* To go on with it let --data be the text as it was; to start anew"
+    workers(2).run_raises(UserError, job, "--resume auto", other, calm, match=match)
+
+
+def test_checkpoint_of_a_run_that_cut_off_elements_is_an_error(workers: Pool, text: Path, tmp_path: Path) -> None:
+    in_backward = "--step-in-backward --checkpoint-every 3"
+    workers(1).run(job, f"{in_backward} --clip-value 0.5", text, tmp_path, 4)
+    match = "another run: clip_value was 0.5 and is None. To go on with it pass --clip-value 0.5; to start anew"
+    workers(1).run_raises(UserError, job, f"{in_backward} --resume auto", text, tmp_path, match=match)
+
+
 def test_checkpoint_without_a_recipe_is_adamw_like(workers: Pool, text: Path, tmp_path: Path) -> None:
     """As it was written while that was the default."""
     workers(1).run(job, "--checkpoint-every 3 --recipe adamw-like", text, tmp_path, 4)

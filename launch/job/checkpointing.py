@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from launch.job.identity import Identity, difference
 from launch.job.world import UserError, World
 from sm3_dist.checkpoint import CheckpointError, TrainState, load
 
@@ -35,7 +36,7 @@ class Checkpoints:
         path: the directory for all of them, which every rank sees; ``None``: none are written.
         state: what is saved.
         world: the processes that save it together.
-        identity: what must be the same for a run to go on, as values that JSON knows.
+        identity: what must be the same for a run to go on.
         keep: how many to keep, the last ones.
         say: tells the user something.
     """
@@ -45,7 +46,7 @@ class Checkpoints:
         path: Path | None,
         state: TrainState,
         world: World,
-        identity: dict[str, Any],
+        identity: Identity,
         keep: int = 2,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -207,15 +208,8 @@ class Checkpoints:
             )
         if run.get("optimizer") == "sm3" and run.get("recipe") is None:  # as it was written while this was the default
             run = run | {"recipe": "adamw-like"}
-        differing = [
-            f"{name} was {run.get(name)!r} and is {value!r}"
-            for name, value in self.identity.items()
-            if run.get(name) != value
-        ]
-        if differing:
-            raise UserError(
-                f"{path} belongs to another run: {'; '.join(differing)}. Pass the same options, or another --out"
-            )
+        if (differing := difference(run, self.identity)) is not None:
+            raise UserError(f"{path} belongs to another run: {differing}")
 
 
 def complete(path: Path | None) -> list[Path]:

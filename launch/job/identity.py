@@ -1,0 +1,57 @@
+"""The identity of a run: what another must have in common with it to go on from its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from launch.job import recipe
+from launch.job.options import Options, flag
+from launch.job.settings import Settings
+
+Identity = Mapping[str, Any]
+"""Values that JSON knows, by name: those of options, and a digest of the text that is learnt from."""
+
+CORPUS = "corpus"
+
+
+def identify(options: Options, settings: Settings, corpus: str) -> Identity:
+    """All that the weights of a run depend on, but for how the ranks share the work.
+
+    Args:
+        options: what it was told to do.
+        settings: of its optimizer.
+        corpus: the digest of its text.
+    """
+    names = ("model", "optimizer", "steps", "batch_size", "seq_len", "schedule", "seed", "dtype", "clip_value")
+    given = {name: getattr(options, name) for name in names} | {"recipe": recipe.which(options)}
+    return given | asdict(settings) | {"clip": str(options.clip_norm), CORPUS: corpus}  # JSON knows no infinity
+
+
+def difference(saved: Identity, run: Identity) -> str | None:
+    """In what a run differs from the one that a checkpoint is of, and what to do about it; ``None``: in nothing.
+
+    Example:
+        >>> difference({"lr": 0.004, "seed": 1, "rounding": None}, {"lr": 0.002, "seed": 1, "rounding": "nearest"})
+        "lr was 0.004 and is 0.002; rounding was None and is 'nearest'. To go on with it pass --lr 0.004 and leave \
+--rounding out; to start anew pass another --out"
+    """
+    differing = {name: saved.get(name) for name, value in run.items() if saved.get(name) != value}
+    if not differing:
+        return None
+    listed = "; ".join(f"{name} was {was!r} and is {run[name]!r}" for name, was in differing.items())
+    return f"{listed}. To go on with it {' and '.join(_to_do(differing))}; to start anew pass another --out"
+
+
+def _to_do(differing: Identity) -> Iterator[str]:
+    """What makes a run the same as a saved one, of whose values these are not its own."""
+    options = {name: value for name, value in differing.items() if name != CORPUS}
+    passed = [f"{flag(name)} {value}" for name, value in options.items() if value is not None]
+    left_out = [flag(name) for name, value in options.items() if value is None]
+    if passed:
+        yield f"pass {' '.join(passed)}"
+    if left_out:
+        yield f"leave {', '.join(left_out)} out"
+    if CORPUS in differing:
+        yield "let --data be the text as it was"
