@@ -226,23 +226,52 @@ def test_checkpoint_of_a_run_that_cut_off_elements_is_an_error(workers: Pool, te
     workers(1).run_raises(UserError, job, f"{in_backward} --resume auto", text, tmp_path, match=match)
 
 
+def as_version_1(out: Path, **written: Any) -> None:
+    """Rewrite what the manifest of step 3 says of the run."""
+    file = out / "checkpoints" / "step-00000003" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps(manifest | {"format_version": 1, "run": manifest["run"] | written}))
+
+
 def test_checkpoint_without_a_recipe_is_adamw_like(workers: Pool, text: Path, tmp_path: Path) -> None:
     """As it was written while that was the default."""
     workers(1).run(job, "--checkpoint-every 3 --recipe adamw-like", text, tmp_path, 4)
-    manifest = tmp_path / "checkpoints" / "step-00000003" / "manifest.json"
-    written = json.loads(manifest.read_text())
-    written["run"]["recipe"] = None
-    manifest.write_text(json.dumps(written))
+    as_version_1(tmp_path, recipe=None)
     match = "recipe was 'adamw-like' and is 'muon-like'"
     workers(1).run_raises(UserError, job, "--resume auto", text, tmp_path, match=match)
     assert "at step 3" in workers(1).run(job, "--resume auto --recipe adamw-like", text, tmp_path)[0]
 
 
+def momenta(arguments: str, text: Path, out: Path) -> list[float]:
+    """With which momenta of matrices and of the rest a run begins, or goes on."""
+    found: list[float] = []
+    job(arguments, text, out, 4, lambda run: found.extend(group["momentum"] for group in run.optimizer.param_groups))
+    return found
+
+
+def test_checkpoint_of_matrices_with_the_momentum_of_the_rest_goes_on(
+    workers: Pool, text: Path, tmp_path: Path
+) -> None:
+    """As it was written while 0.9 stood for none given."""
+    workers(1).run(job, "--checkpoint-every 3", text, tmp_path, 4)
+    as_version_1(tmp_path, momentum=0.9)
+    match = "momentum was 0.95 and is 0.9. To go on with it pass --momentum 0.95; to start anew"
+    workers(1).run_raises(UserError, momenta, "--resume auto --momentum 0.9", text, tmp_path, match=match)
+    assert workers(1).run(momenta, "--resume auto", text, tmp_path) == [[0.95, 0.9]]
+
+
+def test_momentum_of_matrices_is_told_from_none_given(workers: Pool, text: Path, tmp_path: Path) -> None:
+    workers(1).run(job, "--checkpoint-every 3 --momentum 0.9", text, tmp_path, 4)
+    match = "momentum was 0.9 and is 0.95. To go on with it pass --momentum 0.9; to start anew"
+    workers(1).run_raises(UserError, momenta, "--resume auto", text, tmp_path, match=match)
+    assert workers(1).run(momenta, "--resume auto --momentum 0.9", text, tmp_path) == [[0.9, 0.9]]
+
+
 def test_checkpoint_of_a_newer_program_is_an_error(workers: Pool, text: Path, stopped: Path, tmp_path: Path) -> None:
     copy(stopped, tmp_path)
     manifest = tmp_path / "checkpoints" / "step-00000006" / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 2}))
-    workers(2).run_raises(UserError, job, "--resume auto", text, tmp_path, match="version 2 .* knows version 1")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 3}))
+    workers(2).run_raises(UserError, job, "--resume auto", text, tmp_path, match="version 3 .* knows those up to 2")
 
 
 def fill_the_disk_after(step: int) -> Callable[[Run], None]:

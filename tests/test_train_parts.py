@@ -86,13 +86,14 @@ def test_matrices_are_made_orthogonal_wherever_they_can_be(arguments: str, recip
 
 @pytest.mark.parametrize(
     ("given", "momenta"),
-    [([], (0.95, 0.9)), (["--momentum", "0.8"], (0.8, 0.8)), (["--momentum", "0.9"], (0.9, 0.9))],
+    [("", (0.95, 0.9)), *((f"--momentum {m}", (m, 0.9)) for m in (0.95, 0.9, 0.8, 0.0))],
 )
-def test_momentum_of_matrices_is_their_own_unless_it_is_given(given: list[str], momenta: tuple[float, float]) -> None:
-    options = parse(["--model", "tiny", *given])
+def test_momentum_is_that_of_the_matrices_alone(given: str, momenta: tuple[float, float]) -> None:
+    options = parse(["--model", "tiny", *given.split()])
     matrices, rest = build(GPT(PRESETS["tiny"], 16), settings(options), options).param_groups
     assert (matrices["orthogonalize"], rest["orthogonalize"]) == (True, False)
     assert (matrices["momentum"], rest["momentum"]) == momenta
+    assert (matrices["nesterov"], rest["nesterov"]) == (momenta[0] > 0, True)
 
 
 def test_products_of_a_peer_are_made_in_the_type_that_the_processor_is_quick_at() -> None:

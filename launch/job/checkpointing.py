@@ -21,12 +21,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from launch.job.identity import Identity, difference
+from launch.job.identity import Identity, difference, of_version_1
 from launch.job.world import UserError, World
 from sm3_dist.checkpoint import CheckpointError, TrainState, load
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Checkpoints:
@@ -200,15 +200,14 @@ class Checkpoints:
     def _first_problem(self, problem: str | None) -> str | None:
         return next(filter(None, self.world.gather(problem)), None)
 
-    def _refuse_other_run(self, path: Path, version: Any, run: Any) -> None:
-        if version != FORMAT_VERSION:
+    def _refuse_other_run(self, path: Path, version: Any, run: Identity) -> None:
+        if version not in (1, FORMAT_VERSION):
             raise UserError(
-                f"{path} was written in version {version} of the format, and this program knows version "
+                f"{path} was written in version {version} of the format, and this program knows those up to "
                 f"{FORMAT_VERSION}; resume with the program that wrote it"
             )
-        if run.get("optimizer") == "sm3" and run.get("recipe") is None:  # as it was written while this was the default
-            run = run | {"recipe": "adamw-like"}
-        if (differing := difference(run, self.identity)) is not None:
+        differing = difference(of_version_1(run) if version == 1 else run, self.identity)
+        if differing is not None:
             raise UserError(f"{path} belongs to another run: {differing}")
 
 

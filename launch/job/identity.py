@@ -29,6 +29,18 @@ def identify(options: Options, settings: Settings, corpus: str) -> Identity:
     return given | asdict(settings) | {"clip": str(options.clip_norm), CORPUS: corpus}  # JSON knows no infinity
 
 
+def of_version_1(saved: Identity) -> Identity:
+    """What the first version of the format wrote, in today's terms.
+
+    What the param groups of a checkpoint say is loaded with it, so a run goes on with the momenta that it had.
+    """
+    if saved.get("optimizer") == "sm3" and saved.get("recipe") is None:  # which stood for the default of its time
+        saved = {**saved, "recipe": "adamw-like"}
+    if saved.get("recipe") == "muon-like" and saved.get("momentum") == 0.9:  # which stood for none given
+        saved = {**saved, "momentum": 0.95}
+    return saved
+
+
 def difference(saved: Identity, run: Identity) -> str | None:
     """In what a run differs from the one that a checkpoint is of, and what to do about it; ``None``: in nothing.
 

@@ -36,7 +36,9 @@ class Options:
     batch_size: int = option(16, "sequences per step, over all ranks")
     seq_len: int = option(128, "bytes per sequence; the gpt2 model is GPT-2's 124 M parameters at 1024")
     lr: float | None = option(None, "learning rate; default: the best found for the optimizer", type=float)
-    momentum: float | None = option(None, "momentum (adamw: beta1); default: the optimizer's", type=float)
+    momentum: float | None = option(
+        None, "momentum (adamw: beta1; muon-like: of the matrices alone); default: the optimizer's", type=float
+    )
     beta: float | None = option(
         None, "decay of the squared gradients (adamw: beta2), for sm3 0 sums them; default: the optimizer's", type=float
     )

@@ -35,10 +35,11 @@ def sm3_adamw_like(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
 
 def sm3_muon_like(model: nn.Module, s: Settings, **sharding: Any) -> Optimizer:
     options = sm3_options(s)
-    if s.momentum == MATRIX["momentum"]:  # that of the matrices; the rest has another, unless told
-        del options["momentum"]
+    own = {"momentum": options.pop("momentum"), "nesterov": s.momentum > 0}  # the rest keeps the recipe's
     try:
-        return MuonLikeSM3(model.named_parameters(), s.lr, model=model, **options, **sharding)
+        groups = MuonLikeSM3.groups(model.named_parameters(), model)
+        groups = [group | own if group["orthogonalize"] is True else group for group in groups]
+        return MuonLikeSM3(groups, s.lr, model=model, **options, **sharding)
     except ValueError as error:  # matrices and others were flattened into one parameter
         raise UserError(f"--recipe muon-like: {error}") from error
 

@@ -11,7 +11,7 @@ class Settings:
 
     Args:
         lr: learning rate after warm-up.
-        momentum: decay of the momentum; AdamW's beta1. Of SM3's muon-like recipe that of the matrices.
+        momentum: decay of the momentum; AdamW's beta1. Of SM3's muon-like recipe that of the matrices alone.
         beta: decay of the squared gradients; AdamW's beta2. For SM3 0 sums them.
         weight_decay: decoupled weight decay.
         cover_block: SM3: elements of a row that one accumulator entry covers.
