@@ -15,6 +15,7 @@ from sm3_dist.layout.shard import LocalShard
 from sm3_dist.maths.rms import square_sum
 from sm3_dist.maths.update import Settings
 from sm3_dist.step.entry import HYPERPARAMETERS, Entry
+from sm3_dist.step.param_groups import averaging
 
 # Where there is a compiler, a library that is not there is a failure and no reason to skip.
 COMPILER = shutil.which("gcc") or shutil.which("clang")
@@ -153,7 +154,8 @@ def compare_boxes(
         if is_product:  # then as the recipe has it: updates are scaled, and their squares added up
             group |= {"beta": 0.95, "bias_correction": True, "update_rms": 1.0}
         group |= {"stochastic_rounding": is_random, "rounding_seed": 7}
-        settings = Settings(0.1, 0.9, group["beta"], 1e-30, 0.1, False, cover_product=is_product)
+        old, new = averaging(group, 0)
+        settings = Settings(0.1, 0.9, 1e-30, 0.1, False, cover_product=is_product, old=old, new=new)
         results = []
         for work in (EagerKernel, fused):
             param = nn.Parameter(weight.clone())

@@ -146,7 +146,8 @@ def test_every_vector_width(dtype, options, block, moment_dtype, shape):
         options = options | {"stochastic_rounding": False}
     generator = torch.Generator().manual_seed(1)
     group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.95} | options
-    settings = Settings(0.1, 0.9, 0.95, 1e-30, 0.1, False, bool(options), cover_product=block is not None)
+    numbers = {"nesterov": bool(options), "cover_product": block is not None, "old": 0.95, "new": 0.05}
+    settings = Settings(0.1, 0.9, 1e-30, 0.1, False, **numbers)
     weight, grad = torch.randn(shape, generator=generator).to(dtype), gradient(shape, dtype, generator, special=True)
     results = []
     for width in [None, *cpu.widths()]:
@@ -254,7 +255,7 @@ def test_float32_gradients_of_narrow_parameters_are_not_rounded():
         entry = Entry(param, group, shard, accumulators, None, torch.zeros(()), None, "x")
         running = work([entry])
         for param.grad in (grad, grad.bfloat16(), grad * 2):
-            running.update({id(group): Settings(0.1, 0.0, 0.0, 1e-30, 0.0, False)})
+            running.update({id(group): Settings(0.1, 0.0, 1e-30, 0.0, False)})
         results.append([param.detach(), *accumulators])
     for expected, actual in zip(*results, strict=True):
         assert_same(actual, expected, "float32 gradient")

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from sm3_dist import SM3
 from sm3_dist.checkpoint import get_state_dict, set_state_dict
 from sm3_dist.maths.reference import ReferenceState, reference_step
-from sm3_dist.step.param_groups import ADAMW_LIKE, correction, correction_of
+from sm3_dist.step.param_groups import ADAMW_LIKE, averaging, corrected_averaging
 
 SHARDED_COVERS = [("fsdp2", 4), ("hsdp", 4), ("tp-2d", 4), ("fsdp2-tp", 4)]
 
@@ -190,9 +190,18 @@ def test_eager_steps_on_a_device_wait_for_nothing(monkeypatch):
     assert {value.device.type for param in params for value in optimizer.state[param].values()} == {"meta"}
 
 
-def test_the_correction_on_a_device_is_that_of_the_host():
+def test_bias_correction_on_a_device_is_that_of_the_host():
     steps = torch.cat([torch.arange(2000.0), 2 ** torch.arange(11.0, 24.0)])
-    for beta in (0.0, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999):
+    for beta in (0.5, 0.9, 0.95, 0.99, 0.999, 0.9999):
         group = {"beta": beta, "bias_correction": True}
-        expected = torch.tensor([correction_of(group, step) for step in steps.tolist()], dtype=torch.float32)
-        assert torch.equal(correction(torch.tensor(beta, dtype=torch.float64), steps).float(), expected)
+        expected = torch.tensor([averaging(group, step) for step in steps.tolist()], dtype=torch.float32)
+        actual = torch.stack(corrected_averaging(torch.tensor(beta, dtype=torch.float64), steps), 1)
+        assert torch.equal(actual.float(), expected)
+
+
+def test_the_corrected_average_of_equal_squares_is_that_square():
+    group, average = {"beta": 0.9, "bias_correction": True}, 0.0
+    for step in range(200):
+        old, new = averaging(group, step)
+        average = old * average + new * 3.0
+        assert abs(average - 3) < 1e-12

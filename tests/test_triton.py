@@ -191,7 +191,7 @@ def check_that_the_host_reads_nothing() -> None:
 
     options = {"momentum": 0.9, "beta": 0.95, "bias_correction": True, "update_rms": 0.2}
     group = dict.fromkeys(HYPERPARAMETERS) | options
-    numbers = {"momentum": 0.9, "beta": 0.95, "eps": 1e-30, "weight_decay": 0.1, "maximize": False, "nesterov": True}
+    numbers = {"momentum": 0.9, "eps": 1e-30, "weight_decay": 0.1, "maximize": False, "nesterov": True}
     settings = Settings(torch.tensor(0.3), **numbers, cover_product=True, unscale=torch.tensor(0.5))
     results, works = [], []
     for work in (EagerKernel, TritonKernel):

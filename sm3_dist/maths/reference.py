@@ -84,7 +84,7 @@ def reference_step(
         eps: added under the square root.
         weight_decay: decoupled weight decay.
         maximize: follow the gradient up.
-        bias_correction: correct the moving average of squared gradients for having started at zero.
+        bias_correction: average squared gradients over the steps so far, without the zeros before them.
         nesterov: look ahead along the momentum.
         update_rms: scale the update before momentum by what would have given those before it this root mean square.
         cover_block: elements per block of the covers; ``None`` for whole slices.
@@ -113,15 +113,21 @@ def reference_step(
     dtype = state.accumulators[0].dtype
     state.step += 1
     g = -grad.to(dtype) if maximize else grad.to(dtype)
+    old, new = (beta, 1 - beta) if beta > 0 else (1, 1)
+    if bias_correction:
+        new = (1 - beta) / (1 - beta**state.step)
+        old = 1 - new
     covers = [_along(mu, i, weight.shape, cover_block) for i, mu in enumerate(state.accumulators)]
     smallest = functools.reduce(torch.minimum, covers)
     if cover_product and k > 1:
         limits = torch.finfo(dtype)  # of what may be infinite, the square of a finite gradient
         row, column, tile = (cover.clamp(max=limits.max) for cover in covers)
-        smallest = row * (column / tile.clamp(min=limits.tiny))
-    nu = g * g + smallest if beta == 0 else g * g * (1 - beta) + smallest * beta
-    corrected = nu * (1 / (1 - beta**state.step)) if bias_correction else nu
-    u = torch.rsqrt(corrected + eps) * g
+        smallest = row * (column / tile.clamp(min=limits.tiny) * old)
+    else:
+        smallest = smallest * old
+    nu = g * g * new + smallest
+    u = torch.rsqrt(nu + eps) * g
+    fresh = 1 - momentum
     if update_rms is not None:
         unit, largest = square_unit(u.numel())
         first = 1 if bias_correction else 1 / math.sqrt(1 - beta)
@@ -132,14 +138,16 @@ def reference_step(
             state.update_square_average = (
                 average - average // 10 + total // 10 if average > 0 else total if average < 0 else -1
             )
-        longest = 5 * update_rms
-        u = (u * u.new_tensor(1 / math.sqrt(mean) * update_rms)).clamp(-longest, longest)
+        wanted = update_rms * fresh
+        u = (u * u.new_tensor(1 / math.sqrt(mean) * wanted)).clamp(-5 * wanted, 5 * wanted)
+    else:
+        u = u * fresh
     if momentum > 0:
         m = state.momentum_buffer.to(dtype)
         if state.momentum_buffer.dtype == torch.int8:
             m = u.new_tensor(code_values())[state.momentum_buffer.long()]
-        m = m * momentum + u * (1 - momentum)
-        u = u * (1 - momentum) + m * momentum if nesterov else m
+        m = m * momentum + u
+        u = u + m * momentum if nesterov else m
         state.momentum_buffer = _rounded(m, state.momentum_buffer.dtype, rounding, state.step - 1, half=1)
     if orthogonalize and k > 1 and u.numel():
         u = _orthogonalized(_rounded(u, torch.bfloat16, rounding, state.step - 1, half=0)).to(dtype)

@@ -32,10 +32,11 @@ class Settings:
     Attributes:
         nesterov: look ahead: the update is ``momentum * m + (1 - momentum) * u`` with the new ``m``.
         cover_product: estimate from the product of the accumulators and not from their minimum.
-        correction: what corrects ``nu`` for having started at zero, ``1 / (1 - beta^t)``; 1 for no correction. A float
-            or a 0-dimensional tensor of the type and device of the accumulators.
-        scale: what the update before momentum is multiplied with; ``None``: nothing. A float or a 0-dimensional tensor
-            of the type and device of the accumulators.
+        old: what the estimate from the covers is multiplied with in ``nu``, ``beta`` or 1. A float or a 0-dimensional
+            tensor of the type and device of the accumulators.
+        new: likewise the squared gradient, ``1 - beta`` or 1.
+        scale: what the update is multiplied with before momentum; ``None``: :attr:`fresh`. A float or a 0-dimensional
+            tensor of the type and device of the accumulators.
         limit: where it is then cut off either way.
         unscale: what gradients are multiplied with first, the inverse of the loss scale; ``None``: nothing.
         rounding: how values are rounded to bfloat16 and to 8 bits; ``None``: to the nearest, as all other types are.
@@ -43,17 +44,27 @@ class Settings:
 
     lr: float | Tensor
     momentum: float
-    beta: float
     eps: float
     weight_decay: float
     maximize: bool
     nesterov: bool = False
     cover_product: bool = False
-    correction: float | Tensor = 1.0
+    old: float | Tensor = 1.0
+    new: float | Tensor = 1.0
     scale: float | Tensor | None = None
     limit: float = math.inf
     unscale: float | Tensor | None = None
     rounding: Rounding | None = None
+
+    @property
+    def direction(self) -> float:
+        """-1 up the gradient, 1 down."""
+        return -1.0 if self.maximize else 1.0
+
+    @property
+    def fresh(self) -> float:
+        """What of an update goes into the momentum, with the sign of the direction."""
+        return self.direction * (1 - self.momentum)
 
 
 def update_box(
@@ -85,20 +96,14 @@ def update_box(
     grad = grad.to(covers[0].dtype)
     if s.unscale is not None:
         grad = grad * s.unscale
-    nu = grad * grad
-    floor = _product(covers) if s.cover_product and len(covers) > 1 else _minimum(covers)
-    if s.beta > 0:
-        nu.mul_(1 - s.beta)
-        floor = floor * s.beta
-    nu.add_(floor)
-    corrected = nu * s.correction if isinstance(s.correction, Tensor) or s.correction != 1 else nu
-    update = _inverse_root(corrected + s.eps).mul_(grad)
-    if s.maximize:
-        update.neg_()
+    floor = _product(covers, s.old) if s.cover_product and len(covers) > 1 else _minimum(covers) * s.old
+    nu = (grad * grad).mul_(s.new).add_(floor)
+    update = _inverse_root(nu + s.eps).mul_(grad)
     if squares is not None:
         squares.add(update)
-    if s.scale is not None:
-        update.mul_(s.scale).clamp_(-s.limit, s.limit)
+    update.mul_(s.fresh if s.scale is None else s.scale)
+    if s.limit < math.inf:
+        update.clamp_(-s.limit, s.limit)
     noise = None
     if s.rounding is not None:
         assert box is not None
@@ -106,7 +111,7 @@ def update_box(
     if momentum_buffer is not None:
         stored = decode(momentum_buffer) if momentum_buffer.dtype == torch.int8 else momentum_buffer
         moment = stored.to(nu.dtype)
-        moment.mul_(s.momentum).add_(update.mul_(1 - s.momentum))
+        moment.mul_(s.momentum).add_(update)
         if moment is not momentum_buffer:
             _store(momentum_buffer, moment, MOMENTUM, noise)
         if s.nesterov:
@@ -130,8 +135,8 @@ def _minimum(covers: Sequence[Tensor]) -> Tensor:
     return floor
 
 
-def _product(covers: Sequence[Tensor]) -> Tensor:
-    """``mu_0(j_0) * mu_1(j_1) / mu_k * …``, where ``mu_k`` is that of the tile.
+def _product(covers: Sequence[Tensor], old: float | Tensor) -> Tensor:
+    """``mu_0(j_0) * (mu_1(j_1) / mu_2 * old)``, where ``mu_2`` is that of the tile; for a row's factor is its own.
 
     In a tile whose values are products of a row's factor and a column's this is the value itself, where the minimum is
     that of the larger factor. It is no larger than the minimum.
@@ -139,13 +144,9 @@ def _product(covers: Sequence[Tensor]) -> Tensor:
     An entry is infinite after a finite gradient whose square is not. It counts as the largest finite number, lest the
     product be NaN: ``inf / inf``, or ``inf * 0`` beside it. NaN stays NaN.
     """
-    *sides, tile = covers
+    row, column, tile = covers
     limits = torch.finfo(tile.dtype)
-    tile = tile.clamp(limits.tiny, limits.max)
-    product, *others = [side.clamp(max=limits.max) for side in sides]
-    for side in others:
-        product = product * (side / tile)
-    return product
+    return row.clamp(max=limits.max) * (column.clamp(max=limits.max) / tile.clamp(limits.tiny, limits.max) * old)
 
 
 def _inverse_root(x: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ def update_rows(weight: Tensor, grad: Tensor, accumulators: Sequence[Tensor], se
     """Take one step on the rows that a sparse gradient has values for; the cover is the rows alone.
 
     Duplicate indices are summed first. Other rows and their accumulators stay as they are, weight decay included, and
-    momentum is ignored. The accumulators of the other dimensions are raised where need be, so that they remain upper
+    momentum is ignored: updates are taken whole. The accumulators of the other dimensions are raised where need be, so that they remain upper
     bounds should a dense gradient follow.
 
     Args:

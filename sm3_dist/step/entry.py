@@ -16,7 +16,7 @@ from sm3_dist.maths.rms import CUT_OFF, SquareSum
 from sm3_dist.maths.rounding import Rounding
 from sm3_dist.maths.update import Settings, update_rows, update_shard
 from sm3_dist.step.cut_cover import CutCover
-from sm3_dist.step.param_groups import correction, correction_of, first_rms
+from sm3_dist.step.param_groups import averaging, corrected_averaging, first_rms
 
 HYPERPARAMETERS = (
     *("lr", "momentum", "beta", "eps", "weight_decay", "maximize"),
@@ -97,6 +97,7 @@ class Entry:
                     f"{self.label} has a sparse gradient, which SM3 takes for unsharded parameters alone, but its "
                     f"layout is {self.shard.layout}. Use nn.Embedding(..., sparse=False) here."
                 )
+            settings = replace(settings, scale=settings.direction)
             update_rows(self.param, grad, self.accumulators, settings)
         elif self.shard.boxes:
             weight, grad = local_tensor(self.param), self.local_grad(grad)
@@ -105,10 +106,12 @@ class Entry:
     def _of_this_tensor(self, settings: Settings) -> Settings:
         """The settings of the group, with what depends on the steps that this tensor has taken."""
         if self.group["bias_correction"]:
-            settings = replace(settings, correction=self._correction())
+            old, new = self._averaging()
+            settings = replace(settings, old=old, new=new)
         if self.squares is not None:
-            scale = self.squares.scale(self.group["update_rms"], first_rms(self.group), self.accumulators[0].dtype)
-            settings = replace(settings, scale=scale, limit=CUT_OFF * self.group["update_rms"])
+            rms = self.group["update_rms"] * settings.fresh
+            scale = self.squares.scale(rms, first_rms(self.group), self.accumulators[0].dtype)
+            settings = replace(settings, scale=scale, limit=CUT_OFF * abs(rms))
         return replace(settings, rounding=self.rounding())
 
     def rounding(self) -> Rounding | None:
@@ -119,12 +122,13 @@ class Entry:
         step = int(self.step.item()) if self.step.device.type == "cpu" else self.step.long()
         return Rounding(seed, step, self.number, self.shard.shape, bfloat16)
 
-    def _correction(self) -> float | Tensor:
-        """What corrects ``nu`` for its start at 0. The host does not wait for a GPU to tell the number of steps."""
+    def _averaging(self) -> tuple[float | Tensor, float | Tensor]:
+        """The weights of ``nu`` with bias correction. The host does not wait for a GPU to tell the number of steps."""
         if self.step.device.type == "cpu":
-            return correction_of(self.group, self.step.item())
+            return averaging(self.group, self.step.item())
         beta = torch.full_like(self.step, self.group["beta"], dtype=torch.float64)
-        return correction(beta, self.step).to(self.accumulators[0].dtype)
+        old, new = corrected_averaging(beta, self.step)
+        return old.to(self.accumulators[0].dtype), new.to(self.accumulators[0].dtype)
 
     def local_grad(self, grad: Tensor) -> Tensor:
         """The gradient of exactly the elements that this rank holds."""

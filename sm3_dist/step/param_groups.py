@@ -91,18 +91,36 @@ def settings_of(group: dict[str, Any], unscale: float | Tensor | None) -> Settin
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.item() if lr.device.type == "cpu" else lr.reshape(())
-    names = ("momentum", "beta", "eps", "weight_decay", "maximize", "nesterov", "cover_product")
-    return Settings(lr, **{name: group[name] for name in names}, unscale=unscale)
+    names = ("momentum", "eps", "weight_decay", "maximize", "nesterov", "cover_product")
+    old, new = averaging(group, 0)
+    return Settings(lr, **{name: group[name] for name in names}, old=old, new=new, unscale=unscale)
 
 
-def correction_of(group: Mapping[str, Any], step: float) -> float:
-    """What corrects the moving average of squared gradients for its start at 0, after ``step`` steps; 1 for nothing."""
-    return 1 / (1 - float(group["beta"]) ** (step + 1)) if group["bias_correction"] else 1.0
+def averaging(group: Mapping[str, Any], step: float) -> tuple[float, float]:
+    """The weights of the covers and of the squared gradient in ``nu``, after ``step`` steps; 1 and 1 for sums.
+
+    With bias correction that of the gradient is ``(1 - beta) / (1 - beta^t)`` in step ``t``, as in section 7.1 of the
+    paper on Adafactor (arXiv 1804.04235): what is averaged is then an average of the gradients so far, and not of them
+    and zeros before.
+
+    Example:
+        >>> group = {"beta": 0.5, "bias_correction": True}
+        >>> averaging(group, 0), averaging(group | {"bias_correction": False}, 0), averaging({"beta": 0}, 0)
+        ((0.0, 1.0), (0.5, 0.5), (1.0, 1.0))
+    """
+    beta = float(group["beta"])
+    if not beta:
+        return 1.0, 1.0
+    if not group["bias_correction"]:
+        return beta, 1 - beta
+    new = (1 - beta) / (1 - beta ** (step + 1))
+    return 1 - new, new
 
 
-def correction(beta: Tensor, step: Tensor) -> Tensor:
-    """As :func:`correction_of`, on the device where the counts of steps are; 1 where ``beta`` is 0. In float64."""
-    return 1 / (1 - beta ** (step.double() + 1))
+def corrected_averaging(beta: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`averaging` with bias correction, on the device where the counts of steps are; in float64."""
+    new = (1 - beta) / (1 - beta ** (step.double() + 1))
+    return 1 - new, new
 
 
 def first_rms(group: Mapping[str, Any]) -> float:

@@ -31,7 +31,7 @@ from sm3_dist.layout.shard import LocalShard
 from sm3_dist.maths.rms import CUT_OFF
 from sm3_dist.maths.update import Settings
 from sm3_dist.step.entry import Entry
-from sm3_dist.step.param_groups import correction_of, first_rms
+from sm3_dist.step.param_groups import averaging, first_rms
 
 WEIGHT, GRAD, MOMENT, OPERANDS, MAX_THREADS = 0, 1, 2, 3, 256
 PARAM_FIELDS = 4
@@ -47,12 +47,12 @@ _IMPORTED_BY = os.getpid()
 
 class _Settings(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_float) for name in ("lr", "decay", "momentum", "fresh", "beta", "one_minus_beta", "eps")),
+        *((name, ctypes.c_float) for name in ("lr", "decay", "momentum", "fresh", "old", "new", "eps")),
         *((name, ctypes.c_float) for name in ("unscale", "limit")),
-        *((name, ctypes.c_int32) for name in ("simple", "shaped", "nesterov", "product")),
+        *((name, ctypes.c_int32) for name in ("corrected", "simple", "shaped", "nesterov", "product")),
         *((name, ctypes.c_double) for name in ("update_rms", "first_square")),
         ("seed", ctypes.c_uint64),
-        *((name, ctypes.c_float) for name in ("correction", "scale", "per_one", "cap")),
+        *((name, ctypes.c_float) for name in ("scale", "per_one", "cap")),
     )
 
 
@@ -107,7 +107,10 @@ class _Tensor(ctypes.Structure):
 
 
 class _Param(ctypes.Structure):  # the table of these is an array of integers, which is faster to fill
-    _fields_ = (*((name, ctypes.c_void_p) for name in ("weight", "grad", "step")), ("correction", ctypes.c_double))
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "grad", "step")),
+        *((name, ctypes.c_float) for name in ("old", "new")),
+    )
 
 
 def unavailable() -> str | None:
@@ -221,7 +224,6 @@ class CKernel:
         first = [entries[0] for entries in self._operands.entries_of]
         self._table = array("q", bytes(8 * PARAM_FIELDS * len(first)))
         self._table[2::PARAM_FIELDS] = array("q", [entry.step.data_ptr() for entry in first])
-        self._table[3::PARAM_FIELDS] = array("q", array("d", [1.0] * len(first)).tobytes())
         # (A Python float costs less to read this way than from a tensor.)
         self._steps = [(entry.group, ctypes.c_float.from_address(entry.step.data_ptr())) for entry in first]
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -324,7 +326,7 @@ class CKernel:
         addresses, kept, eager = operands.grads()
         self._table[1::PARAM_FIELDS] = array("q", addresses)
         if any(group["bias_correction"] for group in self._groups):
-            self._table[3::PARAM_FIELDS] = self._corrections()
+            self._table[3::PARAM_FIELDS] = self._averaging()
         for tensor, entry in self._released:
             _point(tensor, entry)
         for target, group in zip(self._group_settings, self._groups, strict=True):
@@ -336,10 +338,10 @@ class CKernel:
                 entry.update(settings[id(entry.group)])
             operands.entries_of[i][0].step.add_(1)
 
-    def _corrections(self) -> array[int]:
-        """The bits of what corrects the moving average of each parameter's squared gradients for its start at 0."""
-        values = array("d", [correction_of(group, step.value) for group, step in self._steps])
-        return array("q", values.tobytes())
+    def _averaging(self) -> array[int]:
+        """The bits of the two weights in the moving average of each parameter's squared gradients."""
+        weights = array("f", [weight for group, step in self._steps for weight in averaging(group, step.value)])
+        return array("q", weights.tobytes())
 
     def _step(self) -> None:
         library = _loaded()
@@ -367,14 +369,16 @@ def _write(target: Any, s: Settings, group: Mapping[str, Any]) -> None:
     lr = float(s.lr)
     target.lr, target.eps, target.momentum = lr, s.eps, s.momentum
     target.decay = 1 - lr * s.weight_decay
-    target.fresh = (1 - s.momentum if s.momentum else 1.0) * (-1 if s.maximize else 1)
-    target.beta, target.one_minus_beta = (s.beta, 1 - s.beta) if s.beta > 0 else (1.0, 1.0)
+    target.fresh, target.old, target.new = s.fresh, s.old, s.new
     target.unscale = 1.0 if s.unscale is None else float(s.unscale)
-    target.simple = not (s.maximize and not s.momentum) and target.decay == 1 and s.beta == 0 and target.unscale == 1
+    target.corrected = bool(group["bias_correction"])
+    is_plain = target.decay == target.unscale == s.old == s.new == 1
+    target.simple = is_plain and not (s.maximize and not s.momentum)
     target.nesterov, target.product = s.nesterov, s.cover_product
     target.limit = math.inf
     target.seed = group["rounding_seed"] or 0
     rms = group["update_rms"]
     if rms is not None:
-        target.limit, target.update_rms, target.first_square = CUT_OFF * rms, rms, first_rms(group) ** 2
-    target.shaped = rms is not None or bool(group["bias_correction"]) or s.nesterov
+        rms *= s.fresh
+        target.limit, target.update_rms, target.first_square = CUT_OFF * abs(rms), rms, first_rms(group) ** 2
+    target.shaped = rms is not None or s.nesterov

@@ -13,6 +13,7 @@ struct panel {
     const struct tensor *t;
     int64_t strip, block;           /* number of the strip, and of the first block of columns */
     int64_t blocks;                 /* of columns */
+    float old;                      /* weight of what the covers say, with which floors and covers are multiplied */
     int64_t row, rows, column, columns; /* of what is stored */
     int32_t *of_rows, *of_columns;  /* gathered aside; entries of a row lie together */
     float *floors, *tiles, *covers; /* by column, by block, by row and block */
@@ -68,17 +69,16 @@ static void begin_panel(struct panel *p, float *workspace) {
     p->of_columns = (int32_t *)(p->covers + p->rows * blocks);
     p->of_rows = p->of_columns + n;
     memset(p->of_columns, 0, (size_t)(n + p->rows * blocks) * sizeof(int32_t));
-    memcpy(p->floors, columns, (size_t)n * sizeof(float));
     for (int64_t i = 0, c = 0; i < blocks; i++) {
         p->tiles[i] = is_product ? divisor(tiles[i]) : tiles[i];
         int64_t end = span_of(&p->t->side[1], p->block + i).stop - p->column;
-        for (; is_product && c < end; c++) p->floors[c] = bounded(columns[c]) / p->tiles[i];
+        for (; c < end; c++) p->floors[c] = (is_product ? bounded(columns[c]) / p->tiles[i] : columns[c]) * p->old;
     }
     for (int64_t r = 0; r < p->rows; r++) {
         const float *entries = row_entries(p, p->row + r);
         float *covers = p->covers + r * blocks;
         for (int64_t i = 0; i < blocks; i++)
-            covers[i] = is_product ? bounded(entries[i]) : lesser(entries[i], p->tiles[i]);
+            covers[i] = is_product ? bounded(entries[i]) : lesser(entries[i], p->tiles[i]) * p->old;
     }
 }
 
@@ -132,6 +132,8 @@ static void sweep_panel(struct panel *p, const struct matrix *first, const struc
 
 static void sweep_blocks(const struct step *step, const struct tensor *t, int64_t from, int64_t to, float *workspace) {
     struct panel p = {.pass = pass_over(step, t), .t = t};
+    p.old = p.pass.settings.old;
+    p.pass.settings.old = 1; /* what the covers say is multiplied with it before the rows are worked through */
     const struct matrix *first = step->matrices + t->first_box, *end = first + t->boxes;
     for (p.strip = from; p.strip < to; p.strip++) {
         struct span rows = span_of(&t->side[0], p.strip);

@@ -26,8 +26,8 @@ WIDE_INLINE void OF(store_of)(void *p, int64_t j, OF(floats) x, const uint16_t *
 }
 
 struct OF(numbers) { /* that are the same for all elements */
-    OF(floats) one, unscale, one_minus_beta, beta, correction, eps; /* as in struct settings; */
-    OF(floats) per_one, cap, scale, least, limit, fresh, momentum, decay, lr; /* least: -limit */
+    OF(floats) one, unscale, new, old, eps; /* as in struct settings; */
+    OF(floats) per_one, cap, scale, least, limit, momentum, decay, lr; /* least: -limit */
     OF(floats) is_ahead; /* a mask: whether momentum is Nesterov's */
     OF(ints) length;     /* a mask: bits without the sign */
 };
@@ -36,16 +36,14 @@ WIDE_INLINE struct OF(numbers) OF(numbers_of)(const struct settings *s) {
     return (struct OF(numbers)){
         .one = OF(every)(1),
         .unscale = OF(every)(s->unscale),
-        .one_minus_beta = OF(every)(s->one_minus_beta),
-        .beta = OF(every)(s->beta),
-        .correction = OF(every)(s->correction),
+        .new = OF(every)(s->new),
+        .old = OF(every)(s->old),
         .eps = OF(every)(s->eps),
         .per_one = OF(every)(s->per_one),
         .cap = OF(every)(s->cap),
         .scale = OF(every)(s->scale),
         .least = OF(every)(-s->limit),
         .limit = OF(every)(s->limit),
-        .fresh = OF(every)(s->fresh),
         .momentum = OF(every)(s->momentum),
         .decay = OF(every)(s->decay),
         .lr = OF(every)(s->lr),
@@ -74,9 +72,8 @@ WIDE_INLINE void OF(take_square)(const struct OF(numbers) *c, const struct OF(li
     if (blocked)
         floor = OF(mul)(cover, floor);
     else
-        g = OF(mul)(g, c->unscale);
-    OF(floats) nu = OF(mul)(OF(mul)(g, g), c->one_minus_beta);
-    nu = OF(add)(nu, OF(mul)(floor, c->beta));
+        g = OF(mul)(g, c->unscale), floor = OF(mul)(floor, c->old);
+    OF(floats) nu = OF(add)(OF(mul)(OF(mul)(g, g), c->new), floor);
     OF(ints) bits = OF(bits)(nu), peak = OF(bits)(OF(load_floats)((const float *)(x->peaks + j), there));
     if (!blocked) bits = OF(and)(bits, c->length);
     OF(store_floats)((float *)(x->peaks + j), OF(real)(OF(larger)(peak, bits)), there);
@@ -85,7 +82,7 @@ WIDE_INLINE void OF(take_square)(const struct OF(numbers) *c, const struct OF(li
     else
         OF(store_floats)((float *)(x->nus + j), OF(real)(bits), there);
     OF(put)(&way->grad[slot], g);
-    OF(put)(&way->square[slot], OF(add)(OF(mul)(nu, c->correction), c->eps));
+    OF(put)(&way->square[slot], OF(add)(nu, c->eps));
 }
 
 WIDE_INLINE void OF(take_root)(struct OF(way) *way, int slot) { OF(put)(&way->root[slot], OF(sqrt)(way->square[slot])); }
@@ -101,7 +98,7 @@ WIDE_INLINE void OF(apply)(const struct OF(numbers) *c, const struct OF(line) *x
     OF(floats) square = OF(mul)(OF(mul)(u, u), c->per_one);
     OF(add_to)(sum, OF(min)(square, c->cap), there, is_wide); /* (of NaN and the cap, the second) */
     u = OF(max)(c->least, OF(mul)(u, c->scale));
-    u = OF(mul)(OF(min)(c->limit, u), c->fresh);
+    u = OF(min)(c->limit, u);
     if (x->moment != NONE) {
         OF(floats) mean = OF(add)(OF(mul)(OF(load_of)(x->m, j, x->moment, there), c->momentum), u);
         OF(store_of)(x->m, j, mean, x->noise[MOMENT], x->moment, there);

@@ -27,8 +27,8 @@ static struct pass pass_over(const struct step *step, const struct tensor *t) {
     int kind = (int)((t->type[WEIGHT] * 4 + t->type[GRAD]) * 4 + t->type[MOMENT]);
     struct pass p = {t, step->params + t->param, step->width, kind, step->settings[t->group], 0};
     struct settings *s = &p.settings;
-    s->correction = (float)p.param->correction;
-    s->scale = 1;
+    if (s->corrected) s->old = p.param->old, s->new = p.param->new;
+    s->scale = s->fresh;
     s->shaped |= t->rounds || t->type[MOMENT] == CODE || t->strided;
     if (t->partial) {
         double per_one = t->cap / (32 * 32);

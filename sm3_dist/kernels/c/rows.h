@@ -17,10 +17,10 @@ INLINE int32_t row_of(int weight, int grad, int moment, int simple, int64_t n, v
             if (!simple) x *= s.unscale;
             float least = floor < floors[j] ? floor : floors[j]; /* floors[j] if that is NaN; floor never is */
             float nu = x * x;
-            if (!simple) nu *= s.one_minus_beta, least *= s.beta;
+            if (!simple) nu *= s.new, least *= s.old;
             nu += least;
             float u = 1.0f / sqrtf(nu + s.eps) * x;
-            if (!simple || moment != NONE) u *= s.fresh;
+            if (!simple || moment != NONE) u *= s.scale;
             if (moment != NONE) {
                 u = load(m, j, moment) * s.momentum + u;
                 store(m, j, u, moment);

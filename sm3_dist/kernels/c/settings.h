@@ -5,20 +5,19 @@ struct settings { /* of one param group in one step; the last ones of one tensor
     float decay;          /* 1 - lr * weight_decay */
     float momentum;
     float fresh;          /* 1 - momentum, negative to maximize; without momentum 1 or -1 */
-    float beta;           /* 1 for sums */
-    float one_minus_beta; /* 1 for sums */
+    float old, new;       /* weights in nu of what the covers say and of the square of the gradient; 1 for sums */
     float eps;
     float unscale;        /* factor on the gradients */
     float limit;          /* of the length of an update before momentum, infinity for none */
-    int32_t simple;       /* decay, beta, one_minus_beta, unscale are all 1, and nothing is maximized */
+    int32_t corrected;    /* old and new are those of the parameter */
+    int32_t simple;       /* decay, old, new, unscale are all 1, and nothing is maximized */
     int32_t shaped;       /* what follows is of interest: it takes shaped.h */
     int32_t nesterov;
     int32_t product;      /* cover_product */
-    double update_rms;    /* 0 for none */
+    double update_rms;    /* times fresh; 0 for none */
     double first_square;  /* of the root mean square of a first update */
     uint64_t seed;        /* of stochastic rounding */
     /* Of one tensor, filled in by pass_over(). */
-    float correction;     /* for the moving average's start at 0 */
-    float scale;          /* of updates */
+    float scale;          /* of updates before momentum */
     float per_one, cap;   /* units of a square of 1, and the largest square in units */
 };

@@ -83,8 +83,8 @@ INLINE int32_t block_of(int weight, int grad, int moment, int product, int is_wi
     for (int64_t j = 0; j < n; j++) {
         float x = load(g, j, grad) * s.unscale;
         float least = product ? cover * floors[j] : lesser(cover, floors[j]);
-        float nu = x * x * s.one_minus_beta + least * s.beta;
-        float u = 1.0f / sqrtf(nu * s.correction + s.eps) * x;
+        float nu = x * x * s.new + least * s.old;
+        float u = 1.0f / sqrtf(nu + s.eps) * x;
         float square = u * u * s.per_one;
         double rest = square < s.cap ? square : s.cap;
         union wide part;
@@ -98,7 +98,6 @@ INLINE int32_t block_of(int weight, int grad, int moment, int product, int is_wi
         u *= s.scale;
         u = u < -s.limit ? -s.limit : u;
         u = u > s.limit ? s.limit : u;
-        u *= s.fresh;
         if (moment != NONE) {
             float mean = load(m, j, moment) * s.momentum + u;
             store(m, j, mean, moment);

@@ -52,7 +52,7 @@ struct param { /* what may differ in every step */
     char *weight;
     char *grad; /* null: no gradient, leave everything as it is */
     float *step;
-    double correction; /* for the start of the moving average of squared gradients */
+    float old, new; /* as in struct settings */
 };
 
 struct piece { /* rows of a tensor to be worked through, from one position to another */

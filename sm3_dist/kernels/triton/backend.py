@@ -1,7 +1,7 @@
 """The Triton backend: the tensors of one GPU in a few launches, without the host waiting for the device.
 
-The tables that the kernels read are written anew only when they change. What changes in every step, corrections and
-scales, is computed on the device. So a step whose gradients stay where they are launches kernels and nothing else.
+The tables that the kernels read are written anew only when they change. What changes in every step, weights in
+``nu`` and scales, is computed on the device. So a step whose gradients stay where they are launches kernels and nothing else.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class TritonKernel:
             work.aside.zero_()
         self._clean = False
         lanes = int(ends.LANES)
-        counters = (self._params, self._param_count, self._averages, self._write_made_of())
+        counters = (self._params, self._param_count, self._averages, self._write_made_of(settings))
         programs = -(-len(operands.params) // lanes)
         self._begin(ends.begin_step, programs, (*counters, addresses, work.factors, work.counts))
         for launch in work.launches:
@@ -139,7 +139,10 @@ class TritonKernel:
         self, weights: list[int], grads: list[int], of_groups: Sequence[Settings], as_surveyed: bool
     ) -> None:
         """Write the work list anew, if it is not that of these addresses and settings."""
-        flags = [Flags(s.nesterov, s.cover_product, s.eps >= LEAST_EPS, s.unscale is not None) for s in of_groups]
+        flags = [
+            Flags(s.nesterov, s.cover_product, group["beta"] > 0, s.eps >= LEAST_EPS, s.unscale is not None)
+            for s, group in zip(of_groups, self._groups, strict=True)
+        ]
         if grads != self._seen:
             odd = {i for i, address in enumerate(grads) if address % 16 and address != EMPTY}
             if not odd <= self._unaligned:
@@ -169,12 +172,13 @@ class TritonKernel:
                 row[int(matrix.UNSCALE)].copy_(s.unscale)
         return table
 
-    def _write_made_of(self) -> Tensor:
-        """What corrections and scales are made of, besides steps and averages."""
+    def _write_made_of(self, settings: Mapping[int, Settings]) -> Tensor:
+        """What weights in ``nu`` and scales are made of, besides steps and averages."""
         of_group: dict[int, tuple[Any, ...]] = {
             id(group): (
-                group["beta"] if group["bias_correction"] else 0.0,
-                1.0 if group["update_rms"] is None else group["update_rms"],
+                float(group["beta"]),
+                float(group["bias_correction"]),
+                1.0 if group["update_rms"] is None else group["update_rms"] * settings[id(group)].fresh,
                 first_rms(group) ** 2,
             )
             for group in self._groups
@@ -189,11 +193,9 @@ class TritonKernel:
 
 def _numbers(s: Settings, update_rms: float | None, seed: int) -> tuple[float | int, ...]:
     """The settings of a param group that are arguments of kernels, always of the same types."""
-    fresh = (1 - s.momentum if s.momentum else 1.0) * (-1 if s.maximize else 1)
-    averages = (s.beta, 1 - s.beta) if s.beta > 0 else (1.0, 1.0)
-    limit = math.inf if update_rms is None else CUT_OFF * update_rms
+    limit = math.inf if update_rms is None else CUT_OFF * abs(update_rms * s.fresh)
     words = (seed & 0xFFFFFFFF, seed >> 32)
     return (
-        *map(float, (s.momentum, fresh, *averages, s.eps, limit)),
+        *map(float, (s.momentum, s.fresh, s.eps, limit)),
         *(w - (1 << 32) if w >> 31 else w for w in words),
     )

@@ -7,11 +7,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sm3_dist.kernels.triton.matrix import CORRECTION, FACTOR_FIELDS, SCALE
+from sm3_dist.kernels.triton.matrix import FACTOR_FIELDS, NEW, OLD, SCALE
 
 # Fields of the tables.
 P_STEP, P_FIRST, P_TENSORS, PARAM_FIELDS = map(tl.constexpr, range(4))
-F_BETA, F_RMS, F_FIRST_SQUARE, F_UNIT, MADE_OF_FIELDS = map(tl.constexpr, range(5))
+F_BETA, F_CORRECTED, F_RMS, F_FIRST_SQUARE, F_UNIT, MADE_OF_FIELDS = map(tl.constexpr, range(6))
 PIECE_PARAM, PIECE_FROM, PIECE_TO, PIECE_LENGTH, PIECE_FIELDS = map(tl.constexpr, range(5))
 PIECE = tl.constexpr(1024)
 """Entries that a program brings."""
@@ -29,7 +29,7 @@ def begin_step(
     factors,  # float32, FACTOR_FIELDS per tensor
     counts,  # int32, how many steps each tensor has taken before
 ):
-    """Note the steps taken and what depends on them, and count one more: ``correction`` and ``scale``, on the GPU.
+    """Note the steps taken and what depends on them, and count one more: the weights in ``nu`` and ``scale``.
 
     (A power is made of a logarithm. In float64 it is within its last bits, of which none is left in float32.)
     """
@@ -45,15 +45,18 @@ def begin_step(
         these = there & (i < tensors)
         of = made_of + (first + i) * MADE_OF_FIELDS
         beta = tl.load(of + F_BETA, mask=these, other=0.0)
-        power = tl.exp2(tl.log2(tl.where(beta > 0, beta, 1.0)) * (step.to(tl.float64) + 1))
-        correction = 1 / (1 - tl.where(beta > 0, power, 0.0))
+        power = tl.exp2(tl.log2(tl.where(beta > 0, beta, 0.5)) * (step.to(tl.float64) + 1))
+        is_corrected = tl.load(of + F_CORRECTED, mask=these, other=0.0) > 0
+        new = tl.where(is_corrected, tl.where(step > 0, (1 - beta) / (1 - power), 1.0), 1 - beta)
+        old = tl.where(is_corrected, 1 - new, tl.where(beta > 0, beta, 1.0))
         at = tl.load(averages + first + i, mask=these, other=0)
         average = tl.load(at.to(tl.pointer_type(tl.int64)), mask=these & (at != 0), other=0)
         first_square = tl.load(of + F_FIRST_SQUARE, mask=these, other=1.0)
         mean = tl.where(average > 0, average.to(tl.float64) / tl.load(of + F_UNIT, mask=these, other=1.0), first_square)
         scale = (1 / tl.sqrt(mean)) * tl.load(of + F_RMS, mask=these, other=1.0)
         factor = factors + (first + i) * FACTOR_FIELDS
-        tl.store(factor + CORRECTION, correction.to(tl.float32), mask=these)
+        tl.store(factor + OLD, old.to(tl.float32), mask=these)
+        tl.store(factor + NEW, new.to(tl.float32), mask=these)
         tl.store(factor + SCALE, scale.to(tl.float32), mask=these)
         tl.store(counts + first + i, step.to(tl.int32), mask=these)
     tl.store(steps, step + 1.0, mask=there)

@@ -48,7 +48,7 @@ M_ROW_PLACE, M_COLUMN_PLACE, M_ROW_COVERS, M_COLUMN_COVERS, M_TILE_COVERS = map(
 M_ROW_LINE, M_COLUMN_LINE, M_ROW_ASIDE, M_COLUMN_ASIDE, M_TILE_ASIDE, M_TABLE = map(tl.constexpr, range(19, 25))
 MATRIX_FIELDS = tl.constexpr(25)
 LR, DECAY, UNSCALE, GROUP_FIELDS = map(tl.constexpr, range(4))
-CORRECTION, SCALE, PER_ONE, FACTOR_FIELDS = map(tl.constexpr, range(4))
+OLD, NEW, SCALE, PER_ONE, FACTOR_FIELDS = map(tl.constexpr, range(5))
 
 
 @triton.jit
@@ -85,9 +85,7 @@ def step_strip(
     factors,  # float32, FACTOR_FIELDS per tensor
     counts,  # int32, how many steps each tensor has taken before
     momentum,
-    fresh,  # what a new update is multiplied with: 1 - momentum, with the sign of maximize
-    beta,
-    one_minus_beta,
+    fresh,  # what updates are multiplied with that are not scaled: 1 - momentum, with the sign of maximize
     eps,
     limit,
     seed_low,
@@ -96,7 +94,7 @@ def step_strip(
     GRAD: tl.constexpr,
     MOMENT: tl.constexpr,  # None: no momentum
     UNSCALED: tl.constexpr,  # whether gradients are to be multiplied with an inverse loss scale
-    CORRECT: tl.constexpr,  # whether nu is corrected for its start at 0
+    AVERAGE: tl.constexpr,  # whether nu is a moving average, and not a sum
     SQUARES: tl.constexpr,  # whether updates are scaled, and their squares added up: 2 in halves, 1 in 64 bits; 0: not
     NESTEROV: tl.constexpr,
     NORMAL_RANGE: tl.constexpr,  # whether eps is at least 2^-100
@@ -192,6 +190,9 @@ def step_strip(
             sides = quotient(sides, tl.broadcast_to(tiles[:, None], (GROUPS, SIDE)))
         else:
             sides = tl.minimum(sides, tiles[:, None], propagate_nan=tl.PropagateNan.ALL)
+    if AVERAGE:
+        old = tl.load(factor + OLD)
+        sides = sides * old
 
     if SQUARES > 0:
         THREAD: tl.constexpr = 4 if tl.float32 == WEIGHT else 8
@@ -228,18 +229,21 @@ def step_strip(
                 covers = tl.minimum(covers, HUGE, propagate_nan=tl.PropagateNan.ALL)
                 floor = covers[:, :, None] * sides[None, :, :]
             else:
+                if AVERAGE:
+                    covers = covers * old
                 floor = tl.minimum(covers[:, :, None], sides[None, :, :], propagate_nan=tl.PropagateNan.ALL)
 
             # The update, line by line that of update_box; factors that are not asked for are 1, and exact.
             grad = widened(grad, GRAD)
             if UNSCALED:
                 grad = grad * tl.load(group + UNSCALE)
-            nu = grad * grad * one_minus_beta + floor * beta
+            nu = grad * grad
+            if AVERAGE:
+                nu = nu * tl.load(factor + NEW)
+            nu = nu + floor
             peak = tl.where(there, bits_of(nu), 0)
             peaks = tl.maximum(peaks, peak)
             raised(row_covers + at_row, row_aside + at_row, tl.max(peak, axis=2), is_row, ASIDE)
-            if CORRECT:
-                nu = nu * tl.load(factor + CORRECTION)
             update = inverse_root(nu + eps, NORMAL_RANGE) * grad
             if SQUARES > 0:
                 per_one, counted = tl.load(factor + PER_ONE), tl.where(there, update, 0.0)
@@ -252,7 +256,8 @@ def step_strip(
                 update = update * tl.load(factor + SCALE)
                 update = tl.maximum(update, -limit, propagate_nan=tl.PropagateNan.ALL)
                 update = tl.minimum(update, limit, propagate_nan=tl.PropagateNan.ALL)
-            update = update * fresh
+            else:
+                update = update * fresh
             if RANDOM or tl.int8 == MOMENT:
                 w_noise, m_noise = noise_at(
                     places, row_places + below, number, count, seed_low, seed_high, VECTOR, TALL, GROUPS, SIDE

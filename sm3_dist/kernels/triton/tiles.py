@@ -17,11 +17,12 @@ import triton.language as tl
 
 from sm3_dist.kernels.fused import DIMS
 from sm3_dist.kernels.triton.matrix import (
-    CORRECTION,
     DECAY,
     FACTOR_FIELDS,
     GROUP_FIELDS,
     LR,
+    NEW,
+    OLD,
     PER_ONE,
     SCALE,
     UNSCALE,
@@ -61,9 +62,7 @@ def step_tiles(
     factors,  # float32, FACTOR_FIELDS per tensor
     counts,  # int32, how many steps each tensor has taken before
     momentum,
-    fresh,  # what a new update is multiplied with: 1 - momentum, with the sign of maximize
-    beta,
-    one_minus_beta,
+    fresh,  # what updates are multiplied with that are not scaled: 1 - momentum, with the sign of maximize
     eps,
     limit,
     seed_low,
@@ -72,7 +71,7 @@ def step_tiles(
     GRAD: tl.constexpr,
     MOMENT: tl.constexpr,  # None: no momentum
     UNSCALED: tl.constexpr,  # whether gradients are to be multiplied with an inverse loss scale
-    CORRECT: tl.constexpr,  # whether nu is corrected for its start at 0
+    AVERAGE: tl.constexpr,  # whether nu is a moving average, and not a sum
     SQUARES: tl.constexpr,  # whether updates are scaled, and their squares added up
     NESTEROV: tl.constexpr,
     NORMAL_RANGE: tl.constexpr,  # whether eps is at least 2^-100
@@ -136,11 +135,12 @@ def step_tiles(
     grad = widened(tl.load(g_at, mask=there, other=0.0), GRAD)
     if UNSCALED:
         grad = grad * tl.load(group + UNSCALE)
-    nu = grad * grad * one_minus_beta + floor * beta
-    corrected = nu
-    if CORRECT:
-        corrected = nu * tl.load(factor + CORRECTION)
-    update = inverse_root(corrected + eps, NORMAL_RANGE) * grad
+    nu = grad * grad
+    if AVERAGE:
+        nu = nu * tl.load(factor + NEW)
+        floor = floor * tl.load(factor + OLD)
+    nu = nu + floor
+    update = inverse_root(nu + eps, NORMAL_RANGE) * grad
     if SQUARES > 0:
         squares = tl.where(there, units(update, tl.load(factor + PER_ONE)), 0)
         tl.atomic_add(
@@ -149,7 +149,8 @@ def step_tiles(
         update = update * tl.load(factor + SCALE)
         update = tl.maximum(update, -limit, propagate_nan=tl.PropagateNan.ALL)
         update = tl.minimum(update, limit, propagate_nan=tl.PropagateNan.ALL)
-    update = update * fresh
+    else:
+        update = update * fresh
     if RANDOM or tl.int8 == MOMENT:
         number, count = tl.load(tensor + TENSOR_NUMBER), tl.load(counts + entry)
         w_noise, m_noise = noise_of(column_places, row_places, number, count, seed_low, seed_high)

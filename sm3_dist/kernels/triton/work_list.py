@@ -36,6 +36,7 @@ class Flags:
 
     nesterov: bool
     product: bool
+    average: bool
     normal_range: bool
     unscaled: bool
 
@@ -117,7 +118,7 @@ class WorkList:
         self.launches = [*self._launches_of_strips(), *self._launches_of_tiles()]
         self.pieces = self._table(self._pieces, int(ends.PIECE_FIELDS))
         self.factors = torch.tensor(
-            [[1.0, 1.0, 1.0 if e.squares is None else e.squares.per_one] for e in entries],
+            [[1.0, 1.0, 1.0, 1.0 if e.squares is None else e.squares.per_one] for e in entries],
             dtype=torch.float32,
             device=self._device,
         )
@@ -154,7 +155,7 @@ class WorkList:
         half = squares is not None and squares.per_one * LONGEST**2 <= WIDEST_HALF
         return (
             *(local_tensor(entry.param).dtype, self._operands.dtypes[param]),
-            *(None if momentum is None else momentum.dtype, flags.unscaled, bool(entry.group["bias_correction"])),
+            *(None if momentum is None else momentum.dtype, flags.unscaled, flags.average),
             *(0 if squares is None else 2 if half else 1, flags.nesterov, flags.normal_range),
             bool(entry.group["stochastic_rounding"]),
         )
