@@ -64,9 +64,9 @@ class SM3(Optimizer):
         eps: added under the square root.
         weight_decay: decoupled weight decay; a step first multiplies weights by ``1 - lr * weight_decay``.
         maximize: follow the gradient up, not down.
-        bias_correction: divide :math:`\nu` by :math:`1 - \beta^t` under the square root, where ``t`` counts the steps
-            of the parameter: the moving average starts at 0, and without this the first steps are too long. Needs
-            ``beta > 0``.
+        bias_correction: average squared gradients over the steps so far, without the zeros that a moving average
+            starts from, for which the first steps are too long. In step ``t`` of the parameter :math:`\beta` is
+            :math:`\beta (1 - \beta^{t-1}) / (1 - \beta^t)` (arXiv 1804.04235, section 7.1). Needs ``beta > 0``.
         nesterov: take :math:`\mathrm{momentum} \cdot m + (1 - \mathrm{momentum})\, u` with the new :math:`m` for the
             update. Needs ``momentum > 0``.
         update_rms: multiply the update of each tensor, before momentum, with what would have brought those of the steps

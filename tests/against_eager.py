@@ -150,7 +150,7 @@ def compare_boxes(
         weight, grad = torch.randn(size, generator=generator), torch.randn(size, generator=generator)
         if is_random:
             weight, grad = weight.bfloat16(), grad.bfloat16()
-        group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.0}
+        group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.0, "bias_correction": False}
         if is_product:  # then as the recipe has it: updates are scaled, and their squares added up
             group |= {"beta": 0.95, "bias_correction": True, "update_rms": 1.0}
         group |= {"stochastic_rounding": is_random, "rounding_seed": 7}
