@@ -218,8 +218,8 @@ def update_rows(weight: Tensor, grad: Tensor, accumulators: Sequence[Tensor], se
     """Take one step on the rows that a sparse gradient has values for; the cover is the rows alone.
 
     Duplicate indices are summed first. Other rows and their accumulators stay as they are, weight decay included, and
-    momentum is ignored: updates are taken whole. The accumulators of the other dimensions are raised where need be, so that they remain upper
-    bounds should a dense gradient follow.
+    momentum is ignored: updates are taken whole. The accumulators of the other dimensions are raised where need be, so
+    that they remain upper bounds should a dense gradient follow.
 
     Args:
         weight: the whole tensor, shape ``(n_1, …, n_k)``; updated in place.

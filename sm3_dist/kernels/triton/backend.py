@@ -1,7 +1,8 @@
 """The Triton backend: the tensors of one GPU in a few launches, without the host waiting for the device.
 
 The tables that the kernels read are written anew only when they change. What changes in every step, weights in
-``nu`` and scales, is computed on the device. So a step whose gradients stay where they are launches kernels and nothing else.
+``nu`` and scales, is computed on the device. So a step whose gradients stay where they are launches kernels and nothing
+else.
 """
 
 from __future__ import annotations
