@@ -93,7 +93,7 @@ class SM3(Optimizer):
             ends with a reduce-scatter that nothing hides, and to read ``state`` is a collective: do it on every rank.
         momentum_dtype: type of the momentum buffer, if not that of the accumulators: ``torch.float32``;
             ``torch.bfloat16``, for two bytes per element; or ``torch.int8`` for one, which is a code
-            (:mod:`~sm3_dist.maths.momentum_code`), always rounded stochastically, and has the key ``momentum_code``.
+            (:mod:`~sm3_dist.maths.momentum_code`), always rounded stochastically, and has the key ``momentum_e3m4``.
         stochastic_rounding: round what is kept in bfloat16, weights and momentum, up or down with probabilities that
             make it right on average, so that updates too small for bfloat16 are not lost. The random numbers belong to
             the elements of the original tensors: the bits are the same under every layout and after a resume.
@@ -330,7 +330,7 @@ class SM3(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            validate(group, len(self.param_groups) - 1)
+            validate(group, len(self.param_groups) - 1, self.momentum_dtype)
             for index, param in enumerate(group["params"]):
                 self._keeper.describe(param, label_of(group, len(self.param_groups) - 1, index), group["cover_block"])
         except Exception:

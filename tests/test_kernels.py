@@ -222,7 +222,7 @@ def test_every_code_is_read_and_written_right(dtype):
             optimizer = SM3.adamw_like([weight], lr=0.01, backend=backend, momentum_dtype=torch.int8)
             for number, grad in enumerate(grads):
                 if number:  # each code beside other codes, and small updates, which most of them outlive
-                    buffer = optimizer.state[weight]["momentum_code"]
+                    buffer = optimizer.state[weight]["momentum_e3m4"]
                     buffer.copy_(every.repeat(buffer.numel() // 256 + 1)[: buffer.numel()].view(shape))
                 weight.grad = grad
                 optimizer.step()

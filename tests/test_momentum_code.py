@@ -39,7 +39,7 @@ def test_a_value_goes_to_one_of_its_neighbours_and_is_right_on_average() -> None
     noise = torch.arange(1 << 16, dtype=torch.int32)
     table = torch.tensor(code_values()[:128]).double()
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.cat([7.5 * torch.exp2(-22 * torch.rand(30, generator=generator)), table[1:-1:7] + 2**-18])
+    lengths = torch.cat([1.9375 * torch.exp2(-22 * torch.rand(30, generator=generator)), table[1:-1:7] + 2**-18])
     for length in lengths.float().tolist():
         at = int((table <= length).sum()) - 1
         low, high = table[at], table[at + 1]
@@ -50,7 +50,7 @@ def test_a_value_goes_to_one_of_its_neighbours_and_is_right_on_average() -> None
 
 
 def test_what_is_out_of_range() -> None:
-    values = [7.5, 9.0, torch.inf, -8.0, -torch.inf, torch.nan, 1e-40, -0.0]
+    values = [1.9375, 2.0, torch.inf, -8.0, -torch.inf, torch.nan, 1e-40, -0.0]
     for noise in (0, 65535):
         codes = encode(torch.tensor(values), torch.full((8,), noise, dtype=torch.int32))
         assert codes.tolist() == [127, 127, 127, -127, -127, -128, 0, 0]
@@ -64,7 +64,7 @@ def test_it_is_rounded_stochastically_whatever_becomes_of_bfloat16() -> None:
     _, wide = trained(start, grads, **options)
     weight, narrow = trained(start, grads, momentum_dtype=torch.int8, **options)
     expected = wide["momentum_buffer"].double().mean().item()
-    assert decode(narrow["momentum_code"]).double().mean().item() == pytest.approx(expected, rel=0.005)
+    assert decode(narrow["momentum_e3m4"]).double().mean().item() == pytest.approx(expected, rel=0.005)
     assert torch.equal(weight, start)  # rounded to the nearest: these steps are lost
     stochastic, _ = trained(start, grads, momentum_dtype=torch.int8, stochastic_rounding=True, **options)
     assert not torch.equal(stochastic, start)
@@ -82,7 +82,7 @@ def test_state_is_loaded_in_the_type_of_the_optimizer() -> None:
         saved.step()
         (momentum,) = [value for key, value in saved.state[model.weight].items() if "momentum" in key]
         for target in (torch.float32, torch.bfloat16, torch.int8):
-            key = "momentum_code" if target == torch.int8 else "momentum_buffer"
+            key = "momentum_e3m4" if target == torch.int8 else "momentum_buffer"
             by_position, by_name = optimizer(target), optimizer(target)
             by_position.load_state_dict(saved.state_dict())
             set_optimizer_state_dict(model, by_name, get_optimizer_state_dict(model, saved))
@@ -98,8 +98,22 @@ def test_codes_are_not_taken_for_values(tmp_path: Path) -> None:
     """torch.distributed.checkpoint casts silently what it loads in place."""
     model = nn.Linear(4, 3)
     save({"train": TrainState(model, SM3(model.parameters(), momentum=0.9))}, checkpoint_id=tmp_path, no_dist=True)
-    with pytest.raises(CheckpointError, match="momentum_code"):
+    with pytest.raises(CheckpointError, match="momentum_e3m4"):
         load({"train": TrainState(model, SM3(model.parameters(), **EIGHT_BITS))}, tmp_path, no_dist=True)
+
+
+def test_codes_of_another_table_are_refused() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = SM3(model.parameters(), **EIGHT_BITS)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        state["momentum_code"] = state.pop("momentum_e3m4")
+    before = {key: value.clone() for key, value in optimizer.state[model.weight].items()}
+    with pytest.raises(ValueError, match="momentum_code"):
+        optimizer.load_state_dict(saved)
+    assert all(torch.equal(optimizer.state[model.weight][key], value) for key, value in before.items())
 
 
 def test_sparse_gradients() -> None:

@@ -112,6 +112,7 @@ def test_a_loaded_state_goes_on_as_if_nothing_had_been() -> None:
         ({"nesterov": True}, "momentum is 0"),
         ({"update_rms": 0.0}, "update_rms must be greater than 0"),
         ({"update_rms": math.nan}, "update_rms must be greater than 0"),
+        ({"update_rms": 1.5, "momentum": 0.9, "momentum_dtype": torch.int8}, "multiply lr instead"),
         ({"cover_product": True}, "cover_product=True is for block covers"),
         ({"cover_block": 0}, "cover_block must be an integer of at least 1"),
         ({"cover_block": 2.0}, "cover_block must be an integer of at least 1"),

@@ -2,7 +2,7 @@
 
 For each original tensor of shape ``(n_1, …, n_k)``: ``step``; ``accumulator_i`` of shape ``(n_i,)`` (with block covers:
 of the shape of its grid, see :mod:`~sm3_dist.layout.cover`); with momentum ``momentum_buffer`` of the tensor's shape,
-or in 8 bits ``momentum_code`` (:mod:`~sm3_dist.maths.momentum_code`); with ``update_rms`` the scalar
+or in 8 bits ``momentum_e3m4`` (:mod:`~sm3_dist.maths.momentum_code`); with ``update_rms`` the scalar
 ``update_square_average``. What a rank holds of a value is a list of boxes (one for a whole tensor or a DTensor, several
 for a flat range), so reading and writing state are the same for all of them.
 """
@@ -234,7 +234,7 @@ class Canonical:
         new = {}
         for group, change in zip(self.optimizer.param_groups, changes, strict=True):
             new[id(group)] = {**group, **change}
-            validate(new[id(group)], 0)
+            validate(new[id(group)], 0, self.optimizer.momentum_dtype)
             if new[id(group)]["cover_block"] != group["cover_block"]:
                 raise ValueError(
                     f"the loaded state was saved with cover_block={change['cover_block']}, but this optimizer has "

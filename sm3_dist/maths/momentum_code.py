@@ -1,17 +1,18 @@
 """Momentum in one byte per element: a table of 255 values, the same for every element, tensor and step.
 
 Other optimizers cut their state into blocks and keep the largest value of each as its scale, for the state may be of
-any size. That of SM3 is not: no update is longer than 1 (``beta = 0``) or ``1 / sqrt(1 - beta)``, and momentum is an
-average of updates. So a small floating-point number does, with a sign, 4 bits of exponent and 3 of mantissa, and there
-are no scales to find, to store, or to agree on where a shard ends within a block.
+any size. That of SM3 is not: momentum is an average of updates, whose root mean square ``update_rms`` holds. Without it
+none is longer than 1 (``beta = 0``) or ``1 / sqrt(1 - beta)``. So a small floating-point number does, with a sign, 3
+bits of exponent and 4 of mantissa (E3M4), and there are no scales to find, to store, or to agree on where a shard ends
+within a block.
 
 Code ``c >= 0`` stands for
 
-    ``c * 2^-15``  for ``c < 8``,  ``(8 + c % 8) * 2^(c // 8 - 16)``  up to 127, which is 7.5,
+    ``c * 2^-10``  for ``c < 16``,  ``(16 + c % 16) * 2^(c // 16 - 11)``  up to 127, which is 1.9375,
 
 and ``-c`` for the negative of that; -128 is NaN. Values are rounded to a neighbour at random, with probabilities that
 make them right on average: to the nearest, what a step adds to the momentum would mostly be lost. Longer momentum than
-7.5 is cut off. That is rare: it takes ``beta > 0.98`` and gradients that grow over many steps.
+1.9375 is cut off, which with updates of a root mean square of 1 hardly any is.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ import functools
 import torch
 from torch import Tensor
 
-MOMENTUM_BUFFER, MOMENTUM_CODE = "momentum_buffer", "momentum_code"
+MOMENTUM_BUFFER, MOMENTUM_CODE = "momentum_buffer", "momentum_e3m4"
 """Key of the momentum in the state of a parameter. Codes have one of their own, lest they be taken for values."""
 NEAREST = 1 << 15
 """Noise that rounds to the nearest."""
 
+LONGEST = 1.9375
+"""Longer momentum is cut off."""
+
 _NAN = -128
 _LONGEST = 127
-_NORMAL = 2.0**-12
+_NORMAL = 2.0**-6
 """From here on the distance between neighbours grows with the values."""
-_DROPPED = 20
+_DROPPED = 19
 """Bits of float32's mantissa beyond those that a code has."""
-_BIAS = (127 - 12 << 3) - 8
-"""What the upper bits of a float32, exponent and 3 bits of mantissa, have more than a code."""
+_BIAS = (127 - 6 << 4) - 16
+"""What the upper bits of a float32, exponent and 4 bits of mantissa, have more than a code."""
 
 
 def momentum_key(dtype: torch.dtype) -> str:
@@ -54,16 +58,16 @@ def encode(values: Tensor, noise: Tensor | int = NEAREST) -> Tensor:
         int8, of the same shape.
 
     Example:
-        >>> encode(torch.tensor([0.0, 1.0, -7.5, 100.0, float("nan")]))
-        tensor([   0,  104, -127,  127, -128], dtype=torch.int8)
-        >>> value = torch.tensor(1 + 1 / 32)  # a quarter of the way from 1 to 1 + 1 / 8
+        >>> encode(torch.tensor([0.0, 1.0, -1.9375, 100.0, float("nan")]))
+        tensor([   0,  112, -127,  127, -128], dtype=torch.int8)
+        >>> value = torch.tensor(1 + 1 / 64)  # a quarter of the way from 1 to 1 + 1 / 16
         >>> [decode(encode(value, n)).item() for n in (0, 49151, 49152)]
-        [1.0, 1.0, 1.125]
+        [1.0, 1.0, 1.0625]
     """
     values = values.float()
     length = values.abs()
-    # Codes with 20 bits after the point: below 2^-12 by arithmetic, from there on the bits of a float32 are just that.
-    fixed = (length.clamp(max=_NORMAL) * 2.0**31).int() << 4
+    # Codes with 19 bits after the point: below 2^-6 by arithmetic, from there on the bits of a float32 are just that.
+    fixed = (length.clamp(max=_NORMAL) * 2.0**26).int() << 3
     code = torch.where(length < _NORMAL, fixed, length.view(torch.int32) - (_BIAS << _DROPPED))
     code = code.add_(noise, alpha=1 << _DROPPED - 16).bitwise_right_shift_(_DROPPED).clamp_(max=_LONGEST)
     sign = values.view(torch.int32) >> 31
@@ -80,8 +84,8 @@ def decode(codes: Tensor) -> Tensor:
         float32, of the same shape; exact.
 
     Example:
-        >>> decode(torch.tensor([0, 1, 104, -127], dtype=torch.int8)).tolist()
-        [0.0, 3.0517578125e-05, 1.0, -7.5]
+        >>> decode(torch.tensor([0, 1, 112, -127], dtype=torch.int8)).tolist()
+        [0.0, 0.0009765625, 1.0, -1.9375]
     """
     places = codes.view(torch.uint8).flatten().int()  # -1 is the last
     return _table(codes.device).index_select(0, places).view(codes.shape)
@@ -91,7 +95,7 @@ def decode(codes: Tensor) -> Tensor:
 def _table(device: torch.device) -> Tensor:
     """The values of the codes from 0 to 127, and of those from -128 to -1."""
     codes = torch.arange(128, dtype=torch.int32, device="cpu")
-    values = torch.where(codes < 8, codes * 2.0**-15, (codes + _BIAS << _DROPPED).view(torch.float32))
+    values = torch.where(codes < 16, codes * 2.0**-10, (codes + _BIAS << _DROPPED).view(torch.float32))
     nan = values.new_tensor([torch.nan])
     return torch.cat([values, nan, -values[1:].flip(0)]).to(device)
 
@@ -101,8 +105,8 @@ def converted(momentum: Tensor, dtype: torch.dtype) -> Tensor:
 
     Example:
         >>> converted(torch.tensor([1.01, -0.25]), torch.int8)
-        tensor([104, -88], dtype=torch.int8)
-        >>> converted(torch.tensor([104, -88], dtype=torch.int8), torch.bfloat16)
+        tensor([112, -80], dtype=torch.int8)
+        >>> converted(torch.tensor([112, -80], dtype=torch.int8), torch.bfloat16)
         tensor([ 1.0000, -0.2500], dtype=torch.bfloat16)
     """
     if momentum.dtype == dtype:

@@ -198,10 +198,10 @@ def code_values() -> list[float]:
 
     Example:
         >>> values = code_values()
-        >>> values[0], values[7] * 2**15, values[8] * 2**12, values[104], values[127], values[-104]
-        (0.0, 7.0, 1.0, 1.0, 7.5, -1.0)
+        >>> values[0], values[15] * 2**10, values[16] * 2**6, values[112], values[127], values[-112]
+        (0.0, 15.0, 1.0, 1.0, 1.9375, -1.0)
     """
-    values = [c / 2**15 if c < 8 else (8 + c % 8) * 2.0 ** (c // 8 - 16) for c in range(128)]
+    values = [c / 2**10 if c < 16 else (16 + c % 16) * 2.0 ** (c // 16 - 11) for c in range(128)]
     return [*values, math.nan, *(-value for value in values[:0:-1])]
 
 

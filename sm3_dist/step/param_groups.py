@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sm3_dist.maths.momentum_code import LONGEST
 from sm3_dist.maths.update import Settings
 
 ParamGroup = dict[str, Any]
@@ -135,18 +136,19 @@ def first_rms(group: Mapping[str, Any]) -> float:
     return 1.0 if group["bias_correction"] else float(1 / math.sqrt(1 - group["beta"]))
 
 
-def validate(group: ParamGroup, number: int) -> None:
+def validate(group: ParamGroup, number: int, momentum_dtype: torch.dtype | None = None) -> None:
     """Refuse hyperparameters out of range; names come in one order whatever they were given in.
 
     Args:
         group: the param group.
         number: its place among those of the optimizer.
+        momentum_dtype: type of the momentum.
 
     Raises:
         ValueError: says which, its value and what to do.
     """
     try:
-        _validate(group)
+        _validate(group, momentum_dtype)
     except ValueError as error:
         raise ValueError(f"{error} (in param group {number})" if number else str(error)) from None
     if not isinstance(group["orthogonalize"], bool):
@@ -179,7 +181,7 @@ def refuse_options_of_adam(names: Iterable[str]) -> None:
         raise TypeError(f"SM3 has no argument {name}" + (f": {OF_ADAM[name]}" if name in OF_ADAM else ""))
 
 
-def _validate(group: ParamGroup) -> None:
+def _validate(group: ParamGroup, momentum_dtype: torch.dtype | None) -> None:
     refuse_options_of_adam(set(group) & {"betas"})
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -208,6 +210,11 @@ def _validate(group: ParamGroup) -> None:
     rms, block = group["update_rms"], group["cover_block"]
     if rms is not None and not 0.0 < rms < math.inf:
         raise ValueError(f"update_rms must be greater than 0 and finite (or None), but is {rms}")
+    if rms is not None and rms > 1 and group["momentum"] and momentum_dtype == torch.int8:
+        raise ValueError(
+            f"momentum_dtype=torch.int8 keeps momentum of up to {LONGEST}, which updates with update_rms={rms} would "
+            "exceed: it may be 1 at most. Pass update_rms=1.0 and multiply lr instead: steps are as long"
+        )
     seed = group["rounding_seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise ValueError(f"rounding_seed must be an integer in [0, 2^64), but is {seed!r}")

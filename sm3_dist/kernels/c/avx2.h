@@ -160,18 +160,21 @@ WIDE_INLINE floats_avx2 load_codes_avx2(const int8_t *p, int there) {
     /* As upper halves of 16 bits, in the order in which unpacking puts them right. */
     const __m256i order = _mm256_setr_epi8(-1, 0, -1, 1, -1, 2, -1, 3, -1, 8, -1, 9, -1, 10, -1, 11, /**/ -1, 4, -1, 5, -1, 6,
                                            -1, 7, -1, 12, -1, 13, -1, 14, -1, 15);
-    /* The values below 8 * 2^-15: lower halves, and upper ones. */
-    const __m256i small = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, -128, -64, 0, 0x20, 0x40, 0x60, /**/ 0, 0x38, 0x38,
-                                                                    0x38, 0x39, 0x39, 0x39, 0x39));
+    /* The values below 16 * 2^-10: lower halves, and upper ones. */
+    const __m256i lower = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, -128, 0, 0x40, -128, -96, -64, -32, 0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70));
+    const __m256i upper = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0x3a, 0x3b, 0x3b, 0x3b, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c,
+                                                                    0x3c, 0x3c, 0x3c, 0x3c, 0x3c, 0x3c));
     const __m256i zero = _mm256_setzero_si256();
     int8_t some[ALL] = {0};
     if (there != ALL) p = memcpy(some, p, (size_t)there);
     __m256i c = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
     c = _mm256_srai_epi16(_mm256_shuffle_epi8(c, order), 8);
-    __m256i length = _mm256_abs_epi16(c), is_small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), length);
+    __m256i length = _mm256_abs_epi16(c), is_small = _mm256_cmpgt_epi16(_mm256_set1_epi16(16), length);
     __m256i bits = _mm256_slli_epi16(_mm256_add_epi16(length, _mm256_set1_epi16(CODE_BIAS)), DROPPED - 16);
-    __m256i places = _mm256_add_epi16(_mm256_mullo_epi16(length, _mm256_set1_epi16(0x101)), _mm256_set1_epi16(0x800));
-    bits = _mm256_blendv_epi8(bits, _mm256_shuffle_epi8(small, places), is_small);
+    __m256i small = _mm256_shuffle_epi8(upper, _mm256_slli_epi16(length, 8));
+    small = _mm256_or_si256(small, _mm256_shuffle_epi8(lower, length));
+    bits = _mm256_blendv_epi8(bits, small, is_small);
     bits = _mm256_or_si256(bits, _mm256_and_si256(c, _mm256_set1_epi16(INT16_MIN)));
     bits = _mm256_blendv_epi8(bits, _mm256_set1_epi16(0x7fc0), _mm256_cmpeq_epi16(c, _mm256_set1_epi16(-128)));
     return real_avx2((ints_avx2){_mm256_unpacklo_epi16(zero, bits), _mm256_unpackhi_epi16(zero, bits)});
@@ -181,7 +184,7 @@ WIDE_INLINE floats_avx2 load_codes_avx2(const int8_t *p, int there) {
 WIDE_INLINE __m256i to_codes_avx2(__m256 x, __m256i noise) {
     __m256 length = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
     __m256 small = _mm256_min_ps(length, _mm256_set1_ps(NORMAL));
-    __m256i fixed = _mm256_cvttps_epi32(_mm256_mul_ps(small, _mm256_set1_ps(0x1p31f)));
+    __m256i fixed = _mm256_cvttps_epi32(_mm256_mul_ps(small, _mm256_set1_ps(0x1p26f)));
     __m256i code = _mm256_sub_epi32(_mm256_castps_si256(length), _mm256_set1_epi32(CODE_BIAS << DROPPED));
     code = _mm256_max_epi32(_mm256_srai_epi32(code, DROPPED - 16), fixed);
     code = _mm256_srai_epi32(_mm256_add_epi32(code, noise), 16);

@@ -102,13 +102,13 @@ WIDE_INLINE void store_upper_avx512(uint16_t *p, __m512i bits, __m512 x, __mmask
 
 /* Codes have no more bits than bfloat16, so that is what they become first, in vectors of half the size. */
 WIDE_INLINE __m512 load_codes_avx512(const int8_t *p, __mmask16 there) {
-    /* The values below 8 * 2^-15. */
-    const __m256i small = _mm256_broadcastsi128_si256(
-        _mm_setr_epi16(0, 0x3800, 0x3880, 0x38c0, 0x3900, 0x3920, 0x3940, 0x3960));
+    /* The values below 16 * 2^-10. */
+    const __m256i small = _mm256_setr_epi16(0, 0x3a80, 0x3b00, 0x3b40, 0x3b80, 0x3ba0, 0x3bc0, 0x3be0, 0x3c00, 0x3c10, 0x3c20,
+                                            0x3c30, 0x3c40, 0x3c50, 0x3c60, 0x3c70);
     __m128i codes = there == ALL ? _mm_loadu_si128((const __m128i *)p) : _mm_maskz_loadu_epi8(there, p);
     __m256i c = _mm256_cvtepi8_epi16(codes), length = _mm256_abs_epi16(c);
     __m256i bits = _mm256_slli_epi16(_mm256_add_epi16(length, _mm256_set1_epi16(CODE_BIAS)), DROPPED - 16);
-    __mmask16 is_small = _mm256_cmplt_epi16_mask(length, _mm256_set1_epi16(8));
+    __mmask16 is_small = _mm256_cmplt_epi16_mask(length, _mm256_set1_epi16(16));
     bits = _mm256_mask_permutexvar_epi16(bits, is_small, length, small);
     bits = _mm256_or_si256(bits, _mm256_and_si256(c, _mm256_set1_epi16(INT16_MIN)));
     __mmask16 is_nan = _mm256_cmpeq_epi16_mask(c, _mm256_set1_epi16(-128));
@@ -120,7 +120,7 @@ WIDE_INLINE __m512 load_codes_avx512(const int8_t *p, __mmask16 there) {
 WIDE_INLINE void store_codes_avx512(int8_t *p, __m512 x, __m512i noise, __mmask16 there) {
     __m512 length = _mm512_andnot_ps(_mm512_set1_ps(-0.0f), x);
     __m512 small = _mm512_min_ps(length, _mm512_set1_ps(NORMAL));
-    __m512i fixed = _mm512_cvttps_epi32(_mm512_mul_ps(small, _mm512_set1_ps(0x1p31f)));
+    __m512i fixed = _mm512_cvttps_epi32(_mm512_mul_ps(small, _mm512_set1_ps(0x1p26f)));
     __m512i code = _mm512_sub_epi32(_mm512_castps_si512(length), _mm512_set1_epi32(CODE_BIAS << DROPPED));
     code = _mm512_max_epi32(_mm512_srai_epi32(code, DROPPED - 16), fixed);
     code = _mm512_srai_epi32(_mm512_add_epi32(code, noise), 16);

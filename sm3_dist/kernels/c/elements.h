@@ -58,20 +58,20 @@ INLINE uint16_t to_float16(float x) {
     return (uint16_t)(u | sign);
 }
 
-/* Upper bits of a float32 that a code has not; the value of code 8, from where on its bits are those of a float32. */
-enum { CODE_BIAS = ((127 - 12) << 3) - 8, DROPPED = 20 };
-#define NORMAL 0x1p-12f
+/* Upper bits of a float32 that a code has not; the value of code 16, from where on its bits are those of a float32. */
+enum { CODE_BIAS = ((127 - 6) << 4) - 16, DROPPED = 19 };
+#define NORMAL 0x1p-6f
 
 INLINE float from_code(int8_t c) {
     int32_t length = c < 0 ? -c : c;
-    float value = length < 8 ? (float)length * 0x1p-15f : float_of((length + CODE_BIAS) << DROPPED);
+    float value = length < 16 ? (float)length * 0x1p-10f : float_of((length + CODE_BIAS) << DROPPED);
     return c == -128 ? NAN : c < 0 ? -value : value;
 }
 
 /* Of the neighbours of x the longer one, if the noise, 16 bits, carries over. */
 INLINE int8_t to_code(float x, uint32_t noise) {
     float length = fabsf(x);
-    int32_t fixed = (int32_t)((length < NORMAL ? length : NORMAL) * 0x1p31f) << 4;
+    int32_t fixed = (int32_t)((length < NORMAL ? length : NORMAL) * 0x1p26f) << (DROPPED - 16);
     int32_t code = length < NORMAL ? fixed : bits_of(length) - (CODE_BIAS << DROPPED);
     code = (code + (int32_t)(noise << (DROPPED - 16))) >> DROPPED;
     code = code < 127 ? code : 127;

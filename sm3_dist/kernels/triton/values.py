@@ -29,8 +29,8 @@ MAGIC, MAGIC_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
 HALF, UPPER, UPPER_INVERSE = tl.constexpr(22), tl.constexpr(2.0**22), tl.constexpr(2.0**-22)
 """Sums of squares of large tensors are added up in two halves, of this many bits the lower one."""
 LONGEST_SQUARE = tl.constexpr(float(LONGEST**2))
-NORMAL = tl.constexpr(2.0**-12)
-NORMAL_BITS = tl.constexpr(127 - 12 << 23)
+NORMAL = tl.constexpr(2.0**-6)
+NORMAL_BITS = tl.constexpr(127 - 6 << 23)
 """From here on codes of momentum are further apart, see ``maths/momentum_code.py``."""
 
 
@@ -71,9 +71,9 @@ def rounded_randomly(x, noise, TYPE: tl.constexpr):
 
 @triton.jit
 def decoded(code):
-    """The value of a code. With ``y`` the float whose bits are the code's, shifted: ``y - max(y / 2, 2^-12)``."""
+    """The value of a code. With ``y`` the float whose bits are the code's, shifted: ``y - max(y / 2, 2^-6)``."""
     wide = code.to(tl.int32)
-    y = ((tl.abs(wide) << 20) + NORMAL_BITS).to(tl.float32, bitcast=True)
+    y = ((tl.abs(wide) << 19) + NORMAL_BITS).to(tl.float32, bitcast=True)
     value = y - tl.maximum(y * 0.5, NORMAL)
     value = tl.where(wide < 0, -value, value)
     return tl.where(wide == -128, float("nan"), value)
@@ -84,14 +84,14 @@ def encoded(x, noise):
     """The code of one of the two neighbours: the longer one if the noise carries over."""
     length = tl.abs(x)
     if INTERPRETED:
-        fixed = (tl.minimum(length, NORMAL) * 2147483648.0).to(tl.int32) << 4
+        fixed = (tl.minimum(length, NORMAL) * 67108864.0).to(tl.int32) << 3
         code = tl.where(length < NORMAL, fixed, length.to(tl.int32, bitcast=True) - (NORMAL_BITS - (1 << 23)))
-    else:  # the same in one sum, towards 0: below 2^-12 of fixed point, from there on of twice the length
+    else:  # the same in one sum, towards 0: below 2^-6 of fixed point, from there on of twice the length
         code = tl.inline_asm_elementwise(
             "add.rz.f32 $0, $1, $2;", "=f,f,f", [length, tl.maximum(length, NORMAL)], tl.float32, True, 1
         )
         code = code.to(tl.int32, bitcast=True) - NORMAL_BITS
-    code = tl.minimum((code + (noise << 4)) >> 20, 127)
+    code = tl.minimum((code + (noise << 3)) >> 19, 127)
     sign = x.to(tl.int32, bitcast=True) >> 31
     return tl.where(x != x, -128, (code ^ sign) - sign).to(tl.int8)
 
