@@ -106,8 +106,8 @@ def adopt_state(
     if "momentum_code" in loaded:
         raise ValueError(
             f"the loaded state of {label} has momentum_code, momentum in 8 bits with 3 of mantissa, as sm3_dist had it "
-            f"once. Now it has 4, and the key {MOMENTUM_CODE}. Take momentum_code out of the state: momentum starts at 0 "
-            "again, which is made up for after some ten steps."
+            f"once. Now it has 4, and the key {MOMENTUM_CODE}. Take momentum_code out of the state: momentum then "
+            "starts at 0 again, which is made up for after some ten steps."
         )
     dtype = accumulator_dtype(param.dtype)
     step = as_tensor(loaded.get("step", 0)).detach()
