@@ -7,7 +7,7 @@ import torch
 from against_eager import assert_same, needs_c
 from torch import nn
 
-from sm3_dist import SM3, kernels
+from sm3_dist import SM3, kernels, library
 from sm3_dist.kernels.c import backend as cpu
 from sm3_dist.kernels.c import sources
 
@@ -78,8 +78,8 @@ def test_an_unknown_backend_is_refused():
 
 
 def test_without_the_compiled_library_eager_serves_and_one_warning_says_why(monkeypatch):
-    monkeypatch.setattr(cpu.importlib.machinery, "EXTENSION_SUFFIXES", [".missing"])
-    for cached in (cpu._library, cpu._warn_once):
+    monkeypatch.setattr(library.importlib.machinery, "EXTENSION_SUFFIXES", [".missing"])
+    for cached in (library.library, library.looks, cpu._warn_once):
         cached.cache_clear()
     try:
         assert "C compiler" in str(kernels.available()["c"])
@@ -94,13 +94,13 @@ def test_without_the_compiled_library_eager_serves_and_one_warning_says_why(monk
         with pytest.raises(ValueError, match="C compiler"):
             SM3([weight], backend="c").step()
     finally:
-        for cached in (cpu._library, cpu._warn_once):
+        for cached in (library.library, library.looks, cpu._warn_once):
             cached.cache_clear()
 
 
 @needs_c
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
-    assert not isinstance(cpu._library.__wrapped__(), str)
+    assert not isinstance(library.library.__wrapped__(), str)
     other = sources.checksum() ^ 1
     monkeypatch.setattr(sources, "checksum", lambda: other)
-    assert "other sources" in cpu._library.__wrapped__()
+    assert "other sources" in library.library.__wrapped__()

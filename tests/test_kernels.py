@@ -254,7 +254,7 @@ def test_float32_gradients_of_narrow_parameters_are_not_rounded():
         accumulators = [torch.zeros(s.shape) for s in shard.stored]
         entry = Entry(param, group, shard, accumulators, None, torch.zeros(()), None, "x")
         running = work([entry])
-        for param.grad in (grad, grad.bfloat16(), grad * 2):
+        for param.grad in (grad, grad, grad.bfloat16(), grad * 2):
             running.update({id(group): Settings(0.1, 0.0, 1e-30, 0.0, False)})
         results.append([param.detach(), *accumulators])
     for expected, actual in zip(*results, strict=True):

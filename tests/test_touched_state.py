@@ -45,12 +45,17 @@ def widen(state: dict[str, Any]) -> None:
     replace_all(state, lambda value: value.double() if value.is_floating_point() else value)
 
 
+def widen_in_place(state: dict[str, Any]) -> None:
+    for value in state.values():
+        value.data = value.data.double() if value.is_floating_point() else value.data
+
+
 def spread(state: dict[str, Any]) -> None:
     """Other strides, which no kernel takes."""
     replace_all(state, lambda value: torch.stack([value, value], dim=-1)[..., 0])
 
 
-CHANGES = [share, move, offload, widen, spread]
+CHANGES = [share, move, offload, widen, widen_in_place, spread]
 
 
 def train(optimizer: SM3, steps: range) -> None:
@@ -107,6 +112,21 @@ def test_weights_laid_out_anew(options: str, backend: str) -> None:
         for optimizer in (model, untouched):
             train(optimizer, range(step, step + 1))
     assert differences(model, untouched) == []
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("c", marks=needs_c)])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_state_laid_out_anew_where_it_is(options: str, backend: str) -> None:
+    """What a person sees then, transposed, is what is used."""
+    model, copied = (optimizer_of(Tensors([(6, 6)]), options, backend=backend) for _ in range(2))
+    for optimizer in (model, copied):
+        train(optimizer, range(2))
+    ((state, wanted),) = zip(model.state.values(), copied.state.values(), strict=True)
+    state["momentum_buffer"].t_()
+    wanted["momentum_buffer"].copy_(wanted["momentum_buffer"].t().clone())
+    for optimizer in (model, copied):
+        train(optimizer, range(2, 4))
+    assert differences(model, copied) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from operator import attrgetter, is_not
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.kinds import is_dtensor
+from sm3_dist.library import integers
+from sm3_dist.look import Look
 from sm3_dist.step.entry import Entry
 
 DIMS = 8
@@ -19,7 +22,7 @@ DIMS = 8
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of weights and gradients."""
 MOMENT_TYPES = (torch.float32, torch.bfloat16)
-_GRAD, _LAYOUT, _DTYPE = map(attrgetter, ("grad", "layout", "dtype"))
+_GRAD = attrgetter("grad")
 EMPTY = 1
 """Stands for the address of a gradient without elements: not null, for its parameter takes a step."""
 
@@ -92,25 +95,26 @@ class Operands:
     def survey(self) -> None:
         """Note how weights lie in memory."""
         weights = self._weights()
-        self._layouts = [(weight.dtype, weight.stride()) for weight in weights]
-        self._addresses = [weight.data_ptr() for weight in weights]
-        self.dtypes = [weight.dtype for weight in weights]
+        self._look = Look(weights)
+        self._grads: Look | None = None  # at those of an earlier step, all of them as a kernel takes them
+        self._types = [weight.dtype for weight in weights]
+        self.dtypes = list(self._types)
         self.strides = [grad_strides(weight) for weight in weights]
         self._contiguous = [
             torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device="meta").is_contiguous()
             for weight, strides in zip(weights, self.strides, strict=True)
         ]
 
-    def weights(self) -> tuple[list[int], bool]:
+    def weights(self) -> tuple[array[int], bool]:
         """The addresses of the weights, and whether they are all laid out as they were surveyed."""
-        weights = self._weights()
-        addresses = list(map(Tensor.data_ptr, weights))
-        if addresses != self._addresses:  # somebody exchanged the data of parameters
-            self._addresses = addresses
-            return addresses, [(weight.dtype, weight.stride()) for weight in weights] == self._layouts
-        return addresses, True
+        if self._sharded:
+            self._look.turn_to(self._weights())
+        addresses = self._look.addresses()
+        if addresses is not None:  # somebody may have exchanged the data of parameters
+            return addresses, True
+        return integers(map(Tensor.data_ptr, self._weights())), False
 
-    def grads(self) -> tuple[list[int], list[Tensor | None], list[int]]:
+    def grads(self) -> tuple[array[int], list[Tensor | None], list[int]]:
         """The addresses of the gradients, 0 for none.
 
         Returns:
@@ -123,9 +127,13 @@ class Operands:
             grad = grads[i]
             if grad is not None:
                 grads[i] = self.entries_of[i][0].local_grad(grad)
-        usual = self._usual(grads)
-        if usual is not None:
-            return usual, grads, []
+        all_there = all(map(is_not, grads, repeat(None)))
+        if self._grads is not None and all_there:
+            self._grads.turn_to(grads)
+            places = self._grads.addresses()
+            self._grads.turn_to([])  # whoever drops gradients has their memory
+            if places is not None:
+                return places if all(places) else integers(place or EMPTY for place in places), grads, []
         addresses, odd = [], []
         strided = torch.strided
         for i, (grad, dtype, contiguous) in enumerate(zip(grads, self.dtypes, self._contiguous, strict=True)):
@@ -136,6 +144,10 @@ class Operands:
             else:
                 addresses.append(0)
                 odd.append(i)
+        self._grads = None
+        if all_there and not odd:
+            self._grads = Look(grads)
+            self._grads.turn_to([])
         eager = []
         for i in odd:
             grad = grads[i]
@@ -143,7 +155,7 @@ class Operands:
             if grad.layout is not strided:
                 eager.append(i)
                 continue
-            dtype = grad.dtype if grad.dtype == self._layouts[i][0] else torch.float32
+            dtype = grad.dtype if grad.dtype == self._types[i] else torch.float32
             if dtype != self.dtypes[i]:
                 self.dtypes[i] = dtype
                 self._retype(i, dtype)
@@ -151,21 +163,7 @@ class Operands:
                 grad = torch.empty_strided(grad.shape, self.strides[i], dtype=dtype, device=grad.device).copy_(grad)
                 grads[i] = grad
             addresses[i] = grad.data_ptr() or EMPTY
-        return addresses, grads, eager
-
-    def _usual(self, grads: list[Any]) -> list[int] | None:
-        """The addresses, if every parameter has a gradient, contiguous and of the type of the step before.
-
-        Nothing here is a loop in Python: for thousands of small tensors that is what a step takes.
-        """
-        if not (all(self._contiguous) and all(map(is_not, grads, repeat(None)))):
-            return None
-        if list(map(_LAYOUT, grads)) != [torch.strided] * len(grads) or list(map(_DTYPE, grads)) != self.dtypes:
-            return None
-        if not all(map(Tensor.is_contiguous, grads)):
-            return None
-        addresses = list(map(Tensor.data_ptr, grads))
-        return addresses if all(addresses) else [address or EMPTY for address in addresses]
+        return integers(addresses), grads, eager
 
     def _weights(self) -> list[Tensor]:
         if not self._sharded:

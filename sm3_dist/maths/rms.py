@@ -20,6 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sm3_dist.library import looks, place_of
+from sm3_dist.look import Look
+
 LARGEST = 1 << 62
 """No sum is larger. (One more bit would fit, but not a float32 that was rounded up.)"""
 
@@ -34,6 +37,37 @@ AFTER_FIRST = -1
 
 CUT_OFF = 5.0
 """No element of a scaled update is longer than so many times the wanted root mean square."""
+
+
+class Averages:
+    """The moving averages of several tensors, all of them on one device.
+
+    Args:
+        tensors: int64, 0-dimensional.
+
+    Example:
+        >>> average = torch.tensor(400)
+        >>> Averages([average]).take(torch.tensor([800]))
+        >>> average
+        tensor(440)
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._library = looks() if tensors and tensors[0].device.type == "cpu" else None
+        self._look = Look(tensors)
+        self._together = torch.empty(len(tensors), dtype=torch.int64, device=tensors[0].device if tensors else "cpu")
+        self._each = list(self._together.unbind())
+
+    def take(self, sums: Tensor) -> None:
+        """Bring them up to date with the sums of one more step; see :func:`averaged`."""
+        addresses = None if self._library is None else self._look.addresses()
+        if self._library is not None and addresses is not None:
+            self._library.sm3_average(place_of(addresses), sums.data_ptr(), len(addresses))
+        elif self._tensors:
+            torch._foreach_copy_(self._each, self._tensors)
+            self._together.copy_(averaged(self._together, sums))
+            torch._foreach_copy_(self._tensors, self._each)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sm3_dist.compat import all_gather_single, reduce_scatter_single
 from sm3_dist.layout.box import Box
-from sm3_dist.maths.rms import SquareSum, averaged
+from sm3_dist.maths.rms import Averages, SquareSum
 from sm3_dist.ranks.fingerprint import FIELDS, Seal
 from sm3_dist.ranks.threaded_wait import ThreadedWait
 from sm3_dist.ranks.watch import RankWatch
@@ -200,7 +200,7 @@ class SumBucket:
         seal: Seal | None = None,
     ) -> None:
         self.group = group
-        self.averages = [each.average for each in sums]
+        self._averages = Averages([each.average for each in sums])
         self.steps = list(steps) if group is not None else []
         self._watch = watch
         self._seal = seal
@@ -211,8 +211,6 @@ class SumBucket:
         for each, view in zip(sums, self._sums.unbind(), strict=True):
             view.copy_(each.partial)
             each.partial.set_(view)
-        self._all = torch.empty(len(sums), dtype=torch.int64, device=device)  # the averages, one after another
-        self._each = list(self._all.unbind())
         self._work: dist.Work | None = None
         self._sent: Tensor | None = None
         self._empty = False
@@ -258,10 +256,7 @@ class SumBucket:
                 self._seal.read(sent[-FIELDS:], len(self._ranks))
         if self._empty:
             return
-        if self.averages:
-            torch._foreach_copy_(self._each, self.averages)
-            self._all.copy_(averaged(self._all, self._sums))
-            torch._foreach_copy_(self.averages, self._each)
+        self._averages.take(self._sums)
         if self.counted is not None:
             missed = (self._stepped > 0).to(self._taken.device) & ~self._taken
             if missed.device.type != "cpu" or missed.any():  # a GPU is not asked

@@ -44,7 +44,7 @@ from sm3_dist.step.watch import Watch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_SHAPE, _DTYPE, _REQUIRES_GRAD = map(attrgetter, ("shape", "dtype", "requires_grad"))
+_REQUIRES_GRAD = attrgetter("requires_grad")
 PATIENCE = timedelta(seconds=25)
 """How long a rank that plans anew waits for ranks that it exchanges nothing with: they may never come."""
 _LOADED = "Its state was loaded, replaced or written into: do that on every rank, between the same two steps."
@@ -150,8 +150,6 @@ class PlanKeeper:
                 layout_options(group),
                 *map(id, group["params"]),
                 *_can_move(group["params"]),
-                *map(_SHAPE, group["params"]),
-                *map(_DTYPE, group["params"]),
             )
             for group in groups
         )
@@ -394,6 +392,6 @@ class PlanKeeper:
 
 
 def _can_move(params: Sequence[Tensor]) -> list[bool]:
-    """Of each parameter whether it can move, without a loop in Python where all do."""
+    """Of each parameter whether it can move; one answer, without a loop in Python, where all can."""
     required = list(map(_REQUIRES_GRAD, params))
-    return required if all(required) else list(map(can_move, params))
+    return [True] if all(required) else list(map(can_move, params))

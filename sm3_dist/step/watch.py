@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import chain
-from operator import is_, ne
+from itertools import islice
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
 
-from sm3_dist.layout.kinds import is_dtensor
+from sm3_dist.layout.kinds import dtensors, is_dtensor
+from sm3_dist.look import Held, Look
 from sm3_dist.step.state import State
+
+_SHAPE = attrgetter("shape")
 
 
 class Watch:
     """Weights and states as a plan found them.
 
     Views and kernels hold on to the storage of state tensors. ``share_memory_()``, a queue to another process and
-    ``.data =`` give a tensor another one; ``state[param][key] = …`` puts another tensor there; and ``model.to(…)``
-    changes strides and types of weights.
+    ``.data =`` give a tensor another one; ``state[param][key] = …`` puts another tensor there; ``t_()`` changes the
+    strides of a state tensor, and ``model.to(…)`` strides and types of weights.
 
     Args:
         states: the state of each parameter of the plan.
@@ -26,48 +29,51 @@ class Watch:
     """
 
     def __init__(self, states: Mapping[Tensor, State], released: Iterable[Tensor] = ()) -> None:
-        self._params: list[Any] = list(states)
+        self._params: list[Tensor] = list(states)
         self._states = list(states.values())
-        self._values = self._now()
-        self._counts = list(map(len, self._states))
+        self._counts, self._held = list(map(len, self._states)), Held(self._states)
+        self._forms = [*map(_form, self._params)], [*map(_form, self._held.values)]
         left_out = set(map(id, released))
-        tensors = [v for v in self._values if isinstance(v, Tensor) and id(v) not in left_out]
-        self._plain = [tensor for tensor in tensors if not is_dtensor(tensor)]
-        self._sharded: list[Any] = [tensor for tensor in tensors if is_dtensor(tensor)]
-        self._are_sharded = list(map(is_dtensor, self._params))
-        self._addresses = self._where()
-        self._layouts = self._strides()
-        self._types = [param.dtype for param in self._params]  # of these the plan's signature tells
+        self._kept = [v for v in self._held.values if isinstance(v, Tensor) and id(v) not in left_out]
+        self._sharded = dtensors([*self._params, *self._kept])
+        self._shapes = list(map(_SHAPE, self._sharded))
+        self._weights, self._look = (Look(list(map(_plain, these))) for these in (self._params, self._kept))
+        self._addresses = self._look.addresses()
 
     def sees_a_change(self) -> bool:
         """Whether anything is not as it was."""
-        now = self._now()
-        if len(now) != len(self._values) or not all(map(is_, now, self._values)):
+        if not self._held.is_unchanged():
             return True
-        return self._where() != self._addresses or self._strides() != self._layouts
+        if self._sharded:  # whose local tensors may be others
+            for look, tensors in ((self._weights, self._params), (self._look, self._kept)):
+                look.turn_to(list(map(_plain, tensors)))
+            if list(map(_SHAPE, self._sharded)) != self._shapes:
+                return True
+        return self._look.addresses() != self._addresses or not self._weights.is_unchanged()
 
     @property
     def changed(self) -> set[Tensor]:
-        """The parameters that have other tensors in their state, other strides, or another type."""
-        before = iter(self._values)
-        kept = [[next(before) for _ in range(count)] for count in self._counts]
-        laid_out = map(ne, self._strides(), self._layouts)
-        rows = zip(self._params, self._states, kept, laid_out, self._types, strict=True)
-        return {
-            param
-            for param, state, old, anew, dtype in rows
-            if anew or dtype != param.dtype or len(state) != len(old) or not all(map(is_, state.values(), old))
-        }
+        """The parameters that have another type, shape or strides, or other tensors in their state, or such as do."""
+        old_values, (of_params, of_values) = iter(self._held.values), self._forms
+        old_forms = iter(of_values)
+        found = set()
+        for param, state, form, count in zip(self._params, self._states, of_params, self._counts, strict=True):
+            values, forms = list(islice(old_values, count)), list(islice(old_forms, count))
+            now = list(state.values())
+            same = len(now) == count and all(map(is_, now, values)) and list(map(_form, now)) == forms
+            if not same or _form(param) != form:
+                found.add(param)
+        return found
 
-    def _now(self) -> list[Any]:
-        return [*chain.from_iterable(map(dict.values, self._states))]
 
-    def _where(self) -> list[int]:
-        addresses = list(map(Tensor.data_ptr, self._plain))
-        return addresses + [tensor._local_tensor.data_ptr() for tensor in self._sharded]
+def _plain(tensor: Any) -> Tensor:
+    """What a rank holds of a tensor, without anything that autograd or a stream would have to know of."""
+    local: Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
+    return local
 
-    def _strides(self) -> list[tuple[int, ...]]:
-        if not any(self._are_sharded):
-            return list(map(Tensor.stride, self._params))
-        pairs = zip(self._params, self._are_sharded, strict=True)
-        return [(param._local_tensor if sharded else param).stride() for param, sharded in pairs]
+
+def _form(value: Any) -> tuple[Any, ...] | None:
+    if not isinstance(value, Tensor):
+        return None
+    local = _plain(value)
+    return value.shape, local.dtype, local.shape, local.stride()

@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
 import math
 import os
 import warnings
 from array import array
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sm3_dist.kernels import fused
-from sm3_dist.kernels.c.sources import is_current
 from sm3_dist.kernels.fused import DIMS, Operands
 from sm3_dist.kernels.matrices import matrices, sides
 from sm3_dist.layout.cover import split
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.shard import LocalShard
+from sm3_dist.library import library
 from sm3_dist.maths.rms import CUT_OFF
 from sm3_dist.maths.update import Settings
 from sm3_dist.step.entry import Entry
@@ -115,40 +113,8 @@ class _Param(ctypes.Structure):  # the table of these is an array of integers, w
 
 def unavailable() -> str | None:
     """Why the compiled library cannot be used; ``None`` if it can."""
-    library = _library()
-    return library if isinstance(library, str) else None
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    folder = Path(__file__).parent
-    built = [path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := folder / f"_cpu{suffix}").exists()]
-    if not built:
-        return (
-            f"the C kernel was not compiled for this Python: none lies in {folder}. Install a C compiler (gcc or "
-            "clang) and install sm3_dist again: pip install --force-reinstall --no-deps -v sm3_dist, or in a checkout "
-            "pip install -v -e ., show what the compiler says."
-        )
-    try:
-        library = ctypes.CDLL(str(built[0]))
-    except OSError as error:
-        return f"the compiled C kernel does not load: {error}. Install sm3_dist again on this machine."
-    if not is_current(library):
-        return (
-            f"the C kernel {built[0]} was compiled from other sources than lie beside it. Install sm3_dist again: in a "
-            "checkout pip install -e . compiles it."
-        )
-    library.sm3_width.restype = ctypes.c_char_p
-    library.sm3_width.argtypes = (ctypes.c_int,)
-    library.sm3_scratch_bytes.restype = ctypes.c_int64
-    library.sm3_scratch_bytes.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    library.sm3_step.restype = None
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.sm3_step.argtypes = (
-        *(pointer, integer, pointer, pointer, pointer, integer, pointer),
-        *(integer, integer, pointer, pointer),
-    )
-    return library
+    found = library()
+    return found if isinstance(found, str) else None
 
 
 @functools.cache
@@ -160,8 +126,8 @@ def _parallel(process: int) -> int | None:
     if process != _IMPORTED_BY:
         return None
     try:
-        library = ctypes.CDLL(torch._C.__file__)  # what it depends on is looked through too
-        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
+        found = ctypes.CDLL(torch._C.__file__)  # what it depends on is looked through too
+        return ctypes.cast(found.GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None
 
@@ -172,18 +138,18 @@ def widths() -> list[str]:
     Raises:
         RuntimeError: if the library is not available.
     """
-    library = _loaded()
+    loaded = _loaded()
     names: list[str] = []
-    while (name := library.sm3_width(len(names))) is not None:
+    while (name := loaded.sm3_width(len(names))) is not None:
         names.append(name.decode())
     return names
 
 
 def _loaded() -> ctypes.CDLL:
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(library)
-    return library
+    found = library()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
 
 
 @functools.cache
@@ -322,9 +288,9 @@ class CKernel:
         if not as_surveyed:
             operands.survey()
             self._write_list()
-        self._table[0::PARAM_FIELDS] = array("q", addresses)
+        self._table[0::PARAM_FIELDS] = addresses
         addresses, kept, eager = operands.grads()
-        self._table[1::PARAM_FIELDS] = array("q", addresses)
+        self._table[1::PARAM_FIELDS] = addresses
         if any(group["bias_correction"] for group in self._groups):
             self._table[3::PARAM_FIELDS] = self._averaging()
         for tensor, entry in self._released:
@@ -344,15 +310,15 @@ class CKernel:
         return array("q", weights.tobytes())
 
     def _step(self) -> None:
-        library = _loaded()
+        loaded = _loaded()
         threads = min(torch.get_num_threads(), MAX_THREADS)
         count = len(self._tensors)
         if threads != self._scratch_threads:
-            size = library.sm3_scratch_bytes(self._tensors, count, threads)
+            size = loaded.sm3_scratch_bytes(self._tensors, count, threads)
             self._scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
             self._scratch_threads = threads
         table, params = self._table.buffer_info()[0], len(self._operands.params)
-        library.sm3_step(
+        loaded.sm3_step(
             *(self._tensors, count, self._boxes, self._matrices, table, params, self._group_settings),
             *(threads, self._width, self._scratch.data_ptr(), _parallel(os.getpid())),
         )

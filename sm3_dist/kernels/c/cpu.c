@@ -32,6 +32,7 @@
 #include "pass.h"
 #include "slices.h"
 #include "blocks.h"
+#include "look.h"
 
 enum { MAX_THREADS = 256, ROUNDS = 6, GAP = 16 };
 

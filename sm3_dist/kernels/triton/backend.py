@@ -108,7 +108,7 @@ class TritonKernel:
         if not as_surveyed:
             operands.survey()
         grads, kept, eager = operands.grads()
-        self._keep_list([*weights], grads, of_groups, as_surveyed)
+        self._keep_list([*weights], [*grads], of_groups, as_surveyed)
         work = self._work
         if capture.capturing(self._device):
             self._of_graphs.append(work)

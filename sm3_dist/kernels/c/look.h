@@ -1,0 +1,78 @@
+/* What would be loops in Python over thousands of tensors: how they lie in memory, and what dictionaries hold. */
+
+/* What is asked of a tensor, whose Python object is given: by PyTorch's own functions, of the interface that it keeps for
+ * compiled models, which return 0 for success. A tensor is a pointer to them, and they are told where that is. */
+struct torch {
+    int64_t within; /* where it is in the Python object */
+    int (*data)(void **, void **);
+    int (*layout)(void **, int32_t *);
+    int (*type)(void **, int32_t *);
+    int (*dims)(void **, int64_t *);
+    int (*sizes)(void **, int64_t **);
+    int (*strides)(void **, int64_t **);
+};
+
+enum { MOST_DIMS = 64, TOGETHER = 16 };
+
+static void **tensor_in(const struct torch *torch, char *object) { return (void **)(object + torch->within); }
+
+struct form { /* of a tensor: its type, how many dimensions, sizes, strides */
+    int64_t words[2 + 2 * MOST_DIMS];
+};
+
+/* How many words there are; 0 if PyTorch cannot tell, or it has no strides. */
+static int64_t form_of(const struct torch *torch, void **tensor, struct form *form) {
+    int32_t layout = 0, type = 0;
+    int64_t dims = 0, *sizes = 0, *strides = 0;
+    if (torch->layout(tensor, &layout) || layout || torch->type(tensor, &type) || torch->dims(tensor, &dims)) return 0;
+    if (dims > MOST_DIMS || torch->sizes(tensor, &sizes) || torch->strides(tensor, &strides)) return 0;
+    form->words[0] = type;
+    form->words[1] = dims;
+    for (int64_t i = 0; i < dims; i++) form->words[2 + i] = sizes[i], form->words[2 + dims + i] = strides[i];
+    return 2 + 2 * dims;
+}
+
+/* Look at tensors. Returns how many words their forms are, or -1 if one cannot be looked at.
+ *
+ * places: written, where each lies; null: not asked for.
+ * forms: written; null: not asked for.
+ * noted: those of an earlier look; -1 if they are others now. Null: it does not matter. */
+EXPORT int64_t sm3_look(const struct torch *torch, char **objects, int64_t count, void **places, int64_t *forms,
+                        const int64_t *noted) {
+    int64_t total = 0;
+    struct form form;
+    for (int64_t first = 0; first < count; first += TOGETHER) {
+        int64_t end = smaller(first + TOGETHER, count);
+        /* The place alone, of some: so processors wait for the memory of all of them at once. */
+        for (int64_t i = first; places && i < end; i++)
+            if (torch->data(tensor_in(torch, objects[i]), places + i)) return -1;
+        for (int64_t i = first; i < end; i++) {
+            int64_t n = form_of(torch, tensor_in(torch, objects[i]), &form);
+            size_t size = (size_t)n * sizeof *form.words;
+            if (!n || (noted && memcmp(noted + total, form.words, size))) return -1;
+            if (forms) memcpy(forms + total, form.words, size);
+            total += n;
+        }
+    }
+    return total;
+}
+
+/* Whether dictionaries hold these values, one after another. next: PyDict_Next, by which Python has them gone through. */
+EXPORT int64_t sm3_hold(int (*next)(void *, int64_t *, void **, void **), void **dicts, int64_t count, void **values,
+                        int64_t most) {
+    int64_t held = 0;
+    void *key, *value;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t place = 0; next(dicts[i], &place, &key, &value); held++)
+            if (held == most || values[held] != value) return 0;
+    return held == most;
+}
+
+/* averaged() of rms.py, of averages that lie anywhere. */
+EXPORT void sm3_average(int64_t **averages, const int64_t *sums, int64_t count) {
+    enum { STEPS = 10, AFTER_FIRST = -1 };
+    for (int64_t i = 0; i < count; i++) {
+        int64_t *average = averages[i], before = *average;
+        if (sums[i] > 0) *average = before > 0 ? before - before / STEPS + sums[i] / STEPS : before ? sums[i] : AFTER_FIRST;
+    }
+}
