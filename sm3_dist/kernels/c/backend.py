@@ -29,10 +29,10 @@ from sm3_dist.library import library
 from sm3_dist.maths.rms import CUT_OFF
 from sm3_dist.maths.update import Settings
 from sm3_dist.step.entry import Entry
-from sm3_dist.step.param_groups import averaging, first_rms
+from sm3_dist.step.param_groups import first_rms
 
 WEIGHT, GRAD, MOMENT, OPERANDS, MAX_THREADS = 0, 1, 2, 3, 256
-PARAM_FIELDS = 4
+PARAM_FIELDS = 3
 """Of struct param, 64 bits each."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 4}
 MOMENT_TYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -47,8 +47,8 @@ class _Settings(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_float) for name in ("lr", "decay", "momentum", "fresh", "old", "new", "eps")),
         *((name, ctypes.c_float) for name in ("unscale", "limit")),
-        *((name, ctypes.c_int32) for name in ("corrected", "simple", "shaped", "nesterov", "product")),
-        *((name, ctypes.c_double) for name in ("update_rms", "first_square")),
+        *((name, ctypes.c_int32) for name in ("simple", "shaped", "nesterov", "product")),
+        *((name, ctypes.c_double) for name in ("beta", "update_rms", "first_square")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in ("scale", "per_one", "cap")),
     )
@@ -105,10 +105,7 @@ class _Tensor(ctypes.Structure):
 
 
 class _Param(ctypes.Structure):  # the table of these is an array of integers, which is faster to fill
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "grad", "step")),
-        *((name, ctypes.c_float) for name in ("old", "new")),
-    )
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("weight", "grad", "step"))
 
 
 def unavailable() -> str | None:
@@ -190,8 +187,6 @@ class CKernel:
         first = [entries[0] for entries in self._operands.entries_of]
         self._table = array("q", bytes(8 * PARAM_FIELDS * len(first)))
         self._table[2::PARAM_FIELDS] = array("q", [entry.step.data_ptr() for entry in first])
-        # (A Python float costs less to read this way than from a tensor.)
-        self._steps = [(entry.group, ctypes.c_float.from_address(entry.step.data_ptr())) for entry in first]
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._scratch_threads = 0
         self._write_list()
@@ -291,8 +286,6 @@ class CKernel:
         self._table[0::PARAM_FIELDS] = addresses
         addresses, kept, eager = operands.grads()
         self._table[1::PARAM_FIELDS] = addresses
-        if any(group["bias_correction"] for group in self._groups):
-            self._table[3::PARAM_FIELDS] = self._averaging()
         for tensor, entry in self._released:
             _point(tensor, entry)
         for target, group in zip(self._group_settings, self._groups, strict=True):
@@ -303,11 +296,6 @@ class CKernel:
             for entry in operands.entries_of[i]:
                 entry.update(settings[id(entry.group)])
             operands.entries_of[i][0].step.add_(1)
-
-    def _averaging(self) -> array[int]:
-        """The bits of the two weights in the moving average of each parameter's squared gradients."""
-        weights = array("f", [weight for group, step in self._steps for weight in averaging(group, step.value)])
-        return array("q", weights.tobytes())
 
     def _step(self) -> None:
         loaded = _loaded()
@@ -337,7 +325,7 @@ def _write(target: Any, s: Settings, group: Mapping[str, Any]) -> None:
     target.decay = 1 - lr * s.weight_decay
     target.fresh, target.old, target.new = s.fresh, s.old, s.new
     target.unscale = 1.0 if s.unscale is None else float(s.unscale)
-    target.corrected = bool(group["bias_correction"])
+    target.beta = group["beta"] if group["bias_correction"] else 0.0
     is_plain = target.decay == target.unscale == s.old == s.new == 1
     target.simple = is_plain and not (s.maximize and not s.momentum)
     target.nesterov, target.product = s.nesterov, s.cover_product

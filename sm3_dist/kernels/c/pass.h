@@ -27,7 +27,11 @@ static struct pass pass_over(const struct step *step, const struct tensor *t) {
     int kind = (int)((t->type[WEIGHT] * 4 + t->type[GRAD]) * 4 + t->type[MOMENT]);
     struct pass p = {t, step->params + t->param, step->width, kind, step->settings[t->group], 0};
     struct settings *s = &p.settings;
-    if (s->corrected) s->old = p.param->old, s->new = p.param->new;
+    if (s->beta) { /* averaging() of param_groups.py */
+        double new = (1 - s->beta) / (1 - pow(s->beta, (double)*p.param->step + 1));
+        s->old = (float)(1 - new);
+        s->new = (float)new;
+    }
     s->scale = s->fresh;
     s->shaped |= t->rounds || t->type[MOMENT] == CODE || t->strided;
     if (t->partial) {

@@ -9,11 +9,11 @@ struct settings { /* of one param group in one step; the last ones of one tensor
     float eps;
     float unscale;        /* factor on the gradients */
     float limit;          /* of the length of an update before momentum, infinity for none */
-    int32_t corrected;    /* old and new are those of the parameter */
     int32_t simple;       /* decay, old, new, unscale are all 1, and nothing is maximized */
     int32_t shaped;       /* what follows is of interest: it takes shaped.h */
     int32_t nesterov;
     int32_t product;      /* cover_product */
+    double beta;          /* with bias correction: old and new then depend on the steps of the parameter; else 0 */
     double update_rms;    /* times fresh; 0 for none */
     double first_square;  /* of the root mean square of a first update */
     uint64_t seed;        /* of stochastic rounding */

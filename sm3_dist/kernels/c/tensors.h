@@ -52,7 +52,6 @@ struct param { /* what may differ in every step */
     char *weight;
     char *grad; /* null: no gradient, leave everything as it is */
     float *step;
-    float old, new; /* as in struct settings */
 };
 
 struct piece { /* rows of a tensor to be worked through, from one position to another */
