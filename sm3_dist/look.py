@@ -82,7 +82,11 @@ class Look:
 
 
 class Held:
-    """The values that some dictionaries hold.
+    """The keys and values that some dictionaries hold.
+
+    Args:
+        dicts: the dictionaries.
+        compiled: whether to have the compiled library look, where it can.
 
     Example:
         >>> state = {"step": object()}
@@ -97,16 +101,25 @@ class Held:
     def __init__(self, dicts: Sequence[dict[Any, Any]], compiled: bool = True) -> None:
         self._library = looks() if compiled else None
         self._dicts = dicts
-        self.values = [*chain.from_iterable(map(dict.values, dicts))]
-        self._objects, self._of_dicts = integers(map(id, self.values)), integers(map(id, dicts))
+        self._items = self._now()
+        self._objects, self._of_dicts = integers(map(id, self._items)), integers(map(id, dicts))
+
+    @property
+    def values(self) -> list[Any]:
+        """The values that they held."""
+        return self._items[1::2]
 
     def is_unchanged(self) -> bool:
         """Whether they hold the same objects, in the same order."""
         if self._library is None:
-            now = [*chain.from_iterable(map(dict.values, self._dicts))]
-            return len(now) == len(self.values) and all(map(is_, now, self.values))
-        dicts, values = ((place_of(each), len(each)) for each in (self._of_dicts, self._objects))
-        return bool(self._library.sm3_hold(NEXT_OF_DICT, *dicts, *values))
+            now = self._now()
+            return len(now) == len(self._items) and all(map(is_, now, self._items))
+        dicts, objects = ((place_of(each), len(each)) for each in (self._of_dicts, self._objects))
+        return bool(self._library.sm3_hold(NEXT_OF_DICT, *dicts, *objects))
+
+    def _now(self) -> list[Any]:
+        items = chain.from_iterable(map(dict.items, self._dicts))
+        return [*chain.from_iterable(items)]
 
 
 def forms_of(tensors: Sequence[Tensor]) -> list[Any]:

@@ -129,6 +129,7 @@ def test_whatever_dictionaries_hold(compiled: bool) -> None:
     assert seen(lambda dicts: dicts[2].update(c=torch.ones(())))
     assert seen(lambda dicts: dicts[2].clear())
     assert seen(lambda dicts: dicts[0].pop("a"))
+    assert seen(lambda dicts: dicts[2].update(b=dicts[2].pop("a")))
     assert not seen(lambda dicts: dicts[2]["a"].add_(1))
 
 

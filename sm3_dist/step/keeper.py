@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from sm3_dist.layout.describe import Flattened, Replicas, describe
 from sm3_dist.layout.shard import LocalShard
+from sm3_dist.library import integers
+from sm3_dist.look import Held
 from sm3_dist.ranks.agreement import check_agreement
 from sm3_dist.ranks.watch import PlanMismatchError, RankWatch
 from sm3_dist.ranks.weight_gather import WeightGatherer
@@ -102,7 +104,7 @@ class PlanKeeper:
         self._older: StepPlan | None = None  # while there is no plan, the one before
         self._of_graphs: list[StepPlan] = []  # CUDA graphs refer to their tables by address
         self._fitted: Fitted = {}
-        self._watch = Watch({})
+        self._watch, self._held = Watch({}), Held([])
         self._unshared = False  # whether accumulators are yet to be made maxima over all ranks
         self._signature: tuple[Any, ...] = ()
         self._process_groups: dict[tuple[int, ...], ProcessGroup] = {}
@@ -121,8 +123,8 @@ class PlanKeeper:
         Where tensors were only moved, replaced or laid out anew, this rank makes its own anew, and asks no other.
         """
         older, agreed = self._plan, False
-        same = older is not None and self._signature == self._sign(groups) and not older.edited
-        if older is None or not same or self._watch.sees_a_change():
+        same = self._held.is_unchanged() and self._signature == self._sign(groups)
+        if older is None or not same or older.edited or self._watch.sees_a_change():
             refuse_to_plan(param for group in groups for param in group["params"])
             if older is not None:
                 older.receive()
@@ -132,7 +134,7 @@ class PlanKeeper:
             if older is not None:
                 self._plan.carry_over_squares(older)
             self._older, agreed = None, True
-            self._signature = self._sign(groups)
+            self._held, self._signature = Held([self.states]), self._sign(groups)
             self._watch = self._new_watch(self._plan)
         assert self._plan is not None
         self.watch.have_plan()
@@ -144,16 +146,12 @@ class PlanKeeper:
         return self._plan
 
     def _sign(self, groups: Sequence[ParamGroup]) -> tuple[Any, ...]:
-        """What the plan depends on. ``_fitted`` keeps the states alive, so that no other gets the same id."""
-        of_groups = (
-            (
-                layout_options(group),
-                *map(id, group["params"]),
-                *_can_move(group["params"]),
-            )
+        """What the plan depends on besides the states, which keep parameters alive: no other gets the id of one."""
+        return tuple(
+            part
             for group in groups
+            for part in (layout_options(group), integers(map(id, group["params"])), _can_move(group["params"]))
         )
-        return *map(id, self.states), *map(id, self.states.values()), *of_groups
 
     def _new_watch(self, plan: StepPlan) -> Watch:
         shared = [entry for entry in plan.entries if self._shard_covers and any(entry.shard.shared)]

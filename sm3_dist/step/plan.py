@@ -164,6 +164,8 @@ class StepPlan:
 
     def update(self, settings: Mapping[int, Settings]) -> None:
         """Update every entry, from the settings of its param group by ``id``. New weights leave as they are made."""
+        # (Where ranks send one another their weights, all of them have the same gradients.)
+        stepped = list(compress(self._params, map(is_not, map(_GRAD, self._params), repeat(None))))
         try:
             self.orthogonal.update(settings)
             for launches, weights in self._stages:
@@ -174,9 +176,7 @@ class StepPlan:
         except Exception:
             self._forget()
             raise
-        # (Where ranks send one another their weights, all of them have the same gradients.)
-        stepped = compress(self._params, map(is_not, map(_GRAD, self._params), repeat(None)))
-        (mark_changed if self._sharded else increment_version)(list(stepped))
+        (mark_changed if self._sharded else increment_version)(stepped)
 
     def carry_over_squares(self, older: StepPlan) -> None:
         """Go on adding squares where another plan was, for steps that are taken before they are sent."""

@@ -32,9 +32,10 @@ class Watch:
         self._params: list[Tensor] = list(states)
         self._states = list(states.values())
         self._counts, self._held = list(map(len, self._states)), Held(self._states)
-        self._forms = [*map(_form, self._params)], [*map(_form, self._held.values)]
+        self._values = self._held.values
+        self._forms = [*map(_form, self._params)], [*map(_form, self._values)]
         left_out = set(map(id, released))
-        self._kept = [v for v in self._held.values if isinstance(v, Tensor) and id(v) not in left_out]
+        self._kept = [v for v in self._values if isinstance(v, Tensor) and id(v) not in left_out]
         self._sharded = dtensors([*self._params, *self._kept])
         self._shapes = list(map(_SHAPE, self._sharded))
         self._weights, self._look = (Look(list(map(_plain, these))) for these in (self._params, self._kept))
@@ -54,7 +55,7 @@ class Watch:
     @property
     def changed(self) -> set[Tensor]:
         """The parameters that have another type, shape or strides, or other tensors in their state, or such as do."""
-        old_values, (of_params, of_values) = iter(self._held.values), self._forms
+        old_values, (of_params, of_values) = iter(self._values), self._forms
         old_forms = iter(of_values)
         found = set()
         for param, state, form, count in zip(self._params, self._states, of_params, self._counts, strict=True):

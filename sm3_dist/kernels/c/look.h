@@ -57,14 +57,15 @@ EXPORT int64_t sm3_look(const struct torch *torch, char **objects, int64_t count
     return total;
 }
 
-/* Whether dictionaries hold these values, one after another. next: PyDict_Next, by which Python has them gone through. */
-EXPORT int64_t sm3_hold(int (*next)(void *, int64_t *, void **, void **), void **dicts, int64_t count, void **values,
+/* Whether dictionaries hold these keys and values, in turns, and no more. next: PyDict_Next, by which Python has them gone
+ * through. */
+EXPORT int64_t sm3_hold(int (*next)(void *, int64_t *, void **, void **), void **dicts, int64_t count, void **objects,
                         int64_t most) {
     int64_t held = 0;
     void *key, *value;
     for (int64_t i = 0; i < count; i++)
-        for (int64_t place = 0; next(dicts[i], &place, &key, &value); held++)
-            if (held == most || values[held] != value) return 0;
+        for (int64_t place = 0; next(dicts[i], &place, &key, &value); held += 2)
+            if (held == most || objects[held] != key || objects[held + 1] != value) return 0;
     return held == most;
 }
 
