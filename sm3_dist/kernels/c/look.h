@@ -12,7 +12,7 @@ struct torch {
     int (*strides)(void **, int64_t **);
 };
 
-enum { MOST_DIMS = 64, TOGETHER = 16 };
+enum { MOST_DIMS = 64, TOGETHER = 64 };
 
 static void **tensor_in(const struct torch *torch, char *object) { return (void **)(object + torch->within); }
 
@@ -43,9 +43,13 @@ EXPORT int64_t sm3_look(const struct torch *torch, char **objects, int64_t count
     struct form form;
     for (int64_t first = 0; first < count; first += TOGETHER) {
         int64_t end = smaller(first + TOGETHER, count);
-        /* The place alone, of some: so processors wait for the memory of all of them at once. */
-        for (int64_t i = first; places && i < end; i++)
-            if (torch->data(tensor_in(torch, objects[i]), places + i)) return -1;
+        /* The place alone, of some: so a processor waits for the memory of several at once, and for what else is asked. */
+        for (int64_t i = first; places && i < end; i++) {
+            void **tensor = tensor_in(torch, objects[i]);
+            __builtin_prefetch((char *)*tensor + LINE);
+            __builtin_prefetch((char *)*tensor + 2 * LINE);
+            if (torch->data(tensor, places + i)) return -1;
+        }
         for (int64_t i = first; i < end; i++) {
             int64_t n = form_of(torch, tensor_in(torch, objects[i]), &form);
             size_t size = (size_t)n * sizeof *form.words;
