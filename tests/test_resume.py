@@ -203,11 +203,23 @@ def test_checkpoint_of_another_recipe_is_an_error_that_names_both(
     workers(2).run_raises(UserError, job, f"--resume auto {option}", text, calm, match=line)
 
 
-def test_what_an_error_advises_goes_on(workers: Pool, text: Path, tmp_path: Path) -> None:
-    saved, other = "--lr 0.02 --momentum 0.8", "--recipe adamw-like --clip 2 --seed 3 --momentum-dtype bfloat16"
+@pytest.mark.parametrize(
+    ("saved", "other", "passed", "left_out"),
+    [
+        (
+            "--lr 0.02 --momentum 0.8",
+            "--recipe adamw-like --clip 2 --seed 3 --momentum-dtype bfloat16",
+            "--seed 0 --recipe muon-like --lr 0.02 --momentum 0.8 --clip 1.0",
+            "--momentum-dtype",
+        ),
+        ("--optimizer sgd", "", "--optimizer sgd --momentum 0.9", "--recipe, --beta, --cover-block"),
+    ],
+)
+def test_what_an_error_advises_goes_on(
+    workers: Pool, text: Path, tmp_path: Path, saved: str, other: str, passed: str, left_out: str
+) -> None:
     workers(1).run(job, f"--checkpoint-every 3 {saved}", text, tmp_path, 4)
-    passed = "--seed 0 --recipe muon-like --lr 0.02 --momentum 0.8 --clip 1.0"
-    advice = rf"To go on with it pass {passed} and leave --momentum-dtype out; to start anew pass another --out\Z"
+    advice = rf"To go on with it pass {passed} and leave {left_out} out; to start anew pass another --out\Z"
     workers(1).run_raises(UserError, job, f"--resume auto {other}", text, tmp_path, match=advice)
     assert "at step 3" in workers(1).run(job, f"--resume auto {passed}", text, tmp_path)[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -49,21 +49,23 @@ def difference(saved: Identity, run: Identity) -> str | None:
         "lr was 0.004 and is 0.002; rounding was None and is 'nearest'. To go on with it pass --lr 0.004 and leave \
 --rounding out; to start anew pass another --out"
     """
-    differing = {name: saved.get(name) for name, value in run.items() if saved.get(name) != value}
+    differing = [name for name, value in run.items() if saved.get(name) != value]
     if not differing:
         return None
-    listed = "; ".join(f"{name} was {was!r} and is {run[name]!r}" for name, was in differing.items())
-    return f"{listed}. To go on with it {' and '.join(_to_do(differing))}; to start anew pass another --out"
+    listed = "; ".join(f"{name} was {saved.get(name)!r} and is {run[name]!r}" for name in differing)
+    return f"{listed}. To go on with it {' and '.join(_to_do(saved, differing))}; to start anew pass another --out"
 
 
-def _to_do(differing: Identity) -> Iterator[str]:
-    """What makes a run the same as a saved one, of whose values these are not its own."""
-    options = {name: value for name, value in differing.items() if name != CORPUS}
-    passed = [f"{flag(name)} {value}" for name, value in options.items() if value is not None]
-    left_out = [flag(name) for name, value in options.items() if value is None]
+def _to_do(saved: Identity, differing: Sequence[str]) -> Iterator[str]:
+    """What makes a run the same as a saved one, from which it differs in some values."""
+    optimizer = recipe.RECIPES.get(saved.get("recipe", "")) or recipe.OPTIMIZERS.get(saved.get("optimizer", ""))
+    unknown = optimizer.unknown if optimizer is not None else ()
+    options = [name for name in differing if name != CORPUS]
+    left_out = [name for name in options if saved.get(name) is None or name in unknown]
+    passed = [f"{flag(name)} {saved[name]}" for name in options if name not in left_out]
     if passed:
         yield f"pass {' '.join(passed)}"
     if left_out:
-        yield f"leave {', '.join(left_out)} out"
+        yield f"leave {', '.join(map(flag, left_out))} out"
     if CORPUS in differing:
         yield "let --data be the text as it was"
