@@ -14,6 +14,7 @@ from launch.benchmarks import scale as bench_scale
 from launch.benchmarks import sharded as bench_sharded
 from launch.benchmarks import step as bench_step
 from launch.benchmarks import zero1 as bench_zero1
+from launch.job.world import UserError
 
 # One module for each benchmark: its `add_arguments(parser)` describes the options, its `run(options)` prints a table.
 BENCHMARKS = {
@@ -36,7 +37,10 @@ def main(arguments: list[str]) -> None:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
-    options.run(options)
+    try:
+        options.run(options)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Machine code of the Triton kernel of matrices: instructions per element, registers, bytes at a time. Needs no GPU.
+"""Machine code of the Triton kernel of matrices, or of the C kernel: instructions per element. Needs no GPU.
 
 A strip is walked through in passes, and a thread takes 16 elements in each. Counted are all instructions of the kernel,
 beginning, end and slow paths that are hardly ever taken included, over these 16: what is executed per element is less.
@@ -11,9 +11,12 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from launch.benchmarks import cpu_code
 
 ARCHITECTURES = (80, 90, 100)
 PLAIN = {"AVERAGE": False, "SQUARES": 0, "NESTEROV": False, "PRODUCT": False, "GROUPS": 1, "SIDE": 128}
@@ -125,22 +128,38 @@ def _said(*command: str | Path) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options."""
-    parser.add_argument("--sm", type=int, nargs="+", default=list(ARCHITECTURES), help="default: 80 90 100")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: the C kernel (default: cuda)")
+    parser.add_argument("--sm", type=int, nargs="+", default=list(ARCHITECTURES), help="GPUs (default: 80 90 100)")
     parser.add_argument("--only", nargs="+", default=list(KINDS), choices=list(KINDS))
 
 
 def run(options: argparse.Namespace) -> None:
     """Compile, and print a Markdown table."""
-    made = {name: [compiled(name, architecture) for architecture in options.sm] for name in options.only}
-    print(
-        f"| sm_{', '.join(map(str, options.sm))} | instructions per element | registers | occupancy | spilled bytes |"
-    )
-    print("|:--|--:|--:|--:|--:|")
-    for name, codes in made.items():
+    if options.device == "cpu":
+        command = cpu_code.command()
+        print(f"{cpu_code.version(command)}\n")
+        print(table(cpu_code.rows(options.only, command)))
+    else:
+        print(table(rows(options.only, options.sm)))
+
+
+def rows(names: Sequence[str], architectures: Sequence[int]) -> list[list[str]]:
+    """The table of some of ``KINDS``, its header first."""
+    header = f"sm_{', '.join(map(str, architectures))}"
+    lines = [[header, "instructions per element", "registers", "occupancy", "spilled bytes"]]
+    for name in names:
+        codes = [compiled(name, architecture) for architecture in architectures]
         cells = [
             ", ".join(f"{code.per_element:.0f}" for code in codes),
             ", ".join(str(code.registers) for code in codes),
             ", ".join(f"{code.occupancy:.0%}".replace("%", " %") for code in codes),
             ", ".join(str(code.spilled) for code in codes),
         ]
-        print(f"| {name} | {' | '.join(cells)} |")
+        lines.append([name, *cells])
+    return lines
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in Markdown; the first line is the header."""
+    header, *rest = (f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([header, "|:--" + "|--:" * (len(lines[0]) - 1) + "|", *rest])
