@@ -64,6 +64,16 @@ def tensor_parallel(backend: str) -> None:
         step_between(model, SM3(model.parameters(), backend=backend)).backward()
 
 
+def tensor_parallel_orthogonal(backend: str) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = parallelize_module(nn.Linear(4, 4, bias=False), mesh, ColwiseParallel())
+    optimizer = SM3(model.parameters(), backend=backend, orthogonalize=True, momentum=0.9)
+    version = model.weight._version
+    with pytest.raises(RuntimeError, match=MESSAGE):
+        step_between(model, optimizer).backward()
+    assert model.weight._version > version
+
+
 def replicas(backend: str) -> None:
     """Most of the weights come from the other rank, in place (the large one) and in a message."""
     model = nn.Sequential(nn.Linear(4, 20_000), nn.Linear(20_000, 4))
@@ -77,6 +87,6 @@ def replicas(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "c"])
-@pytest.mark.parametrize("wrap", [tensor_parallel, replicas])
+@pytest.mark.parametrize("wrap", [tensor_parallel, tensor_parallel_orthogonal, replicas])
 def test_sharded_weights(workers: Pool, wrap: Callable[[str], None], backend: str) -> None:
     workers(2).run(wrap, backend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from sm3_dist.maths.update import Settings
 from sm3_dist.step.entry import Entry
@@ -17,10 +18,11 @@ class EagerKernel:
         self.entries = entries
         self._steps = {entry.param: entry.step for entry in entries}
 
-    def update(self, settings: Mapping[int, Settings]) -> None:
-        """Take one step of every tensor that has a gradient, and count it."""
+    def update(self, settings: Mapping[int, Settings]) -> Sequence[Tensor]:
+        """Take one step of every tensor that has a gradient, and count it; see :class:`sm3_dist.kernels.Kernel`."""
         for entry in self.entries:
             entry.update(settings[id(entry.group)])
-        stepped = [step for param, step in self._steps.items() if param.grad is not None]
+        stepped = [param for param in self._steps if param.grad is not None]
         if stepped:
-            torch._foreach_add_(stepped, 1)
+            torch._foreach_add_([self._steps[param] for param in stepped], 1)
+        return stepped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import repeat
+from itertools import compress, repeat
 from operator import attrgetter, is_not
 from typing import Any
 
@@ -80,6 +80,7 @@ class Operands:
         entries_of: the tensors of each.
         dtypes: the types of the gradients.
         strides: the strides of the gradients.
+        present: the parameters that have a gradient in this step.
     """
 
     def __init__(self, entries: Sequence[Entry], retype: Callable[[int, torch.dtype], None]) -> None:
@@ -88,6 +89,7 @@ class Operands:
         self.entries_of: list[list[Entry]] = [[] for _ in self.params]
         for entry in entries:
             self.entries_of[self.index[id(entry.param)]].append(entry)
+        self.present: list[Any] = []
         self._retype = retype
         self._sharded = [i for i, param in enumerate(self.params) if is_dtensor(param)]
         self.survey()
@@ -128,6 +130,7 @@ class Operands:
             if grad is not None:
                 grads[i] = self.entries_of[i][0].local_grad(grad)
         all_there = all(map(is_not, grads, repeat(None)))
+        self.present = self.params if all_there else list(compress(self.params, map(is_not, grads, repeat(None))))
         if self._grads is not None and all_there:
             self._grads.turn_to(grads)
             places = self._grads.addresses()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from sm3_dist.maths.update import Settings
 from sm3_dist.step.entry import Entry
 
@@ -12,11 +14,14 @@ from sm3_dist.step.entry import Entry
 class Kernel(Protocol):
     """What takes the steps of some tensors. Built once for a plan, launched in every step."""
 
-    def update(self, settings: Mapping[int, Settings]) -> None:
+    def update(self, settings: Mapping[int, Settings]) -> Sequence[Tensor]:
         """Take one step of every tensor that has a gradient, and count it.
 
         Args:
             settings: of each param group, by its ``id``.
+
+        Returns:
+            The parameters that have one.
         """
 
 

@@ -57,15 +57,18 @@ class OrthogonalSteps:
         self._stand_ins = [part for bucket in self.buckets for part in bucket.parts]
         self._counted = {e.param: e.step for e in entries if e.param not in shared}
 
-    def update(self, settings: Mapping[int, Settings]) -> None:
+    def update(self, settings: Mapping[int, Settings]) -> list[Tensor]:
         """Take one step of every tensor that has a gradient, and count it.
+
+        Returns:
+            The parameters that have one and hold no other tensors.
 
         Raises:
             GradientMismatchError: on every rank of a group, if some ranks have a gradient for their part of a tensor
                 and others have none.
         """
         if not self.buckets:
-            return
+            return []
         to_update = {group: replace(s, lr=-1.0, weight_decay=0.0) for group, s in settings.items()}
         if self._stand_ins:
             torch._foreach_copy_([p.stand_in.step for p in self._stand_ins], [p.entry.step for p in self._stand_ins])
@@ -83,9 +86,10 @@ class OrthogonalSteps:
         finally:
             for bucket in self.buckets:
                 bucket.exchange.close()
-        stepped = [step for param, step in self._counted.items() if param.grad is not None]
+        stepped = [param for param in self._counted if param.grad is not None]
         if stepped:
-            torch._foreach_add_(stepped, 1)
+            torch._foreach_add_([self._counted[param] for param in stepped], 1)
+        return stepped
 
 
 class _StandIn(Tensor):

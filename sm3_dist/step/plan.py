@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import compress, product, repeat
-from operator import attrgetter, is_not
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,9 +29,6 @@ from sm3_dist.step.orthogonal import OrthogonalSteps, is_orthogonal
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-_GRAD = attrgetter("grad")
 
 
 class StepPlan:
@@ -164,18 +160,17 @@ class StepPlan:
 
     def update(self, settings: Mapping[int, Settings]) -> None:
         """Update every entry, from the settings of its param group by ``id``. New weights leave as they are made."""
-        # (Where ranks send one another their weights, all of them have the same gradients.)
-        stepped = list(compress(self._params, map(is_not, map(_GRAD, self._params), repeat(None))))
         try:
-            self.orthogonal.update(settings)
+            stepped = self.orthogonal.update(settings)
             for launches, weights in self._stages:
                 for kernel in launches:
-                    kernel.update(settings)
+                    stepped += kernel.update(settings)
                 if self.gatherer is not None and weights is not None:
                     self.gatherer.start(weights)
         except Exception:
             self._forget()
             raise
+        # (Where ranks send one another their weights, all of them have the same gradients.)
         (mark_changed if self._sharded else increment_version)(stepped)
 
     def carry_over_squares(self, older: StepPlan) -> None:

@@ -276,8 +276,8 @@ class CKernel:
             if tensor.param == param:
                 tensor.type[GRAD] = TYPES[dtype]
 
-    def update(self, settings: Mapping[int, Settings]) -> None:
-        """Take one step of every tensor that has a gradient, and count it."""
+    def update(self, settings: Mapping[int, Settings]) -> Sequence[Tensor]:
+        """Take one step of every tensor that has a gradient, and count it; see :class:`sm3_dist.kernels.Kernel`."""
         operands = self._operands
         addresses, as_surveyed = operands.weights()
         if not as_surveyed:
@@ -296,6 +296,7 @@ class CKernel:
             for entry in operands.entries_of[i]:
                 entry.update(settings[id(entry.group)])
             operands.entries_of[i][0].step.add_(1)
+        return operands.present
 
     def _step(self) -> None:
         loaded = _loaded()

@@ -96,10 +96,11 @@ class TritonKernel:
         """Where the accumulators lie that ``shard_covers`` moves between steps."""
         return [accumulator.data_ptr() for entry in self._released for accumulator in entry.accumulators]
 
-    def update(self, settings: Mapping[int, Settings]) -> None:
-        """Take one step of every tensor that has a gradient, and count it."""
+    def update(self, settings: Mapping[int, Settings]) -> Sequence[Tensor]:
+        """Take one step of every tensor that has a gradient, and count it; see :class:`sm3_dist.kernels.Kernel`."""
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             self._update(settings)
+        return self._operands.present
 
     def _update(self, settings: Mapping[int, Settings]) -> None:
         operands = self._operands
