@@ -16,7 +16,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 WHEEL = os.environ.get("SM3_DIST_WHEEL")
-SOURCES = runpy.run_path("sm3_dist/kernels/c/sources.py")
+SOURCES = runpy.run_path("sm3_dist/compiled/sources.py")
 
 
 class AnyPython(bdist_wheel):

@@ -7,9 +7,9 @@ import torch
 from against_eager import assert_same, needs_c
 from torch import nn
 
-from sm3_dist import SM3, kernels, library
+from sm3_dist import SM3, kernels
+from sm3_dist.compiled import library, sources
 from sm3_dist.kernels.c import backend as cpu
-from sm3_dist.kernels.c import sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

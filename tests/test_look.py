@@ -10,8 +10,9 @@ import torch
 from against_eager import needs_c
 from torch import Tensor, nn
 
-from sm3_dist import SM3, library
-from sm3_dist.look import Held, Look
+from sm3_dist import SM3
+from sm3_dist.compiled import library
+from sm3_dist.compiled.look import Held, Look
 from sm3_dist.maths.rms import Averages, averaged
 
 COMPILED = pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_c), False])

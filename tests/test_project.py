@@ -73,7 +73,8 @@ def test_every_header_of_the_kernel_compiles_it_anew():
 @pytest.mark.parametrize("change", [None, "sources", "options"])
 def test_an_editable_install_compiles_what_has_changed_alone(tmp_path, change):
     """Whatever the times of the sources: those of another checkout, copied over, may be older than the library here."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "sm3_dist/__init__.py", "sm3_dist/kernels/c"):
+    names = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "sm3_dist/__init__.py", "sm3_dist/kernels/c")
+    for name in (*names, "sm3_dist/compiled"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / name, tmp_path / name)

@@ -11,7 +11,8 @@ import pytest
 import sm3_dist
 
 ROOT = Path(sm3_dist.__file__).parent.parent
-FLOORS = ("compat", "layout", "maths", "ranks", "step", "kernels", "optimizer", "checkpoint", "matrices", "planner")
+FLOORS = ("compat", "compiled", "layout", "maths", "ranks", "step", "kernels", "optimizer", "checkpoint", "matrices")
+FLOORS += ("planner",)
 """From below; what is named nowhere here is on top of all. Three of them are files: what PyTorch's
 releases differ in, the optimizer, which checkpoints are of, and which tensors are matrices."""
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sm3_dist.compiled.library import integers
+from sm3_dist.compiled.look import Look
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.kinds import is_dtensor
-from sm3_dist.library import integers
-from sm3_dist.look import Look
 from sm3_dist.step.entry import Entry
 
 DIMS = 8

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sm3_dist.library import looks, place_of
-from sm3_dist.look import Look
+from sm3_dist.compiled.library import looks, place_of
+from sm3_dist.compiled.look import Look
 
 LARGEST = 1 << 62
 """No sum is larger. (One more bit would fit, but not a float32 that was rounded up.)"""

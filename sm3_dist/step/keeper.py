@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sm3_dist.compiled.library import integers
+from sm3_dist.compiled.look import Held
 from sm3_dist.layout.describe import Flattened, Replicas, describe
 from sm3_dist.layout.shard import LocalShard
-from sm3_dist.library import integers
-from sm3_dist.look import Held
 from sm3_dist.ranks.agreement import check_agreement
 from sm3_dist.ranks.watch import PlanMismatchError, RankWatch
 from sm3_dist.ranks.weight_gather import WeightGatherer

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sm3_dist.compiled.look import Held, Look
 from sm3_dist.layout.kinds import dtensors, is_dtensor
-from sm3_dist.look import Held, Look
 from sm3_dist.step.state import State
 
 _SHAPE = attrgetter("shape")

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sm3_dist.compiled.library import library
 from sm3_dist.kernels import fused
 from sm3_dist.kernels.fused import DIMS, Operands
 from sm3_dist.kernels.matrices import matrices, sides
 from sm3_dist.layout.cover import split
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.shard import LocalShard
-from sm3_dist.library import library
 from sm3_dist.maths.rms import CUT_OFF
 from sm3_dist.maths.update import Settings
 from sm3_dist.step.entry import Entry

@@ -9,16 +9,18 @@ import ctypes
 import zlib
 from pathlib import Path
 
+FOLDER = Path(__file__).parents[1] / "kernels" / "c"
+"""Of the sources, and of what is made of them."""
+
 
 def checksum() -> int:
-    """CRC-32 of the C sources in this folder.
+    """CRC-32 of the C sources.
 
     Example:
         >>> checksum() == checksum()
         True
     """
-    folder = Path(__file__).parent
-    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(folder.glob("*.[ch]"))))
+    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]"))))
 
 
 def is_current(library: ctypes.CDLL) -> bool:

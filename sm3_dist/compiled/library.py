@@ -7,13 +7,13 @@ import functools
 import importlib.machinery
 from array import array
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent / "kernels" / "c"
+from sm3_dist.compiled.sources import FOLDER, is_current
+
 _pointer, _integer = ctypes.c_void_p, ctypes.c_int64
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {  # what each returns, and what it takes
     "sm3_width": (ctypes.c_char_p, (ctypes.c_int,)),
@@ -39,8 +39,6 @@ NEXT_OF_DICT = ctypes.cast(ctypes.pythonapi.PyDict_Next, _pointer)
 @functools.cache
 def library() -> ctypes.CDLL | str:
     """The library, or why it cannot be used."""
-    from sm3_dist.kernels.c.sources import is_current
-
     built = [path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := FOLDER / f"_cpu{suffix}").exists()]
     if not built:
         return (

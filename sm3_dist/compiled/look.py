@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sm3_dist.library import NEXT_OF_DICT, functions_of_torch, integers, looks, place_of
+from sm3_dist.compiled.library import NEXT_OF_DICT, functions_of_torch, integers, looks, place_of
 
 _LAYOUT, _DTYPE, _SHAPE = map(attrgetter, ("layout", "dtype", "shape"))
 
