@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#define APART __attribute__((noinline))
 
 enum { FLOAT32, BFLOAT16, FLOAT16, NONE, CODE }; /* element types; NONE: no momentum; CODE: see momentum_code.py */
 

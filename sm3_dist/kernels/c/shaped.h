@@ -141,9 +141,14 @@ INLINE void stretch_of(int weight, int grad, int moment, struct stretch *x) {
     }
 }
 
-#define KIND(form, weight, grad, moment)                                                                             \
-    case (form) * MOMENTS + (moment): STRETCH(weight, grad, moment); break
-#define KINDS(form, weight, grad)                                                                                    \
-    KIND(form, weight, grad, NONE);                                                                                  \
-    KIND(form, weight, grad, FLOAT32);                                                                               \
-    KIND(form, weight, grad, BFLOAT16)
+/* A function for each kind: compilers give out registers better in small ones. */
+#define FUNCTION(form, weight, grad, moment, width, target)                                                          \
+    target APART static void stretch_##weight##_##grad##_##moment##_##width(struct stretch *x) {                     \
+        STRETCH(weight, grad, moment);                                                                               \
+    }
+#define CASE(form, weight, grad, moment, width, target)                                                              \
+    case form * MOMENTS + moment: stretch_##weight##_##grad##_##moment##_##width(x); break;
+#define KINDS(MAKE, form, weight, grad, width, target)                                                               \
+    MAKE(form, weight, grad, NONE, width, target)                                                                    \
+    MAKE(form, weight, grad, FLOAT32, width, target)                                                                 \
+    MAKE(form, weight, grad, BFLOAT16, width, target)

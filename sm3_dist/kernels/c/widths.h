@@ -53,8 +53,9 @@ INLINE void narrow_of(int64_t n, void *restrict to, const float *restrict from, 
     }
 #define WIDTH(width, target)                                                                                         \
     target ROW_FUNCTION(row_##width)                                                                                 \
+    ALL_KINDS(FUNCTION, width, target)                                                                               \
     target static void stretch_##width(int kind, struct stretch *x) {                                                \
-        switch (kind) { ALL_KINDS }                                                                                  \
+        switch (kind) { ALL_KINDS(CASE, width, target) }                                                             \
     }                                                                                                                \
     target static void words_##width(int64_t groups, uint32_t first, const struct philox *p, struct random *random,  \
                                      int64_t at) {                                                                   \
@@ -75,15 +76,19 @@ struct width {
 
 #define WORDS random_words
 #define STRETCH(weight, grad, moment) stretch_of(weight, grad, moment, x)
-#define ALL_KINDS KINDS(FLOATS, FLOAT32, FLOAT32);
+#define ALL_KINDS(MAKE, width, target) KINDS(MAKE, FLOATS, FLOAT32, FLOAT32, width, target)
 WIDTH(baseline, )
 #ifdef X86
 #undef WORDS
 #undef STRETCH
 #undef ALL_KINDS
-#define TYPED_KINDS(form, weight, grad) KINDS(form, weight, grad); KIND(form, weight, grad, CODE);
-#define ALL_KINDS                                                                                                    \
-    TYPED_KINDS(FLOATS, FLOAT32, FLOAT32) TYPED_KINDS(BFLOATS, BFLOAT16, BFLOAT16) TYPED_KINDS(MIXED, BFLOAT16, FLOAT32)
+#define TYPED_KINDS(MAKE, form, weight, grad, width, target)                                                          \
+    KINDS(MAKE, form, weight, grad, width, target)                                                                   \
+    MAKE(form, weight, grad, CODE, width, target)
+#define ALL_KINDS(MAKE, width, target)                                                                               \
+    TYPED_KINDS(MAKE, FLOATS, FLOAT32, FLOAT32, width, target)                                                       \
+    TYPED_KINDS(MAKE, BFLOATS, BFLOAT16, BFLOAT16, width, target)                                                    \
+    TYPED_KINDS(MAKE, MIXED, BFLOAT16, FLOAT32, width, target)
 #define WORDS random_words_avx2
 #define STRETCH(weight, grad, moment) stretch_of_avx2(weight, grad, moment, x)
 WIDTH(avx2, __attribute__((target("avx2"))))
