@@ -170,6 +170,34 @@ def test_every_vector_width(dtype, options, block, moment_dtype, shape):
 
 
 @needs_c
+@pytest.mark.parametrize("scale", [1.0, 1e-38], ids=["usual", "denormal"])
+@torch.no_grad()
+def test_bfloat16_of_any_bits_in_every_width(scale):
+    """An instruction that rounds to bfloat16 takes denormals for 0, and has its own way with NaN."""
+    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    weight, moment = patterns.view(256, 256), patterns.view(256, 256).t().contiguous()
+    group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.95}
+    settings = Settings(0.37 * scale, 0.9, 1e-30, 0.0, False, nesterov=True, cover_product=True, old=0.95, new=0.05)
+    results = []
+    for width in [None, *cpu.widths()]:
+        param, buffer = nn.Parameter(weight.clone()), moment.clone()
+        param.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+        shard = LocalShard((256, 256), (Box.whole((256, 256)),), cover_block=64)
+        accumulators = [torch.zeros(s.shape) for s in shard.stored]
+        entry = Entry(param, group, shard, accumulators, buffer, torch.zeros(()), None, "x")
+        work = EagerKernel([entry]) if width is None else cpu.CKernel([entry], width)
+        work.update({id(group): settings})
+        results.append([param.detach(), buffer])
+    changed = results[0][0].view(torch.int16) != weight.view(torch.int16)
+    assert changed.float().mean() > 0.1
+    for width, result in zip(cpu.widths(), results[1:], strict=True):
+        for expected, actual in zip(results[0], result, strict=True):
+            assert torch.equal(actual.isnan(), expected.isnan()), width
+            bits = [each.masked_fill(expected.isnan(), 0).view(torch.int16) for each in (actual, expected)]
+            assert torch.equal(*bits), width
+
+
+@needs_c
 @pytest.mark.parametrize("block", [None, 64])
 def test_nan_has_no_sign_in_accumulators(block):
     weight = nn.Parameter(torch.ones(SHAPE_IN_BLOCKS))

@@ -155,6 +155,11 @@ WIDE_INLINE void store_upper_avx2(uint16_t *p, ints_avx2 bits, floats_avx2 x, in
         memcpy(p, &narrow, (size_t)there * sizeof *p);
 }
 
+WIDE_INLINE int convert_avx2(uint16_t *p, floats_avx2 x, int there) {
+    (void)p, (void)x, (void)there;
+    return 0; /* there is no such instruction */
+}
+
 /* Codes have no more bits than bfloat16, so that is what they become first. */
 WIDE_INLINE floats_avx2 load_codes_avx2(const int8_t *p, int there) {
     /* As upper halves of 16 bits, in the order in which unpacking puts them right. */

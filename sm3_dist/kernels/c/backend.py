@@ -51,6 +51,7 @@ class _Settings(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("beta", "update_rms", "first_square")),
         ("seed", ctypes.c_uint64),
         *((name, ctypes.c_float) for name in ("scale", "per_one", "cap")),
+        ("converts", ctypes.c_int32),
     )
 
 

@@ -11,12 +11,14 @@ WIDE_INLINE OF(floats) OF(load_of)(const void *p, int64_t j, int type, OF(lanes)
     return OF(real)(OF(load_upper)((const uint16_t *)p + j, there));
 }
 
-/* `noise`: 16 bits by element; null: round to the nearest. */
-WIDE_INLINE void OF(store_of)(void *p, int64_t j, OF(floats) x, const uint16_t *noise, int type, OF(lanes) there) {
+/* `noise`: 16 bits by element; null: round to the nearest. `converts`: as in struct settings. */
+WIDE_INLINE void OF(store_of)(void *p, int64_t j, OF(floats) x, const uint16_t *noise, int type, OF(lanes) there,
+                              int converts) {
     if (type == FLOAT32) {
         OF(store_floats)((float *)p + j, x, there);
         return;
     }
+    if (type == BFLOAT16 && !noise && converts && OF(convert)((uint16_t *)p + j, x, there)) return;
     OF(ints) bits = OF(bits)(x), random = OF(every_int)(0);
     if (noise) random = OF(load_lower)(noise + j, there);
     if (type == CODE)
@@ -30,6 +32,7 @@ struct OF(numbers) { /* that are the same for all elements */
     OF(floats) per_one, cap, scale, least, limit, momentum, decay, lr; /* least: -limit */
     OF(floats) is_ahead; /* a mask: whether momentum is Nesterov's */
     OF(ints) length;     /* a mask: bits without the sign */
+    int converts;
 };
 
 WIDE_INLINE struct OF(numbers) OF(numbers_of)(const struct settings *s) {
@@ -49,6 +52,7 @@ WIDE_INLINE struct OF(numbers) OF(numbers_of)(const struct settings *s) {
         .lr = OF(every)(s->lr),
         .is_ahead = OF(real)(OF(every_int)(s->nesterov ? -1 : 0)),
         .length = OF(every_int)(INT32_MAX),
+        .converts = s->converts,
     };
 }
 
@@ -101,12 +105,13 @@ WIDE_INLINE void OF(apply)(const struct OF(numbers) *c, const struct OF(line) *x
     u = OF(min)(c->limit, u);
     if (x->moment != NONE) {
         OF(floats) mean = OF(add)(OF(mul)(OF(load_of)(x->m, j, x->moment, there), c->momentum), u);
-        OF(store_of)(x->m, j, mean, x->noise[MOMENT], x->moment, there);
+        OF(store_of)(x->m, j, mean, x->noise[MOMENT], x->moment, there, c->converts);
         OF(floats) ahead = OF(add)(u, OF(mul)(mean, c->momentum));
         u = blocked ? ahead : OF(choose)(mean, ahead, c->is_ahead);
     }
     OF(floats) w = OF(mul)(OF(load_of)(x->w, j, x->weight, there), c->decay);
-    OF(store_of)(x->w, j, OF(sub)(w, OF(mul)(u, c->lr)), x->noise[WEIGHT], x->weight, there);
+    OF(store_of)(x->w, j, OF(sub)(w, OF(mul)(u, c->lr)), x->noise[WEIGHT], x->weight, there,
+                 x->moment != CODE && c->converts); /* beside codes it is rounded at random, as a rule */
 }
 
 /* What is left to do of the last group, at j. */

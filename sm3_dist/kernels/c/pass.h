@@ -33,6 +33,7 @@ static struct pass pass_over(const struct step *step, const struct tensor *t) {
         s->new = (float)new;
     }
     s->scale = s->fresh;
+    s->converts = step->width->converts;
     s->shaped |= t->rounds || t->type[MOMENT] == CODE || t->strided;
     if (t->partial) {
         double per_one = t->cap / (32 * 32);

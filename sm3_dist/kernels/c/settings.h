@@ -20,4 +20,5 @@ struct settings { /* of one param group in one step; the last ones of one tensor
     /* Of one tensor, filled in by pass_over(). */
     float scale;          /* of updates before momentum */
     float per_one, cap;   /* units of a square of 1, and the largest square in units */
+    int32_t converts;     /* whether the processor has an instruction that rounds to bfloat16 */
 };

@@ -66,6 +66,7 @@ INLINE void narrow_of(int64_t n, void *restrict to, const float *restrict from, 
 struct width {
     const char *name;
     int typed; /* whether stretches may have all types and round at random; if not, weight and gradient are float32 */
+    int converts; /* as in struct settings */
     row_function *row;
     stretch_function *stretch;
     void (*words)(int64_t groups, uint32_t first, const struct philox *p, struct random *random, int64_t at);
@@ -99,13 +100,14 @@ WIDTH(avx2, __attribute__((target("avx2"))))
 WIDTH(avx512, __attribute__((target(AVX512))))
 #endif
 
-#define NAMED(width, typed)                                                                                          \
-    {#width, typed, row_##width, stretch_##width, words_##width, widen_##width, narrow_##width, scatter_##width}
+#define NAMED(name, width, typed, converts)                                                                          \
+    {name, typed, converts, row_##width, stretch_##width, words_##width, widen_##width, narrow_##width, scatter_##width}
 static const struct width widths[] = {
-    NAMED(baseline, 0),
+    NAMED("baseline", baseline, 0, 0),
 #ifdef X86
-    NAMED(avx2, 1),
-    NAMED(avx512, 1),
+    NAMED("avx2", avx2, 1, 0),
+    NAMED("avx512", avx512, 1, 0),
+    NAMED("avx512_bf16", avx512, 1, 1),
 #endif
 };
 
@@ -116,6 +118,7 @@ static int supported(int width) {
     if (width == 2)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (width == 3) return __builtin_cpu_supports("avx512bf16");
 #endif
     return width == 0;
 }
