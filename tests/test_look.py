@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -147,6 +149,35 @@ def test_averages_wherever_they_lie(compiled: bool, monkeypatch: pytest.MonkeyPa
     move(tensors[5])
     averages.take(sums)
     assert torch.equal(torch.stack(tensors), averaged(averaged(before, sums), sums))
+
+
+AT_THE_END_OF_MEMORY = """
+import ctypes, torch
+from sm3_dist.compiled.library import functions_of_torch, integers, looks, place_of
+from sm3_dist.compiled.look import Look
+
+system, page = ctypes.CDLL(None), 1 << 16
+system.mmap.restype = ctypes.c_void_p
+system.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+system.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+start = system.mmap(None, 2 * page, 3, 0x22, -1, 0)
+assert system.mprotect(start + page, page, 0) == 0
+noted = Look([torch.zeros(())])._noted
+end = start + page - 8 * len(noted)
+ctypes.memmove(end, place_of(noted), 8 * len(noted))
+for shape in [(), (5,), (5, 5, 5, 5), (1,) * 40]:
+    tensor = torch.zeros(shape)
+    objects = integers([id(tensor)])
+    print(looks().sm3_look(place_of(functions_of_torch()), place_of(objects), 1, None, None, end))
+"""
+
+
+@needs_c
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for memory")
+def test_no_more_is_read_than_was_noted() -> None:
+    """Of a tensor that has got more dimensions the form has more words."""
+    found = subprocess.run([sys.executable, "-c", AT_THE_END_OF_MEMORY], capture_output=True, text=True)
+    assert (found.returncode, found.stdout.split()[1:]) == (0, ["-1"] * 3), found.stderr
 
 
 def test_gradients_are_not_kept() -> None:

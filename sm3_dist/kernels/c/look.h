@@ -32,6 +32,12 @@ static int64_t form_of(const struct torch *torch, void **tensor, struct form *fo
     return 2 + 2 * dims;
 }
 
+/* Whether it is the one noted, which may have fewer words. */
+static int is_noted(const int64_t *noted, const struct form *form) {
+    if (noted[0] != form->words[0] || noted[1] != form->words[1]) return 0;
+    return !memcmp(noted, form->words, (size_t)(2 + 2 * form->words[1]) * sizeof *noted);
+}
+
 /* Look at tensors. Returns how many words their forms are, or -1 if one cannot be looked at.
  *
  * places: written, where each lies; null: not asked for.
@@ -52,9 +58,8 @@ EXPORT int64_t sm3_look(const struct torch *torch, char **objects, int64_t count
         }
         for (int64_t i = first; i < end; i++) {
             int64_t n = form_of(torch, tensor_in(torch, objects[i]), &form);
-            size_t size = (size_t)n * sizeof *form.words;
-            if (!n || (noted && memcmp(noted + total, form.words, size))) return -1;
-            if (forms) memcpy(forms + total, form.words, size);
+            if (!n || (noted && !is_noted(noted + total, &form))) return -1;
+            if (forms) memcpy(forms + total, form.words, (size_t)n * sizeof *forms);
             total += n;
         }
     }
