@@ -112,6 +112,8 @@ def matrices(shard: LocalShard, operands: Sequence[Sequence[Tensor]]) -> Iterato
     for b, box in enumerate(shard.boxes):
         strides = [views[b].stride() for views in operands]
         columns = list(_runs(range(s, k), lengths, box, shard, None))
+        if not columns:  # it has no elements
+            continue
         tables = _table(columns[0].dims, box.shape, strides)
         for rows, column in product(_runs(range(s), lengths, box, shard, strides), columns):
             index = (*rows.index, *column.index)
