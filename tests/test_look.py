@@ -100,6 +100,14 @@ def test_tensors_of_all_kinds(compiled: bool) -> None:
 
 
 @COMPILED
+def test_another_device_is_another_form(compiled: bool) -> None:
+    look = Look([torch.ones(5, 5), torch.ones(2)], compiled)
+    look.turn_to([torch.ones(5, 5), torch.ones(2, device="meta")])
+    assert look.addresses() is None
+    assert not look.is_unchanged()
+
+
+@COMPILED
 def test_a_sparse_tensor_has_another_form_and_nothing_is_printed(
     compiled: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,7 +31,7 @@ _LOOKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "sm3_hold": (_integer, (_pointer, _pointer, _integer, _pointer, _integer)),
     "sm3_average": (None, (_pointer, _pointer, _integer)),
 }
-_OF_TORCH = ("data_ptr", "layout", "dtype", "dim", "sizes", "strides")
+_OF_TORCH = ("data_ptr", "layout", "dtype", "device_type", "device_index", "dim", "sizes", "strides")
 """What the functions in ``struct torch`` get; PyTorch calls each ``aoti_torch_get_…``."""
 NEXT_OF_DICT = ctypes.cast(ctypes.pythonapi.PyDict_Next, _pointer)
 
@@ -97,9 +97,9 @@ def place_of(numbers: array[int] | None) -> int | None:
 def _tells_the_truth(locked: ctypes.PyDLL, functions: array[int]) -> bool:
     """Whether PyTorch's functions are what they are taken for."""
     sample = torch.empty(2, 3, device="cpu").t()
-    objects, places, form = integers([id(sample)]), integers([0]), integers([0] * 6)
+    objects, places, form = integers([id(sample)]), integers([0]), integers([0] * 8)
     words = locked.sm3_look(place_of(functions), place_of(objects), 1, place_of(places), place_of(form), None)
-    return words == 6 and places[0] == sample.data_ptr() and list(form[1:]) == [2, *sample.shape, *sample.stride()]
+    return words == 8 and places[0] == sample.data_ptr() and list(form[3:]) == [2, *sample.shape, *sample.stride()]
 
 
 def _declare(found: ctypes.CDLL, functions: dict[str, tuple[Any, tuple[Any, ...]]]) -> None:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sm3_dist.compiled.library import NEXT_OF_DICT, functions_of_torch, integers, looks, place_of
 
-_LAYOUT, _DTYPE, _SHAPE = map(attrgetter, ("layout", "dtype", "shape"))
+_LAYOUT, _DTYPE, _DEVICE, _SHAPE = map(attrgetter, ("layout", "dtype", "device", "shape"))
 
 
 class Look:
-    """Looks at some tensors: their addresses, and whether type, shape and strides of each are those noted.
+    """Looks at some tensors: their addresses, and whether type, device, shape and strides of each are those noted.
 
     Args:
         tensors: plain ones.
@@ -123,8 +123,8 @@ class Held:
 
 
 def forms_of(tensors: Sequence[Tensor]) -> list[Any]:
-    """Types, shapes and strides of tensors."""
+    """Types, devices, shapes and strides of tensors."""
     layouts = list(map(_LAYOUT, tensors))
     if any(map(is_not, layouts, repeat(torch.strided))):
         return layouts  # those have no strides
-    return [list(map(of, tensors)) for of in (_DTYPE, _SHAPE, Tensor.stride)]
+    return [list(map(of, tensors)) for of in (_DTYPE, _DEVICE, _SHAPE, Tensor.stride)]

@@ -21,7 +21,7 @@ class Watch:
 
     Views and kernels hold on to the storage of state tensors. ``share_memory_()``, a queue to another process and
     ``.data =`` give a tensor another one; ``state[param][key] = …`` puts another tensor there; ``t_()`` changes the
-    strides of a state tensor, and ``model.to(…)`` strides and types of weights.
+    strides of a state tensor, and ``model.to(…)`` strides, types and devices of weights.
 
     Args:
         states: the state of each parameter of the plan.
@@ -54,7 +54,7 @@ class Watch:
 
     @property
     def changed(self) -> set[Tensor]:
-        """The parameters that have another type, shape or strides, or other tensors in their state, or such as do."""
+        """The parameters of other type, device, shape or strides, or with other tensors in their state, or such."""
         old_values, (of_params, of_values) = iter(self._values), self._forms
         old_forms = iter(of_values)
         found = set()
@@ -77,4 +77,4 @@ def _form(value: Any) -> tuple[Any, ...] | None:
     if not isinstance(value, Tensor):
         return None
     local = _plain(value)
-    return value.shape, local.dtype, local.shape, local.stride()
+    return value.shape, local.dtype, local.device, local.shape, local.stride()

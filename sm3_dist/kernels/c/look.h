@@ -7,35 +7,39 @@ struct torch {
     int (*data)(void **, void **);
     int (*layout)(void **, int32_t *);
     int (*type)(void **, int32_t *);
+    int (*device)(void **, int32_t *);
+    int (*which)(void **, int32_t *); /* of several devices of a kind */
     int (*dims)(void **, int64_t *);
     int (*sizes)(void **, int64_t **);
     int (*strides)(void **, int64_t **);
 };
 
-enum { MOST_DIMS = 64, TOGETHER = 64 };
+enum { MOST_DIMS = 64, HEAD = 4, TOGETHER = 64 };
 
 static void **tensor_in(const struct torch *torch, char *object) { return (void **)(object + torch->within); }
 
-struct form { /* of a tensor: its type, how many dimensions, sizes, strides */
-    int64_t words[2 + 2 * MOST_DIMS];
+struct form { /* of a tensor: its type, where it lies, how many dimensions; sizes, strides */
+    int64_t words[HEAD + 2 * MOST_DIMS];
 };
 
 /* How many words there are; 0 if PyTorch cannot tell, or it has no strides. */
 static int64_t form_of(const struct torch *torch, void **tensor, struct form *form) {
-    int32_t layout = 0, type = 0;
+    int32_t layout = 0, type = 0, device = 0, which = 0;
     int64_t dims = 0, *sizes = 0, *strides = 0;
     if (torch->layout(tensor, &layout) || layout || torch->type(tensor, &type) || torch->dims(tensor, &dims)) return 0;
+    if (torch->device(tensor, &device) || torch->which(tensor, &which)) return 0;
     if (dims > MOST_DIMS || torch->sizes(tensor, &sizes) || torch->strides(tensor, &strides)) return 0;
-    form->words[0] = type;
-    form->words[1] = dims;
-    for (int64_t i = 0; i < dims; i++) form->words[2 + i] = sizes[i], form->words[2 + dims + i] = strides[i];
-    return 2 + 2 * dims;
+    int64_t *words = form->words;
+    words[0] = type, words[1] = device, words[2] = which, words[3] = dims;
+    for (int64_t i = 0; i < dims; i++) words[HEAD + i] = sizes[i], words[HEAD + dims + i] = strides[i];
+    return HEAD + 2 * dims;
 }
 
 /* Whether it is the one noted, which may have fewer words. */
-static int is_noted(const int64_t *noted, const struct form *form) {
-    if (noted[0] != form->words[0] || noted[1] != form->words[1]) return 0;
-    return !memcmp(noted, form->words, (size_t)(2 + 2 * form->words[1]) * sizeof *noted);
+static int is_noted(const int64_t *noted, const struct form *form, int64_t n) {
+    const int64_t *words = form->words;
+    if (memcmp(noted, words, HEAD * sizeof *words)) return 0;
+    return !memcmp(noted + HEAD, words + HEAD, (size_t)(n - HEAD) * sizeof *words);
 }
 
 /* Look at tensors. Returns how many words their forms are, or -1 if one cannot be looked at.
@@ -58,7 +62,7 @@ EXPORT int64_t sm3_look(const struct torch *torch, char **objects, int64_t count
         }
         for (int64_t i = first; i < end; i++) {
             int64_t n = form_of(torch, tensor_in(torch, objects[i]), &form);
-            if (!n || (noted && !is_noted(noted + total, &form))) return -1;
+            if (!n || (noted && !is_noted(noted + total, &form, n))) return -1;
             if (forms) memcpy(forms + total, form.words, (size_t)n * sizeof *forms);
             total += n;
         }
