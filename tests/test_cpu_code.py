@@ -6,6 +6,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from subprocess import run
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from launch.benchmarks import code, cpu_code
 from launch.benchmarks.cpu_code import KINDS, WIDTHS, command, compiled, version
 from launch.benchmarks.machine_code import Function, Instruction, Weight
 from launch.job.world import UserError
+from sm3_dist.compiled.sources import FOLDER
 
 needs_gcc = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or not (shutil.which("gcc") and shutil.which("objdump")),
@@ -42,6 +44,15 @@ TWO_LOOPS = """
 
 def instruction(text: str) -> Instruction:
     return Function(f"   0:\t{text}\n").instructions[0]
+
+
+@needs_gcc
+def test_a_compiler_that_does_not_know_of_a_processor_is_not_asked_about_it() -> None:
+    """GCC 9, of Ubuntu 20.04, has neither the instruction nor the name of AVX512_BF16, and 8, of RHEL 8, neither."""
+    named = ('__builtin_cpu_supports("avx512bf16")', '"vcvtneps2bf16 ', '"avx512_bf16"')
+    for options, is_named in (([], True), (["-U__GNUC__", "-D__GNUC__=9"], False)):
+        found = run(["gcc", "-E", "-DSM3_SOURCES=0", *options, str(FOLDER / "cpu.c")], check=True, capture_output=True)
+        assert [text in found.stdout.decode() for text in named] == [is_named] * 3
 
 
 @needs_gcc

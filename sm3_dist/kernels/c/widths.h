@@ -6,6 +6,9 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define X86
+#if defined(__clang__) || __GNUC__ >= 10 /* earlier ones, and their assemblers, know of no AVX512_BF16 */
+#define CONVERTS
+#endif
 #ifdef __clang__
 #define AVX512 "avx512f,avx512bw,avx512dq,avx512vl"
 #else
@@ -107,6 +110,8 @@ static const struct width widths[] = {
 #ifdef X86
     NAMED("avx2", avx2, 1, 0),
     NAMED("avx512", avx512, 1, 0),
+#endif
+#ifdef CONVERTS
     NAMED("avx512_bf16", avx512, 1, 1),
 #endif
 };
@@ -118,6 +123,8 @@ static int supported(int width) {
     if (width == 2)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+#ifdef CONVERTS
     if (width == 3) return __builtin_cpu_supports("avx512bf16");
 #endif
     return width == 0;
