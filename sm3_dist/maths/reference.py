@@ -114,7 +114,7 @@ def reference_step(
     state.step += 1
     g = -grad.to(dtype) if maximize else grad.to(dtype)
     old, new = (beta, 1 - beta) if beta > 0 else (1, 1)
-    if bias_correction:
+    if bias_correction and beta > 0:
         new = (1 - beta) / (1 - beta**state.step)
         old = 1 - new
     covers = [_along(mu, i, weight.shape, cover_block) for i, mu in enumerate(state.accumulators)]

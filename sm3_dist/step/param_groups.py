@@ -121,7 +121,7 @@ def averaging(group: Mapping[str, Any], step: float) -> tuple[float, float]:
 def corrected_averaging(beta: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`averaging` with bias correction, on the device where the counts of steps are; in float64."""
     new = (1 - beta) / (1 - beta ** (step.double() + 1))
-    return 1 - new, new
+    return torch.where(beta > 0, 1 - new, torch.ones_like(new)), new
 
 
 def first_rms(group: Mapping[str, Any]) -> float:
