@@ -11,6 +11,7 @@ import pytest
 import torch
 from against_eager import needs_c
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sm3_dist import SM3
 from sm3_dist.compiled import library
@@ -157,6 +158,36 @@ def test_averages_wherever_they_lie(compiled: bool, monkeypatch: pytest.MonkeyPa
     move(tensors[5])
     averages.take(sums)
     assert torch.equal(torch.stack(tensors), averaged(averaged(before, sums), sums))
+
+
+def made_of_others() -> TwoTensor:
+    """It has no memory of its own: its address is 0, or it is an error to ask for it."""
+    return TwoTensor(torch.ones(4, 4), torch.ones(4, 4))
+
+
+@needs_c
+def test_a_weight_made_of_other_tensors_is_refused() -> None:
+    weight = nn.Parameter(made_of_others())
+    weight.grad = torch.ones(4, 4)
+    with pytest.raises(ValueError, match="TwoTensor and has no memory"):
+        SM3([weight], backend="c").step()
+    SM3([weight], momentum=0.9).step()  # in eager PyTorch
+    plain = nn.Parameter(torch.ones(4, 4))
+    plain.grad = torch.ones(4, 4)
+    SM3([plain], momentum=0.9).step()
+    assert torch.equal(weight.a, plain)
+
+
+@needs_c
+def test_a_gradient_made_of_other_tensors_is_refused() -> None:
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = SM3([weight], backend="c")
+    for _ in range(2):
+        weight.grad = torch.ones(4, 4)
+        optimizer.step()
+    weight.grad = made_of_others()
+    with pytest.raises(TypeError, match="TwoTensor of shape"):
+        optimizer.step()
 
 
 AT_THE_END_OF_MEMORY = """

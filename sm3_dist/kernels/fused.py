@@ -32,6 +32,8 @@ def refusal(entry: Entry, device: str, moment_types: Sequence[torch.dtype] = MOM
     weight, momentum = local_tensor(entry.param), entry.momentum_buffer
     if weight.device.type != device:
         return f"it is on {weight.device}."
+    if not has_memory(weight):
+        return f"it is a {type(weight.data).__name__} and has no memory of its own."
     if weight.dtype not in TYPES:
         return f"it is {weight.dtype}."
     if entry.accumulators[0].dtype != torch.float32:
@@ -41,6 +43,28 @@ def refusal(entry: Entry, device: str, moment_types: Sequence[torch.dtype] = MOM
     if len(entry.shard.shape) > DIMS:
         return f"it has more than {DIMS} dimensions."
     return None
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether its elements lie somewhere. A tensor that is made of others gives address 0, or none at all."""
+    try:
+        return not tensor.numel() or bool(tensor.data_ptr())
+    except RuntimeError:
+        return False
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where its elements lie.
+
+    Raises:
+        TypeError: if they do not.
+    """
+    if not has_memory(tensor):
+        raise TypeError(
+            f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} has no memory of its own, which kernels need. "
+            "Pass backend='eager' to SM3, or a plain gradient."
+        )
+    return tensor.data_ptr()
 
 
 def strided_refusal(entry: Entry) -> str | None:
@@ -114,7 +138,7 @@ class Operands:
         addresses = self._look.addresses()
         if addresses is not None:  # somebody may have exchanged the data of parameters
             return addresses, True
-        return integers(map(Tensor.data_ptr, self._weights())), False
+        return integers(map(address_of, self._weights())), False
 
     def grads(self) -> tuple[array[int], list[Tensor | None], list[int]]:
         """The addresses of the gradients, 0 for none.
@@ -143,7 +167,7 @@ class Operands:
             if grad is None:
                 addresses.append(0)
             elif grad.layout is strided and grad.dtype is dtype and contiguous and grad.is_contiguous():
-                addresses.append(grad.data_ptr() or EMPTY)
+                addresses.append(address_of(grad) or EMPTY)
             else:
                 addresses.append(0)
                 odd.append(i)
@@ -165,7 +189,7 @@ class Operands:
             if grad.dtype != dtype or grad.stride() != self.strides[i]:
                 grad = torch.empty_strided(grad.shape, self.strides[i], dtype=dtype, device=grad.device).copy_(grad)
                 grads[i] = grad
-            addresses[i] = grad.data_ptr() or EMPTY
+            addresses[i] = address_of(grad) or EMPTY
         return integers(addresses), grads, eager
 
     def _weights(self) -> list[Tensor]:

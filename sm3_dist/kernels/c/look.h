@@ -42,7 +42,14 @@ static int is_noted(const int64_t *noted, const struct form *form, int64_t n) {
     return !memcmp(noted + HEAD, words + HEAD, (size_t)(n - HEAD) * sizeof *words);
 }
 
-/* Look at tensors. Returns how many words their forms are, or -1 if one cannot be looked at.
+static int has_elements(const struct form *form) {
+    for (int64_t i = 0; i < form->words[HEAD - 1]; i++)
+        if (!form->words[HEAD + i]) return 0;
+    return 1;
+}
+
+/* Look at tensors. Returns how many words their forms are, or -1 if one cannot be looked at, or has no memory for its elements:
+ * those of subclasses that are made of other tensors.
  *
  * places: written, where each lies; null: not asked for.
  * forms: written; null: not asked for.
@@ -63,6 +70,7 @@ EXPORT int64_t sm3_look(const struct torch *torch, char **objects, int64_t count
         for (int64_t i = first; i < end; i++) {
             int64_t n = form_of(torch, tensor_in(torch, objects[i]), &form);
             if (!n || (noted && !is_noted(noted + total, &form, n))) return -1;
+            if (places && !places[i] && has_elements(&form)) return -1;
             if (forms) memcpy(forms + total, form.words, (size_t)n * sizeof *forms);
             total += n;
         }
