@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[str, str | None, dict[str, Any], int, tuple[float, float]
     "float32, momentum": ("float32", "float32", PLAIN, 62, (0.5, 0.5)),
     "recipe, float32, float32 momentum": ("float32", "float32", RECIPE, 95, (0.32, 0.32)),
     "recipe, bfloat16, bfloat16 momentum": ("bfloat16", "bfloat16", RECIPE, 95, (0.28, 0.28)),
-    "recipe, bfloat16 rounded stochastically, 8-bit momentum": ("bfloat16", "int8", RANDOM, 121, (0.28, 0.28)),
+    "recipe, bfloat16 rounded stochastically, 8-bit momentum": ("bfloat16", "int8", RANDOM, 118, (0.28, 0.28)),
 }
 
 
