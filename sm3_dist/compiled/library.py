@@ -73,7 +73,7 @@ def looks() -> ctypes.PyDLL | None:
 @functools.cache
 def functions_of_torch() -> array[int] | None:
     """``struct torch`` of ``look.h``; ``None`` where its contents cannot be had."""
-    samples = [torch.empty(n, device="cpu") for n in range(3)]
+    samples = [torch.empty(n, dtype=torch.float32, device="cpu") for n in range(3)]
     places = range(object.__basicsize__, Tensor.__basicsize__, ctypes.sizeof(_pointer))
     within = [place for place in places if all(_pointer.from_address(id(t) + place).value == t._cdata for t in samples)]
     try:
@@ -96,7 +96,7 @@ def place_of(numbers: array[int] | None) -> int | None:
 
 def _tells_the_truth(locked: ctypes.PyDLL, functions: array[int]) -> bool:
     """Whether PyTorch's functions are what they are taken for."""
-    sample = torch.empty(2, 3, device="cpu").t()
+    sample = torch.empty(2, 3, dtype=torch.float32, device="cpu").t()
     objects, places, form = integers([id(sample)]), integers([0]), integers([0] * 8)
     words = locked.sm3_look(place_of(functions), place_of(objects), 1, place_of(places), place_of(form), None)
     return words == 8 and places[0] == sample.data_ptr() and list(form[3:]) == [2, *sample.shape, *sample.stride()]
