@@ -22,11 +22,18 @@ struct form { /* of a tensor: its type, where it lies, how many dimensions; size
     int64_t words[HEAD + 2 * MOST_DIMS];
 };
 
-/* How many words there are; 0 if PyTorch cannot tell, or it has no strides. */
+/* Whether it has strides, and its place, if that is asked for. (Of a tensor without strides PyTorch up to 2.9 prints an error when
+ * it is asked for a place.) */
+static int is_strided(const struct torch *torch, void **tensor, void **place) {
+    int32_t layout = 0;
+    return !torch->layout(tensor, &layout) && !layout && (!place || !torch->data(tensor, place));
+}
+
+/* How many words there are; 0 if PyTorch cannot tell. */
 static int64_t form_of(const struct torch *torch, void **tensor, struct form *form) {
-    int32_t layout = 0, type = 0, device = 0, which = 0;
+    int32_t type = 0, device = 0, which = 0;
     int64_t dims = 0, *sizes = 0, *strides = 0;
-    if (torch->layout(tensor, &layout) || layout || torch->type(tensor, &type) || torch->dims(tensor, &dims)) return 0;
+    if (torch->type(tensor, &type) || torch->dims(tensor, &dims)) return 0;
     if (torch->device(tensor, &device) || torch->which(tensor, &which)) return 0;
     if (dims > MOST_DIMS || torch->sizes(tensor, &sizes) || torch->strides(tensor, &strides)) return 0;
     int64_t *words = form->words;
@@ -61,11 +68,11 @@ EXPORT int64_t sm3_look(const struct torch *torch, char **objects, int64_t count
     for (int64_t first = 0; first < count; first += TOGETHER) {
         int64_t end = smaller(first + TOGETHER, count);
         /* The place alone, of some: so a processor waits for the memory of several at once, and for what else is asked. */
-        for (int64_t i = first; places && i < end; i++) {
+        for (int64_t i = first; i < end; i++) {
             void **tensor = tensor_in(torch, objects[i]);
             __builtin_prefetch((char *)*tensor + LINE);
             __builtin_prefetch((char *)*tensor + 2 * LINE);
-            if (torch->data(tensor, places + i)) return -1;
+            if (!is_strided(torch, tensor, places ? places + i : 0)) return -1;
         }
         for (int64_t i = first; i < end; i++) {
             int64_t n = form_of(torch, tensor_in(torch, objects[i]), &form);
