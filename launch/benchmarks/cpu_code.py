@@ -37,8 +37,8 @@ __attribute__((target({target}))) {function}
 PLAIN = """int32_t counted(ROW_ARGUMENTS) {{
     return row_of({weight}, {weight}, {moment}, 1, n, w, g, m, floor, floors, peaks, s);
 }}"""
-RECIPE = """void counted(struct stretch *x, int is_wide) {{
-    step_groups_{width}({weight}, {weight}, {moment}, x, is_wide);
+RECIPE = """void counted(struct stretch *x) {{
+    step_groups_{width}({weight}, {weight}, {moment}, x);
 }}"""
 
 ASKED = """

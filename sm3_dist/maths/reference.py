@@ -129,12 +129,14 @@ def reference_step(
     u = torch.rsqrt(nu + eps) * g
     fresh = 1 - momentum
     if update_rms is not None:
-        unit, largest = square_unit(u.numel())
+        unit = square_unit(u.numel())
         first = 1 if bias_correction else 1 / math.sqrt(1 - beta)
         average = state.update_square_average
         mean = average / (unit * u.numel()) if average > 0 else first**2
-        squares = (u * u * unit).clamp(max=largest).nan_to_num(nan=largest).round()
-        if total := sum(map(int, squares.flatten().tolist())):
+        grain = square_grain(mean if average > 0 else first**2 / 256, unit)
+        largest = min(grain * 2**22, 32.0**2)
+        squares = (u * u).clamp(max=largest).nan_to_num(nan=largest).flatten().tolist()
+        if total := sum(math.ceil(square / grain) for square in squares) * int(grain * unit):
             state.update_square_average = (
                 average - average // 10 + total // 10 if average > 0 else total if average < 0 else -1
             )
@@ -225,13 +227,20 @@ def _bfloat16(x: float, noise: int) -> float:
     return float(rounded)
 
 
-def square_unit(numel: int) -> tuple[float, float]:
-    """How many units make a square of 1, and the largest square of one element, in units: that of a length of 32.
+def square_unit(numel: int) -> float:
+    """How many units make a square of 1: ``numel`` squares of a length of 32 add up to at most ``2^62``."""
+    return 2.0 ** (62 - math.ceil(math.log2(max(1, numel)))) / 32**2
 
-    ``numel`` elements of the largest square add up to at most ``2^62``.
+
+def square_grain(mean: float, unit: float) -> float:
+    """What squares are rounded up to multiples of: a part of the mean square so far, but no less than a unit.
+
+    Example:
+        >>> square_grain(0.75, unit=2.0**40) == 0.5 / 512, square_grain(0.75, unit=2.0**8) == 1 / 256
+        (True, True)
     """
-    largest = 2.0 ** (62 - math.ceil(math.log2(max(1, numel))))
-    return largest / 32**2, largest
+    power = 2.0 ** (math.frexp(mean)[1] - 1)
+    return max(min(power * 2**14, 2 * 32.0**2) / 2**23, 1 / unit)
 
 
 def split(shape: Sequence[int]) -> int:

@@ -1,8 +1,13 @@
 """The root mean square of a tensor's updates before momentum, which ``update_rms`` holds where it is wanted.
 
 A sum of floats depends on the order of its terms, and so on how the tensor is cut. Squares are therefore rounded to
-multiples of a fixed unit and added up as integers, which is exact in any order. The unit follows from the shape of the
-whole tensor alone, and is so small that a sum of the largest squares just fits into 64 bits.
+multiples of a grain and added up as integers, which is exact in any order. The sum is kept in a unit that follows from
+the shape of the whole tensor alone, so small that a sum of the largest squares just fits into 64 bits.
+
+A grain is a power of 2 and many units, but no more than a 512th of the mean square that updates had so far. Then all that
+an element asks for is an addition to the power of 2 whose last bit is worth a grain, the carrier: it rounds, and leaves
+the number of grains in the lower bits of the sum, to be added up in 32 bits. It rounds up, lest the squares of updates
+that have all become much shorter vanish.
 
 The scale comes from a moving average of the sums of the steps before, an integer too. So their reduction hides behind
 compute as that of the maxima does, and an update may still be longer or shorter than those before it. The first step
@@ -23,11 +28,23 @@ from torch import Tensor
 from sm3_dist.compiled.library import looks, place_of
 from sm3_dist.compiled.look import Look
 
+_EXPONENT = 0x7FF << 52
+"""Those bits of a float64 by which it is a power of 2."""
+
 LARGEST = 1 << 62
 """No sum is larger. (One more bit would fit, but not a float32 that was rounded up.)"""
 
 LONGEST = 32
 """Elements of longer updates count as this long. Up to ``beta = 0.999`` none is: ``nu >= (1 - beta) g^2``."""
+
+CARRIED = 1 << 14
+"""The carrier, and twice the largest square that counts, in mean squares so far, which are rounded down to a power of 2."""
+
+GRAINS = 1 << 23
+"""Grains of a carrier: float32 has so many values from one power of 2 to the next."""
+
+WITHOUT_AVERAGE = 2.0**-8
+"""What part of the mean square of first updates stands for the mean square so far where there is none."""
 
 STEPS = 10
 """The moving average takes a part of ``1 / STEPS`` from each sum."""
@@ -87,7 +104,7 @@ class SquareSum:
 
     @property
     def cap(self) -> int:
-        """The largest value of one element, also that of NaN: a power of 2, and ``numel * cap <= LARGEST``."""
+        """No element counts for more: a power of 2, and ``numel * cap <= LARGEST``."""
         return LARGEST >> max(0, self.numel - 1).bit_length()
 
     @property
@@ -95,10 +112,27 @@ class SquareSum:
         """How many units make a square of 1."""
         return self.cap / LONGEST**2
 
-    def add(self, update: Tensor) -> None:
-        """Add the squares of these elements to ``partial``."""
-        squares = (update * update).mul_(self.per_one).clamp_(max=self.cap).nan_to_num_(nan=self.cap)
-        self.partial.add_(squares.round_().to(torch.int64).sum())
+    @property
+    def unit(self) -> float:
+        """What a mean square of 1 would be in ``average``."""
+        return self.per_one * self.numel
+
+    def carrier(self, first: float) -> Tensor:
+        """The power of 2 to which squares are added in the step to come; 0-dimensional, float64.
+
+        Args:
+            first: root mean square of an update before which there was none.
+        """
+        unit, per_one = (torch.full_like(self.average, n, dtype=torch.float64) for n in (self.unit, self.per_one))
+        return carrier(self.average, unit, per_one, first**2)
+
+    def add(self, update: Tensor, carrier: Tensor) -> None:
+        """Add the squares of these elements to ``partial``; those of NaN are the largest that count."""
+        largest = (carrier / 2).clamp(max=LONGEST**2).to(update.dtype)
+        squares = update * update
+        squares = torch.where(squares < largest, squares, largest)
+        grains = squares.mul_((GRAINS / carrier).to(update.dtype)).ceil_().to(torch.int64).sum()
+        self.partial.add_(grains.mul_((carrier * (self.per_one / GRAINS)).to(torch.int64)))
 
     def scale(self, update_rms: float, first: float, dtype: torch.dtype) -> Tensor:
         """What brings updates like those before to a root mean square of ``update_rms``; 0-dimensional.
@@ -108,7 +142,7 @@ class SquareSum:
             first: that of an update before which there was none, see :func:`~sm3_dist.step.param_groups.first_rms`.
             dtype: type of the result.
         """
-        unit = torch.full_like(self.average, self.per_one * self.numel, dtype=torch.float64)
+        unit = torch.full_like(self.average, self.unit, dtype=torch.float64)
         return scale(self.average, unit, update_rms, first**2).to(dtype)
 
 
@@ -122,8 +156,34 @@ def scale(average: Tensor, unit: Tensor, update_rms: float | Tensor, first_squar
         update_rms: the root mean square that is wanted.
         first_square: the mean square of an update before which there was none.
     """
-    first = first_square if isinstance(first_square, Tensor) else torch.full_like(unit, first_square)
-    return torch.where(average > 0, average.double() / unit, first).rsqrt_() * update_rms
+    return _mean_square(average, unit, first_square).rsqrt_() * update_rms
+
+
+def carrier(average: Tensor, unit: Tensor, per_one: Tensor, first_square: float) -> Tensor:
+    """The powers of 2 to which squares are added in the step to come, of one tensor or of several; in float64.
+
+    Args:
+        average: the moving averages of sums of squares.
+        unit: what a mean square of 1 would be in them, float64.
+        per_one: what a square of 1 is in them, float64. No grain is smaller than 1.
+        first_square: the mean square of an update before which there was none.
+
+    Example:
+        >>> one = torch.ones((), dtype=torch.float64)
+        >>> carrier(torch.tensor([0, 2**40, 3 << 40]), 2.0**40 * one, 2.0**40 * one, 1.0).tolist()
+        [64.0, 2048.0, 2048.0]
+        >>> carrier(torch.tensor([2**20, 2**30]), 2.0**40 * one, 2.0**40 * one, 1.0).tolist()
+        [0.015625, 16.0]
+    """
+    mean = _mean_square(average, unit, first_square * WITHOUT_AVERAGE)
+    power = (mean.view(torch.int64) & _EXPONENT).view(torch.float64)
+    return (power * CARRIED).clamp_(max=2.0 * LONGEST**2).maximum(GRAINS / per_one)
+
+
+def _mean_square(average: Tensor, unit: Tensor, none: float | Tensor) -> Tensor:
+    """That of the steps so far, or ``none``."""
+    without = none if isinstance(none, Tensor) else torch.full_like(unit, none)
+    return torch.where(average > 0, average.double() / unit, without)
 
 
 def averaged(average: Tensor, total: Tensor) -> Tensor:

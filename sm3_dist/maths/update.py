@@ -37,6 +37,7 @@ class Settings:
         new: likewise the squared gradient, ``1 - beta`` or 1.
         scale: what the update is multiplied with before momentum; ``None``: :attr:`fresh`. A float or a 0-dimensional
             tensor of the type and device of the accumulators.
+        carrier: the power of 2 by which squares are added up, see ``rms.py``; ``None``: they are not.
         limit: where it is then cut off either way.
         unscale: what gradients are multiplied with first, the inverse of the loss scale; ``None``: nothing.
         rounding: how values are rounded to bfloat16 and to 8 bits; ``None``: to the nearest, as all other types are.
@@ -52,6 +53,7 @@ class Settings:
     old: float | Tensor = 1.0
     new: float | Tensor = 1.0
     scale: float | Tensor | None = None
+    carrier: Tensor | None = None
     limit: float = math.inf
     unscale: float | Tensor | None = None
     rounding: Rounding | None = None
@@ -99,8 +101,8 @@ def update_box(
     floor = _product(covers, s.old) if s.cover_product and len(covers) > 1 else _minimum(covers) * s.old
     nu = (grad * grad).mul_(s.new).add_(floor)
     update = _inverse_root(nu + s.eps).mul_(grad)
-    if squares is not None:
-        squares.add(update)
+    if squares is not None and s.carrier is not None:
+        squares.add(update, s.carrier)
     update.mul_(s.fresh if s.scale is None else s.scale)
     if s.limit < math.inf:
         update.clamp_(-s.limit, s.limit)

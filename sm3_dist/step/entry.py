@@ -110,8 +110,10 @@ class Entry:
             settings = replace(settings, old=old, new=new)
         if self.squares is not None:
             rms = self.group["update_rms"] * settings.fresh
-            scale = self.squares.scale(rms, first_rms(self.group), self.accumulators[0].dtype)
-            settings = replace(settings, scale=scale, limit=CUT_OFF * abs(rms))
+            first = first_rms(self.group)
+            scale = self.squares.scale(rms, first, self.accumulators[0].dtype)
+            carrier = self.squares.carrier(first)
+            settings = replace(settings, scale=scale, carrier=carrier, limit=CUT_OFF * abs(rms))
         return replace(settings, rounding=self.rounding())
 
     def rounding(self) -> Rounding | None:

@@ -207,53 +207,30 @@ WIDE_INLINE void store_codes_avx2(int8_t *p, floats_avx2 x, ints_avx2 noise, int
         memcpy(p, &narrow, (size_t)there);
 }
 
-/* Squares are rounded to integers, and cut in two or three, by the last bits of sums with large numbers. Each part is added
- * up in 32 bits per lane, which is enough for some hundreds: HIGH counts multiples of 2^40, of which there are none unless
- * the cap is larger than MIDDLE can count, MIDDLE multiples of 2^23, LOW the rest. */
-enum { HIGH, MIDDLE, LOW, PARTS };
-
-struct sum_avx2 { /* of squares in units, rounded to integers, each no larger than a cap */
-    __m256i part[PARTS];
-};
-
-static const float carry_avx2[PARTS] = {0x1.8p63f, 0x1.8p46f, 0x1.8p23f};
-
-/* Whether MIDDLE can count squares up to this one. */
-WIDE_INLINE int is_short_avx2(float cap) { return cap <= 0x1p45f; }
-
-WIDE_INLINE struct sum_avx2 new_sum_avx2(void) {
-    const __m256i zero = _mm256_setzero_si256();
-    return (struct sum_avx2){{zero, zero, zero}};
+/* The sum is rounded to the nearest, and one more is added where that was less. */
+WIDE_INLINE __m256i add_eight_avx2(__m256i sum, __m256 square, __m256 carrier) {
+    __m256 carried = _mm256_add_ps(square, carrier);
+    __m256 is_less = _mm256_cmp_ps(_mm256_sub_ps(carried, carrier), square, _CMP_LT_OQ);
+    return _mm256_sub_epi32(_mm256_add_epi32(sum, _mm256_castps_si256(carried)), _mm256_castps_si256(is_less));
 }
 
-/* Adds a part, and returns what it leaves. */
-WIDE_INLINE floats_avx2 add_part_avx2(struct sum_avx2 *sum, floats_avx2 squares, int part) {
-    const floats_avx2 carry = every_avx2(carry_avx2[part]);
-    floats_avx2 carried = add_avx2(squares, carry);
-    sum->part[part] = _mm256_add_epi32(sum->part[part], _mm256_castps_si256(carried.a));
-    sum->part[part] = _mm256_add_epi32(sum->part[part], _mm256_castps_si256(carried.b));
-    return sub_avx2(squares, sub_avx2(carried, carry));
+/* With the carrier in the sum each time. */
+WIDE_INLINE ints_avx2 add_grains_avx2(ints_avx2 sum, floats_avx2 square, floats_avx2 carrier, int there) {
+    if (there != ALL) square = real_avx2(and_avx2(bits_avx2(square), mask_avx2(there)));
+    return (ints_avx2){add_eight_avx2(sum.a, square.a, carrier.a), add_eight_avx2(sum.b, square.b, carrier.b)};
 }
 
-WIDE_INLINE void add_to_avx2(struct sum_avx2 *sum, floats_avx2 squares, int there, int is_wide) {
-    if (there != ALL) squares = real_avx2(and_avx2(bits_avx2(squares), mask_avx2(there)));
-    if (is_wide) squares = add_part_avx2(sum, squares, HIGH);
-    add_part_avx2(sum, add_part_avx2(sum, squares, MIDDLE), LOW);
-}
-
-/* The sum so far, of so many times 16 lanes. */
-WIDE_INLINE uint64_t total_avx2(const struct sum_avx2 *sum, int64_t times, int is_wide) {
-    const int shift[PARTS] = {40, 23, 0};
-    uint64_t total = 0;
-    for (int p = is_wide ? HIGH : MIDDLE; p < PARTS; p++) {
-        uint32_t carried = (uint32_t)bits_of(carry_avx2[p]) * 2 * (uint32_t)times;
-        __m256i lanes = _mm256_sub_epi32(sum->part[p], _mm256_set1_epi32((int32_t)carried));
-        __m256i four = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(lanes));
-        four = _mm256_add_epi64(four, _mm256_cvtepi32_epi64(_mm256_extracti128_si256(lanes, 1)));
-        __m128i two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
-        total += (uint64_t)(_mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1)) << shift[p];
+/* The sum of so many times 16 lanes, without the carrier. */
+WIDE_INLINE uint64_t total_avx2(ints_avx2 sum, float carrier, int64_t times) {
+    const __m256i carried = _mm256_set1_epi32((int32_t)((uint32_t)bits_of(carrier) * (uint32_t)times));
+    const __m256i halves[] = {_mm256_sub_epi32(sum.a, carried), _mm256_sub_epi32(sum.b, carried)};
+    __m256i four = _mm256_setzero_si256();
+    for (int h = 0; h < 2; h++) {
+        four = _mm256_add_epi64(four, _mm256_cvtepu32_epi64(_mm256_castsi256_si128(halves[h])));
+        four = _mm256_add_epi64(four, _mm256_cvtepu32_epi64(_mm256_extracti128_si256(halves[h], 1)));
     }
-    return total;
+    __m128i two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+    return (uint64_t)(_mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1));
 }
 
 /* For random_words(): how many go side by side, their groups, and how words are left for groups in this order. */

@@ -149,24 +149,19 @@ WIDE_INLINE void store_codes_avx512(int8_t *p, __m512 x, __m512i noise, __mmask1
         _mm_mask_storeu_epi8(p, there, codes);
 }
 
-struct sum_avx512 { /* of squares in units, rounded to integers, each no larger than a cap */
-    __m512i lower, upper;
-};
-
-WIDE_INLINE int is_short_avx512(float cap) { return cap > 0 || 1; }
-WIDE_INLINE struct sum_avx512 new_sum_avx512(void) { return (struct sum_avx512){_mm512_setzero_si512(), _mm512_setzero_si512()}; }
-
-WIDE_INLINE void add_to_avx512(struct sum_avx512 *sum, __m512 square, __mmask16 there, int is_wide) {
-    (void)is_wide;
+/* With the carrier in the sum each time. */
+WIDE_INLINE __m512i add_grains_avx512(__m512i sum, __m512 square, __m512 carrier, __mmask16 there) {
     if (there != ALL) square = _mm512_maskz_mov_ps(there, square);
-    sum->lower = _mm512_add_epi64(sum->lower, _mm512_cvtps_epi64(_mm512_castps512_ps256(square)));
-    sum->upper = _mm512_add_epi64(sum->upper, _mm512_cvtps_epi64(_mm512_extractf32x8_ps(square, 1)));
+    __m512 carried = _mm512_add_round_ps(square, carrier, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+    return _mm512_add_epi32(sum, _mm512_castps_si512(carried));
 }
 
-/* The sum so far. */
-WIDE_INLINE uint64_t total_avx512(const struct sum_avx512 *sum, int64_t times, int is_wide) {
-    (void)times, (void)is_wide;
-    return (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(sum->lower, sum->upper));
+/* The sum of so many times 16 lanes, without the carrier. */
+WIDE_INLINE uint64_t total_avx512(__m512i sum, float carrier, int64_t times) {
+    sum = _mm512_sub_epi32(sum, _mm512_set1_epi32((int32_t)((uint32_t)bits_of(carrier) * (uint32_t)times)));
+    __m512i lower = _mm512_cvtepu32_epi64(_mm512_castsi512_si256(sum));
+    __m512i upper = _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(sum, 1));
+    return (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(lower, upper));
 }
 
 /* For random_words(): how many go side by side, their groups, and how words are left for groups in this order. */

@@ -50,7 +50,7 @@ class _Settings(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("simple", "shaped", "nesterov", "product")),
         *((name, ctypes.c_double) for name in ("beta", "update_rms", "first_square")),
         ("seed", ctypes.c_uint64),
-        *((name, ctypes.c_float) for name in ("scale", "per_one", "cap")),
+        *((name, ctypes.c_float) for name in ("scale", "carrier", "cap")),
         ("converts", ctypes.c_int32),
     )
 

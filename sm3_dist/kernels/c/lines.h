@@ -29,7 +29,7 @@ WIDE_INLINE void OF(store_of)(void *p, int64_t j, OF(floats) x, const uint16_t *
 
 struct OF(numbers) { /* that are the same for all elements */
     OF(floats) one, unscale, new, old, eps; /* as in struct settings; */
-    OF(floats) per_one, cap, scale, least, limit, momentum, decay, lr; /* least: -limit */
+    OF(floats) carrier, cap, scale, least, limit, momentum, decay, lr; /* least: -limit */
     OF(floats) is_ahead; /* a mask: whether momentum is Nesterov's */
     OF(ints) length;     /* a mask: bits without the sign */
     int converts;
@@ -42,7 +42,7 @@ WIDE_INLINE struct OF(numbers) OF(numbers_of)(const struct settings *s) {
         .new = OF(every)(s->new),
         .old = OF(every)(s->old),
         .eps = OF(every)(s->eps),
-        .per_one = OF(every)(s->per_one),
+        .carrier = OF(every)(s->carrier),
         .cap = OF(every)(s->cap),
         .scale = OF(every)(s->scale),
         .least = OF(every)(-s->limit),
@@ -97,10 +97,9 @@ WIDE_INLINE void OF(divide)(const struct OF(numbers) *c, struct OF(way) *way, in
 
 /* (What is not asked for is done all the same, with numbers that change nothing.) */
 WIDE_INLINE void OF(apply)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t j, int blocked,
-                           OF(lanes) there, const struct OF(way) *way, int slot, struct OF(sum) *sum, int is_wide) {
-    OF(floats) u = way->update[slot];
-    OF(floats) square = OF(mul)(OF(mul)(u, u), c->per_one);
-    OF(add_to)(sum, OF(min)(square, c->cap), there, is_wide); /* (of NaN and the cap, the second) */
+                           OF(lanes) there, const struct OF(way) *way, int slot, OF(ints) *sum) {
+    OF(floats) u = way->update[slot], square = OF(min)(OF(mul)(u, u), c->cap); /* (of NaN and the cap, the second) */
+    *sum = OF(add_grains)(*sum, square, c->carrier, there);
     u = OF(max)(c->least, OF(mul)(u, c->scale));
     u = OF(min)(c->limit, u);
     if (x->moment != NONE) {
@@ -116,16 +115,16 @@ WIDE_INLINE void OF(apply)(const struct OF(numbers) *c, const struct OF(line) *x
 
 /* What is left to do of the last group, at j. */
 WIDE_INLINE void OF(end_group)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t j, int blocked,
-                               struct OF(way) *way, struct OF(sum) *sum, int is_wide) {
+                               struct OF(way) *way, OF(ints) *sum) {
     for (int s = 0; s < SLOTS; s++) {
         if (s < 3) OF(divide)(c, way, s + 1);
-        OF(apply)(c, x, j + s * LANES, blocked, ALL, way, s, sum, is_wide);
+        OF(apply)(c, x, j + s * LANES, blocked, ALL, way, s, sum);
         if (s == 0) OF(take_root)(way, 3);
     }
 }
 
 /* n elements of any settings, whose floors are whole. */
-WIDE_INLINE void OF(step_line)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t n, struct OF(sum) *sum) {
+WIDE_INLINE void OF(step_line)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t n, OF(ints) *sum) {
     struct OF(way) way;
     OF(ints) top;
     int64_t j = 0;
@@ -136,17 +135,17 @@ WIDE_INLINE void OF(step_line)(const struct OF(numbers) *c, const struct OF(line
             int64_t i = j + s * LANES;
             OF(take_square)(c, x, i, c->one, 0, ALL, &way, s, &top);
             OF(divide)(c, &way, (s + 1) % SLOTS);
-            if (j) OF(apply)(c, x, i - SIDE, 0, ALL, &way, s, sum, 1);
+            if (j) OF(apply)(c, x, i - SIDE, 0, ALL, &way, s, sum);
             OF(take_root)(&way, (s + 3) % SLOTS);
         }
     }
-    if (j) OF(end_group)(c, x, j - SIDE, 0, &way, sum, 1);
+    if (j) OF(end_group)(c, x, j - SIDE, 0, &way, sum);
     for (; j < n; j += LANES) {
         OF(lanes) there = OF(lanes_of)(n - j);
         OF(take_square)(c, x, j, c->one, 0, there, &way, 0, &top);
         OF(take_root)(&way, 0);
         OF(divide)(c, &way, 0);
-        OF(apply)(c, x, j, 0, there, &way, 0, sum, 1);
+        OF(apply)(c, x, j, 0, there, &way, 0, sum);
     }
 }
 
@@ -166,10 +165,11 @@ WIDE_INLINE void OF(go_on)(struct OF(line) *x) {
 
 /* Rows of groups that each have a cover and a maximum, with the usual settings. What is under way at the end of a row goes on
  * in the next. */
-WIDE_INLINE void OF(step_groups)(int weight, int grad, int moment, struct stretch *x, int is_wide) {
+WIDE_INLINE void OF(step_groups)(int weight, int grad, int moment, struct stretch *x) {
     const struct OF(numbers) c = OF(numbers_of)(x->settings);
     struct OF(line) before = OF(line_of)(weight, grad, moment, x);
-    struct OF(sum) sum = OF(new_sum)();
+    const float carrier = x->settings->carrier;
+    OF(ints) sum = OF(every_int)(0);
     struct OF(way) way;
     int64_t groups = x->n / SIDE, counted = 0;
     int is_under_way = 0;
@@ -184,7 +184,7 @@ WIDE_INLINE void OF(step_groups)(int weight, int grad, int moment, struct stretc
             for (int s = 0; s < SLOTS; s++) {
                 OF(take_square)(&c, &line, s * LANES, cover, 1, ALL, &way, s, &top);
                 OF(divide)(&c, &way, (s + 1) % SLOTS);
-                if (is_under_way) OF(apply)(&c, &before, s * LANES, 1, ALL, &way, s, &sum, is_wide);
+                if (is_under_way) OF(apply)(&c, &before, s * LANES, 1, ALL, &way, s, &sum);
                 OF(take_root)(&way, (s + 3) % SLOTS);
             }
             x->tops[i] = larger(x->tops[i], OF(largest)(top));
@@ -194,13 +194,13 @@ WIDE_INLINE void OF(step_groups)(int weight, int grad, int moment, struct stretc
             OF(go_on)(&line);
         }
         if (counted + groups > MOST_GROUPS && x->rows > 1) {
-            x->squares += OF(total)(&sum, counted * SLOTS, is_wide);
-            sum = OF(new_sum)();
+            x->squares += OF(total)(sum, carrier, counted * SLOTS);
+            sum = OF(every_int)(0);
             counted = 0;
         }
     }
-    OF(end_group)(&c, &before, 0, 1, &way, &sum, is_wide);
-    if (x->settings->per_one) x->squares += OF(total)(&sum, (counted + 1) * SLOTS, is_wide);
+    OF(end_group)(&c, &before, 0, 1, &way, &sum);
+    if (carrier) x->squares += OF(total)(sum, carrier, (counted + 1) * SLOTS);
 }
 
 /* The floors of each element with the covers, for blocks of any length; up to a vector more is written. */
@@ -236,15 +236,16 @@ WIDE_INLINE void OF(step_any)(int weight, int grad, int moment, struct stretch *
     const struct OF(numbers) numbers = OF(numbers_of)(x->settings);
     float floors[CHUNK + LANES];
     int32_t nus[CHUNK];
+    const float carrier = x->settings->carrier;
     for (int64_t rest = x->n; rest > 0; rest -= x->n) {
-        struct OF(sum) sum = OF(new_sum)();
+        OF(ints) sum = OF(every_int)(0);
         x->n = smaller(rest, CHUNK);
         struct OF(line) line = OF(line_of)(weight, grad, moment, x);
         line.floors = floors, line.nus = nus;
         OF(stage)(x, floors);
         OF(step_line)(&numbers, &line, x->n, &sum);
         OF(raise_tops)(x, nus);
-        if (x->settings->per_one) x->squares += OF(total)(&sum, (x->n + LANES - 1) / LANES, 1);
+        if (carrier) x->squares += OF(total)(sum, carrier, (x->n + LANES - 1) / LANES);
         advance(x, size_of(weight), size_of(grad), size_of(moment));
     }
 }
@@ -253,7 +254,7 @@ WIDE_INLINE void OF(stretch_of)(int weight, int grad, int moment, struct stretch
     const struct settings *s = x->settings;
     int is_usual = s->unscale == 1 && (moment == NONE || s->nesterov) && x->product;
     if (is_usual && x->block == SIDE && x->phase == 0 && x->n % SIDE == 0 && x->n <= MOST_GROUPS * SIDE) {
-        OF(step_groups)(weight, grad, moment, x, !OF(is_short)(s->cap));
+        OF(step_groups)(weight, grad, moment, x);
         return;
     }
     for (; x->rows > 0; next_row(x)) {

@@ -20,12 +20,28 @@ struct pass { /* of one thread over a tensor */
     const struct width *width;
     int kind;         /* for step_row() */
     struct settings settings;
-    uint64_t squares; /* sum of squared updates so far, in units */
+    uint64_t squares; /* sum of squared updates so far, in grains */
+    uint64_t grain;   /* in units */
 };
+
+/* Of rms.py. */
+#define LONGEST 32.0f
+#define CARRIED 0x1p14
+#define GRAINS 0x1p23
+#define WITHOUT_AVERAGE 0x1p-8
+
+/* carrier() of rms.py; of the mean square so far, and the units of a square of 1. */
+static float carrier_of(double mean, double per_one) {
+    int exponent;
+    frexp(mean, &exponent);
+    double carrier = ldexp(CARRIED, exponent - 1);
+    if (carrier > 2 * LONGEST * LONGEST) carrier = 2 * LONGEST * LONGEST;
+    return (float)(carrier < GRAINS / per_one ? GRAINS / per_one : carrier);
+}
 
 static struct pass pass_over(const struct step *step, const struct tensor *t) {
     int kind = (int)((t->type[WEIGHT] * 4 + t->type[GRAD]) * 4 + t->type[MOMENT]);
-    struct pass p = {t, step->params + t->param, step->width, kind, step->settings[t->group], 0};
+    struct pass p = {t, step->params + t->param, step->width, kind, step->settings[t->group], 0, 0};
     struct settings *s = &p.settings;
     if (s->beta) { /* averaging() of param_groups.py */
         double new = (1 - s->beta) / (1 - pow(s->beta, (double)*p.param->step + 1));
@@ -36,17 +52,18 @@ static struct pass pass_over(const struct step *step, const struct tensor *t) {
     s->converts = step->width->converts;
     s->shaped |= t->rounds || t->type[MOMENT] == CODE || t->strided;
     if (t->partial) {
-        double per_one = t->cap / (32 * 32);
+        double per_one = t->cap / (LONGEST * LONGEST);
         double mean = *t->average > 0 ? (double)*t->average / (per_one * t->whole_numel) : s->first_square;
         s->scale = (float)(1 / sqrt(mean) * s->update_rms);
-        s->per_one = (float)per_one;
-        s->cap = (float)t->cap;
+        s->carrier = carrier_of(*t->average > 0 ? mean : mean * WITHOUT_AVERAGE, per_one);
+        s->cap = s->carrier < 2 * LONGEST * LONGEST ? s->carrier / 2 : LONGEST * LONGEST;
+        p.grain = (uint64_t)(s->carrier * (per_one / GRAINS));
     }
     return p;
 }
 
 static void finish(struct pass *p) {
-    if (p->t->partial) __atomic_fetch_add(p->t->partial, (int64_t)p->squares, __ATOMIC_RELAXED);
+    if (p->t->partial) __atomic_fetch_add(p->t->partial, (int64_t)(p->squares * p->grain), __ATOMIC_RELAXED);
 }
 
 /* Where an operand begins. Without momentum it is the weight in its place, lest somebody moves a null pointer. */

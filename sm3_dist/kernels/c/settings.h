@@ -19,6 +19,6 @@ struct settings { /* of one param group in one step; the last ones of one tensor
     uint64_t seed;        /* of stochastic rounding */
     /* Of one tensor, filled in by pass_over(). */
     float scale;          /* of updates before momentum */
-    float per_one, cap;   /* units of a square of 1, and the largest square in units */
+    float carrier, cap;   /* to which squares are added, a power of 2, and the largest that counts; 0: none are */
     int32_t converts;     /* whether the processor has an instruction that rounds to bfloat16 */
 };

@@ -19,7 +19,7 @@ struct stretch { /* contiguous elements, of one row or of some that lie alike */
     int64_t entries;       /* so many covers, and tops, */
     int64_t halves;        /* and so much noise */
     const struct settings *settings;
-    uint64_t squares;      /* the sum of squared updates, in units, is added to it */
+    uint64_t squares;      /* the sum of squared updates, in grains, is added to it */
 };
 
 typedef void stretch_function(int kind, struct stretch *x);
@@ -58,43 +58,23 @@ INLINE void next_row(struct stretch *x) {
         if (x->noise[o]) x->noise[o] += x->halves;
 }
 
-/* ---- Plain C. Squares are added up as an integer that doubles hold by their last bits, rounded to even, and those that
- * may be longer as two: multiples of 2^31, and the rest. ---- */
+/* ---- Plain C. ---- */
 
-#define FINE 0x1p51f
-
-union wide {
-    double f;
-    uint64_t u;
-};
-
-static const union wide coarse = {.f = 0x1.8p83}, fine = {.f = 0x1.8p52};
-
-struct sums {
-    uint64_t high, low;
-};
-
-INLINE int32_t block_of(int weight, int grad, int moment, int product, int is_wide, int64_t n, void *restrict w,
+INLINE int32_t block_of(int weight, int grad, int moment, int product, int64_t n, void *restrict w,
                         const void *restrict g, void *restrict m, float cover, const float *restrict floors,
-                        int32_t *restrict peaks, const struct settings *settings, struct sums *sums) {
+                        int32_t *restrict peaks, const struct settings *settings, uint64_t *squares) {
     const struct settings s = *settings;
-    uint64_t high = 0, low = 0;
+    const float per_one = s.carrier ? 0x1p23f / s.carrier : 0;
+    uint64_t sum = 0;
     int32_t top = 0;
     for (int64_t j = 0; j < n; j++) {
         float x = load(g, j, grad) * s.unscale;
         float least = product ? cover * floors[j] : lesser(cover, floors[j]);
         float nu = x * x * s.new + least * s.old;
         float u = 1.0f / sqrtf(nu + s.eps) * x;
-        float square = u * u * s.per_one;
-        double rest = square < s.cap ? square : s.cap;
-        union wide part;
-        if (is_wide) {
-            part.f = rest + coarse.f;
-            high += part.u;
-            rest -= part.f - coarse.f;
-        }
-        part.f = rest + fine.f;
-        low += part.u;
+        float square = u * u, grains = (square < s.cap ? square : s.cap) * per_one;
+        int32_t whole = (int32_t)grains;
+        sum += (uint32_t)(whole + ((float)whole < grains));
         u *= s.scale;
         u = u < -s.limit ? -s.limit : u;
         u = u > s.limit ? s.limit : u;
@@ -109,35 +89,30 @@ INLINE int32_t block_of(int weight, int grad, int moment, int product, int is_wi
         peaks[j] = larger(peaks[j], b);
         top = larger(top, b);
     }
-    if (is_wide) sums->high += high - (uint64_t)n * coarse.u;
-    sums->low += low - (uint64_t)n * fine.u;
+    *squares += sum;
     return top;
 }
 
-INLINE void blocks_of(int weight, int grad, int moment, int product, int is_wide, struct stretch *x) {
-    struct sums sums = {0, 0};
+INLINE void blocks_of(int weight, int grad, int moment, int product, struct stretch *x) {
     int64_t end = smaller(x->n, x->block - x->phase);
     for (int64_t j = 0, b = 0; j < x->n; b++) {
         char *w = (char *)x->w + j * size_of(weight);
         const char *g = (const char *)x->g + j * size_of(grad);
         char *m = (char *)x->m + j * size_of(moment);
-        int32_t top = block_of(weight, grad, moment, product, is_wide, end - j, w, g, m, x->covers[b], x->floors + j,
-                               x->peaks + j, x->settings, &sums);
+        int32_t top = block_of(weight, grad, moment, product, end - j, w, g, m, x->covers[b], x->floors + j,
+                               x->peaks + j, x->settings, &x->squares);
         x->tops[b] = larger(x->tops[b], top);
         j = end;
         end = smaller(x->n, end + x->block);
     }
-    x->squares += (sums.high << 31) + sums.low;
 }
 
 INLINE void stretch_of(int weight, int grad, int moment, struct stretch *x) {
     for (; x->rows > 0; next_row(x)) {
-        if (!x->product)
-            blocks_of(weight, grad, moment, 0, 1, x);
-        else if (x->settings->cap < FINE)
-            blocks_of(weight, grad, moment, 1, 0, x);
+        if (x->product)
+            blocks_of(weight, grad, moment, 1, x);
         else
-            blocks_of(weight, grad, moment, 1, 1, x);
+            blocks_of(weight, grad, moment, 0, x);
     }
 }
 
