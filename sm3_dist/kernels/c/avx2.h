@@ -146,13 +146,19 @@ WIDE_INLINE ints_avx2 to_even_avx2(ints_avx2 bits) {
 }
 
 /* The upper halves, or that of a NaN where x is one. */
-WIDE_INLINE void store_upper_avx2(uint16_t *p, ints_avx2 bits, floats_avx2 x, int there) {
-    ints_avx2 upper = unless_nan_avx2(x, shift_right_avx2(bits, 16), 0x7fc0);
+WIDE_INLINE void store_upper_avx2(uint16_t *p, ints_avx2 bits, floats_avx2 x, int there, int nan) {
+    ints_avx2 upper = shift_right_avx2(bits, 16);
+    if (nan) upper = unless_nan_avx2(x, upper, 0x7fc0);
     __m256i narrow = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper.a, upper.b), 0xd8);
     if (there == ALL)
         _mm256_storeu_si256((__m256i *)p, narrow);
     else
         memcpy(p, &narrow, (size_t)there * sizeof *p);
+}
+
+WIDE_INLINE int any_nan_avx2(floats_avx2 x, floats_avx2 y) {
+    __m256 a = _mm256_cmp_ps(x.a, y.a, _CMP_UNORD_Q), b = _mm256_cmp_ps(x.b, y.b, _CMP_UNORD_Q);
+    return __builtin_expect(_mm256_movemask_ps(_mm256_or_ps(a, b)) != 0, 0);
 }
 
 WIDE_INLINE int convert_avx2(uint16_t *p, floats_avx2 x, int there) {
@@ -186,7 +192,7 @@ WIDE_INLINE floats_avx2 load_codes_avx2(const int8_t *p, int there) {
 }
 
 /* With 16 bits after the point. As bits of a float a code is no larger than by arithmetic where arithmetic holds. */
-WIDE_INLINE __m256i to_codes_avx2(__m256 x, __m256i noise) {
+WIDE_INLINE __m256i to_codes_avx2(__m256 x, __m256i noise, int nan) {
     __m256 length = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
     __m256 small = _mm256_min_ps(length, _mm256_set1_ps(NORMAL));
     __m256i fixed = _mm256_cvttps_epi32(_mm256_mul_ps(small, _mm256_set1_ps(0x1p26f)));
@@ -194,17 +200,22 @@ WIDE_INLINE __m256i to_codes_avx2(__m256 x, __m256i noise) {
     code = _mm256_max_epi32(_mm256_srai_epi32(code, DROPPED - 16), fixed);
     code = _mm256_srai_epi32(_mm256_add_epi32(code, noise), 16);
     code = _mm256_sign_epi32(_mm256_min_epi32(code, _mm256_set1_epi32(127)), _mm256_castps_si256(x));
-    return where_nan_avx2(x, code, _mm256_set1_epi32(-128));
+    return nan ? where_nan_avx2(x, code, _mm256_set1_epi32(-128)) : code;
 }
 
-WIDE_INLINE void store_codes_avx2(int8_t *p, floats_avx2 x, ints_avx2 noise, int there) {
-    __m256i half = _mm256_packs_epi32(to_codes_avx2(x.a, noise.a), to_codes_avx2(x.b, noise.b));
+WIDE_INLINE void store_codes_avx2(int8_t *p, floats_avx2 x, ints_avx2 noise, int there, int nan) {
+    __m256i half = _mm256_packs_epi32(to_codes_avx2(x.a, noise.a, nan), to_codes_avx2(x.b, noise.b, nan));
     half = _mm256_permute4x64_epi64(half, 0xd8);
     __m128i narrow = _mm_packs_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
     if (there == ALL)
         _mm_storeu_si128((__m128i *)p, narrow);
     else
         memcpy(p, &narrow, (size_t)there);
+}
+
+WIDE_INLINE void load_more_codes_avx2(const int8_t *p, floats_avx2 *first, floats_avx2 *second) {
+    *first = load_codes_avx2(p, ALL);
+    *second = load_codes_avx2(p + LANES, ALL);
 }
 
 /* The sum is rounded to the nearest, and one more is added where that was less. */

@@ -31,6 +31,17 @@ WIDE_INLINE __m512 every_avx512(float x) { return _mm512_set1_ps(x); }
 WIDE_INLINE __m512i every_int_avx512(int32_t x) { return _mm512_set1_epi32(x); }
 WIDE_INLINE __m512i every_wide_avx512(int64_t x) { return _mm512_set1_epi64(x); }
 
+/* Constants, of which compilers do not know that they are: they would put them together anew wherever one is used, which takes
+ * more than to have them from memory. */
+WIDE_INLINE __m512 hidden_avx512(float x) {
+    __m512 all = _mm512_set1_ps(x);
+    __asm__("" : "+v"(all));
+    return all;
+}
+WIDE_INLINE __m512i hidden_int_avx512(int32_t x) { return _mm512_castps_si512(hidden_avx512(float_of(x))); }
+WIDE_INLINE __m512i hidden_halves_avx512(int16_t x) { return hidden_int_avx512(x << 16 | (uint16_t)x); }
+WIDE_INLINE __m128i hidden_codes_avx512(int8_t x) { return _mm512_castsi512_si128(hidden_int_avx512((uint8_t)x * 0x1010101)); }
+
 /* Leave x, computed here: compilers would bring it to where it is used. */
 WIDE_INLINE void put_avx512(__m512 *to, __m512 x) {
     __asm__ volatile("" : "+v"(x));
@@ -76,9 +87,13 @@ WIDE_INLINE __m512i load_lower_avx512(const uint16_t *p, __mmask16 there) {
     return _mm512_cvtepu16_epi32(some_halves_avx512(p, there));
 }
 
-WIDE_INLINE __m512i load_upper_avx512(const uint16_t *p, __mmask16 there) {
+WIDE_INLINE __m512i upper_halves_avx512(__m256i halves) {
     const __m512i order = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 16);
-    return _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, order, _mm512_castsi256_si512(some_halves_avx512(p, there)));
+    return _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, order, _mm512_castsi256_si512(halves));
+}
+
+WIDE_INLINE __m512i load_upper_avx512(const uint16_t *p, __mmask16 there) {
+    return upper_halves_avx512(some_halves_avx512(p, there));
 }
 
 /* With what carries over to the upper half if it is to be rounded so. */
@@ -89,15 +104,19 @@ WIDE_INLINE __m512i to_even_avx512(__m512i bits) {
 }
 
 /* The upper halves, or that of a NaN where x is one. */
-WIDE_INLINE void store_upper_avx512(uint16_t *p, __m512i bits, __m512 x, __mmask16 there) {
+WIDE_INLINE void store_upper_avx512(uint16_t *p, __m512i bits, __m512 x, __mmask16 there, int nan) {
     const __m512i first = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d, 0,
                                             0, 0, 0, 0, 0, 0, 0); /* every second half */
     __m256i upper = _mm512_castsi512_si256(_mm512_permutexvar_epi16(first, bits));
-    upper = _mm256_mask_mov_epi16(upper, _mm512_cmpunord_ps_mask(x, x), _mm256_set1_epi16(0x7fc0));
+    if (nan) upper = _mm256_mask_mov_epi16(upper, _mm512_cmpunord_ps_mask(x, x), _mm256_set1_epi16(0x7fc0));
     if (there == ALL)
         _mm256_storeu_si256((__m256i *)p, upper);
     else
         _mm256_mask_storeu_epi16(p, there, upper);
+}
+
+WIDE_INLINE int any_nan_avx512(__m512 x, __m512 y) {
+    return __builtin_expect(_mm512_cmpunord_ps_mask(x, y) != 0, 0);
 }
 
 /* Store rounded to the nearest, by the instruction that does just that; but of numbers that are too small to be normal it makes
@@ -117,32 +136,41 @@ WIDE_INLINE int convert_avx512(uint16_t *p, __m512 x, __mmask16 there) {
 }
 
 /* Codes have no more bits than bfloat16, so that is what they become first, in vectors of half the size. */
-WIDE_INLINE __m512 load_codes_avx512(const int8_t *p, __mmask16 there) {
+WIDE_INLINE __m512i decoded_avx512(__m256i codes) {
     /* The values below 16 * 2^-10. */
     const __m256i small = _mm256_setr_epi16(0, 0x3a80, 0x3b00, 0x3b40, 0x3b80, 0x3ba0, 0x3bc0, 0x3be0, 0x3c00, 0x3c10, 0x3c20,
                                             0x3c30, 0x3c40, 0x3c50, 0x3c60, 0x3c70);
+    __m512i c = _mm512_cvtepi8_epi16(codes), length = _mm512_abs_epi16(c);
+    __m512i bits = _mm512_slli_epi16(_mm512_add_epi16(length, hidden_halves_avx512(CODE_BIAS)), DROPPED - 16);
+    __mmask32 is_small = _mm512_cmplt_epi16_mask(length, hidden_halves_avx512(16));
+    bits = _mm512_mask_permutexvar_epi16(bits, is_small, length, _mm512_castsi256_si512(small));
+    bits = _mm512_or_si512(bits, _mm512_and_si512(c, hidden_halves_avx512(INT16_MIN)));
+    __mmask32 is_nan = _mm512_cmpeq_epi16_mask(c, hidden_halves_avx512(-128));
+    return _mm512_mask_mov_epi16(bits, is_nan, hidden_halves_avx512(0x7fc0));
+}
+
+WIDE_INLINE __m512 load_codes_avx512(const int8_t *p, __mmask16 there) {
     __m128i codes = there == ALL ? _mm_loadu_si128((const __m128i *)p) : _mm_maskz_loadu_epi8(there, p);
-    __m256i c = _mm256_cvtepi8_epi16(codes), length = _mm256_abs_epi16(c);
-    __m256i bits = _mm256_slli_epi16(_mm256_add_epi16(length, _mm256_set1_epi16(CODE_BIAS)), DROPPED - 16);
-    __mmask16 is_small = _mm256_cmplt_epi16_mask(length, _mm256_set1_epi16(16));
-    bits = _mm256_mask_permutexvar_epi16(bits, is_small, length, small);
-    bits = _mm256_or_si256(bits, _mm256_and_si256(c, _mm256_set1_epi16(INT16_MIN)));
-    __mmask16 is_nan = _mm256_cmpeq_epi16_mask(c, _mm256_set1_epi16(-128));
-    bits = _mm256_mask_mov_epi16(bits, is_nan, _mm256_set1_epi16(0x7fc0));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    return _mm512_castsi512_ps(upper_halves_avx512(_mm512_castsi512_si256(decoded_avx512(_mm256_castsi128_si256(codes)))));
+}
+
+/* Two vectors of them. */
+WIDE_INLINE void load_more_codes_avx512(const int8_t *p, __m512 *first, __m512 *second) {
+    const __m512i order = _mm512_slli_epi32(_mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31), 16);
+    __m512i halves = decoded_avx512(_mm256_loadu_si256((const __m256i *)p));
+    *first = _mm512_castsi512_ps(upper_halves_avx512(_mm512_castsi512_si256(halves)));
+    *second = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, order, halves));
 }
 
 /* With 16 bits after the point. As bits of a float a code is no larger than by arithmetic where arithmetic holds. */
-WIDE_INLINE void store_codes_avx512(int8_t *p, __m512 x, __m512i noise, __mmask16 there) {
-    __m512 length = _mm512_andnot_ps(_mm512_set1_ps(-0.0f), x);
-    __m512 small = _mm512_min_ps(length, _mm512_set1_ps(NORMAL));
-    __m512i fixed = _mm512_cvttps_epi32(_mm512_mul_ps(small, _mm512_set1_ps(0x1p26f)));
-    __m512i code = _mm512_sub_epi32(_mm512_castps_si512(length), _mm512_set1_epi32(CODE_BIAS << DROPPED));
-    code = _mm512_max_epi32(_mm512_srai_epi32(code, DROPPED - 16), fixed);
-    code = _mm512_srai_epi32(_mm512_add_epi32(code, noise), 16);
-    __m128i codes = _mm512_cvtsepi32_epi8(code); /* of longer ones the longest */
+WIDE_INLINE void store_codes_avx512(int8_t *p, __m512 x, __m512i noise, __mmask16 there, int nan) {
+    enum { LEAST_LENGTH = 0x0a, CUT = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC };
+    __m512 length = _mm512_range_ps(x, hidden_avx512(LONGEST_CODE), LEAST_LENGTH);
+    __m512i code = _mm512_castps_si512(_mm512_add_round_ps(length, _mm512_max_ps(length, hidden_avx512(NORMAL)), CUT));
+    code = _mm512_srli_epi32(_mm512_add_epi32(code, _mm512_slli_epi32(noise, DROPPED - 16)), DROPPED);
+    __m128i codes = _mm_sub_epi8(_mm512_cvtepi32_epi8(code), hidden_codes_avx512((int8_t)(CODE_BIAS + 16)));
     codes = _mm_mask_sub_epi8(codes, _mm512_movepi32_mask(_mm512_castps_si512(x)), _mm_setzero_si128(), codes);
-    codes = _mm_mask_mov_epi8(codes, _mm512_cmpunord_ps_mask(x, x), _mm_set1_epi8(-128));
+    if (nan) codes = _mm_mask_mov_epi8(codes, _mm512_cmpunord_ps_mask(x, x), _mm_set1_epi8(-128));
     if (there == ALL)
         _mm_storeu_si128((__m128i *)p, codes);
     else

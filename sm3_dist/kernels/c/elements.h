@@ -62,6 +62,7 @@ INLINE uint16_t to_float16(float x) {
 /* Upper bits of a float32 that a code has not; the value of code 16, from where on its bits are those of a float32. */
 enum { CODE_BIAS = ((127 - 6) << 4) - 16, DROPPED = 19 };
 #define NORMAL 0x1p-6f
+#define LONGEST_CODE 1.9375f
 
 INLINE float from_code(int8_t c) {
     int32_t length = c < 0 ? -c : c;

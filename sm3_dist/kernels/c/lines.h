@@ -11,9 +11,9 @@ WIDE_INLINE OF(floats) OF(load_of)(const void *p, int64_t j, int type, OF(lanes)
     return OF(real)(OF(load_upper)((const uint16_t *)p + j, there));
 }
 
-/* `noise`: 16 bits by element; null: round to the nearest. `converts`: as in struct settings. */
+/* `noise`: 16 bits by element; null: round to the nearest. `converts`: as in struct settings. `nan`: whether there may be any. */
 WIDE_INLINE void OF(store_of)(void *p, int64_t j, OF(floats) x, const uint16_t *noise, int type, OF(lanes) there,
-                              int converts) {
+                              int converts, int nan) {
     if (type == FLOAT32) {
         OF(store_floats)((float *)p + j, x, there);
         return;
@@ -22,9 +22,9 @@ WIDE_INLINE void OF(store_of)(void *p, int64_t j, OF(floats) x, const uint16_t *
     OF(ints) bits = OF(bits)(x), random = OF(every_int)(0);
     if (noise) random = OF(load_lower)(noise + j, there);
     if (type == CODE)
-        OF(store_codes)((int8_t *)p + j, x, random, there);
+        OF(store_codes)((int8_t *)p + j, x, random, there, nan);
     else
-        OF(store_upper)((uint16_t *)p + j, noise ? OF(plus)(bits, random) : OF(to_even)(bits), x, there);
+        OF(store_upper)((uint16_t *)p + j, noise ? OF(plus)(bits, random) : OF(to_even)(bits), x, there, nan);
 }
 
 struct OF(numbers) { /* that are the same for all elements */
@@ -67,6 +67,7 @@ struct OF(line) { /* elements of a row; their types are constants wherever this 
 
 struct OF(way) { /* what is under way, of four vectors in a row */
     OF(floats) grad[SLOTS], square[SLOTS], root[SLOTS], update[SLOTS];
+    OF(floats) moment[SLOTS]; /* of codes */
 };
 
 /* The square of what gradients are divided by. Raises peaks and `top`, which may have signs if they are NaN. */
@@ -95,22 +96,69 @@ WIDE_INLINE void OF(divide)(const struct OF(numbers) *c, struct OF(way) *way, in
     OF(put)(&way->update[slot], OF(mul)(OF(div)(c->one, way->root[slot]), way->grad[slot]));
 }
 
-/* (What is not asked for is done all the same, with numbers that change nothing.) */
-WIDE_INLINE void OF(apply)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t j, int blocked,
-                           OF(lanes) there, const struct OF(way) *way, int slot, OF(ints) *sum) {
+/* What momentum keeps of itself. */
+WIDE_INLINE OF(floats) OF(kept)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t j, OF(lanes) there) {
+    return OF(mul)(OF(load_of)(x->m, j, x->moment, there), c->momentum);
+}
+
+/* The update of weights; new momentum is stored, codes are left to do. (What is not asked for is done all the same, with
+ * numbers that change nothing.) */
+WIDE_INLINE OF(floats) OF(update)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t j, int blocked,
+                                  OF(lanes) there, struct OF(way) *way, int slot, OF(ints) *sum) {
     OF(floats) u = way->update[slot], square = OF(min)(OF(mul)(u, u), c->cap); /* (of NaN and the cap, the second) */
     *sum = OF(add_grains)(*sum, square, c->carrier, there);
     u = OF(max)(c->least, OF(mul)(u, c->scale));
     u = OF(min)(c->limit, u);
-    if (x->moment != NONE) {
-        OF(floats) mean = OF(add)(OF(mul)(OF(load_of)(x->m, j, x->moment, there), c->momentum), u);
-        OF(store_of)(x->m, j, mean, x->noise[MOMENT], x->moment, there, c->converts);
-        OF(floats) ahead = OF(add)(u, OF(mul)(mean, c->momentum));
-        u = blocked ? ahead : OF(choose)(mean, ahead, c->is_ahead);
-    }
+    if (x->moment == NONE) return u;
+    OF(floats) mean = OF(add)(x->moment == CODE ? way->moment[slot] : OF(kept)(c, x, j, there), u);
+    if (x->moment == CODE)
+        OF(put)(&way->moment[slot], mean);
+    else
+        OF(store_of)(x->m, j, mean, x->noise[MOMENT], x->moment, there, c->converts, 1);
+    OF(floats) ahead = OF(add)(u, OF(mul)(mean, c->momentum));
+    return blocked ? ahead : OF(choose)(mean, ahead, c->is_ahead);
+}
+
+WIDE_INLINE void OF(apply)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t j, OF(lanes) there,
+                           const struct OF(way) *way, int slot, OF(floats) u) {
     OF(floats) w = OF(mul)(OF(load_of)(x->w, j, x->weight, there), c->decay);
-    OF(store_of)(x->w, j, OF(sub)(w, OF(mul)(u, c->lr)), x->noise[WEIGHT], x->weight, there,
-                 x->moment != CODE && c->converts); /* beside codes it is rounded at random, as a rule */
+    w = OF(sub)(w, OF(mul)(u, c->lr));
+    if (x->moment != CODE) {
+        OF(store_of)(x->w, j, w, x->noise[WEIGHT], x->weight, there, c->converts, 1);
+    } else if (there == ALL && !OF(any_nan)(w, way->moment[slot])) {
+        OF(store_of)(x->m, j, way->moment[slot], x->noise[MOMENT], CODE, ALL, 0, 0);
+        OF(store_of)(x->w, j, w, x->noise[WEIGHT], x->weight, ALL, 0, 0); /* (beside codes rarely to the nearest) */
+    } else {
+        OF(store_of)(x->m, j, way->moment[slot], x->noise[MOMENT], CODE, there, 0, 1);
+        OF(store_of)(x->w, j, w, x->noise[WEIGHT], x->weight, there, 0, 1);
+    }
+}
+
+/* All that comes after the division. */
+WIDE_INLINE void OF(end)(const struct OF(numbers) *c, const struct OF(line) *x, int64_t j, int blocked, OF(lanes) there,
+                         struct OF(way) *way, int slot, OF(ints) *sum) {
+    if (x->moment == CODE) way->moment[slot] = OF(kept)(c, x, j, there);
+    OF(apply)(c, x, j, there, way, slot, OF(update)(c, x, j, blocked, there, way, slot, sum));
+}
+
+/* Decode two vectors. */
+WIDE_INLINE void OF(take_codes)(const struct OF(numbers) *c, const struct OF(line) *x, struct OF(way) *way, int slot) {
+    OF(floats) first, second;
+    OF(load_more_codes)((const int8_t *)x->m + slot * LANES, &first, &second);
+    OF(put)(&way->moment[slot], OF(mul)(first, c->momentum));
+    OF(put)(&way->moment[slot + 1], OF(mul)(second, c->momentum));
+}
+
+/* Likewise for codes, which take so much work that it is spread: beside this vector the one after is decoded, and of the one
+ * before what is left to do is done. */
+WIDE_INLINE void OF(end_of_codes)(const struct OF(numbers) *c, const struct OF(line) *x, struct OF(way) *way, int slot,
+                                  OF(ints) *sum) {
+    const int64_t j = slot * LANES;
+    if (slot == 0) OF(take_codes)(c, x, way, 0);
+    OF(floats) u = OF(update)(c, x, j, 1, ALL, way, slot, sum);
+    if (slot == 1) OF(take_codes)(c, x, way, 2);
+    if (slot > 0) OF(apply)(c, x, j - LANES, ALL, way, slot - 1, way->update[slot - 1]);
+    OF(put)(&way->update[slot], u);
 }
 
 /* What is left to do of the last group, at j. */
@@ -118,7 +166,7 @@ WIDE_INLINE void OF(end_group)(const struct OF(numbers) *c, const struct OF(line
                                struct OF(way) *way, OF(ints) *sum) {
     for (int s = 0; s < SLOTS; s++) {
         if (s < 3) OF(divide)(c, way, s + 1);
-        OF(apply)(c, x, j + s * LANES, blocked, ALL, way, s, sum);
+        OF(end)(c, x, j + s * LANES, blocked, ALL, way, s, sum);
         if (s == 0) OF(take_root)(way, 3);
     }
 }
@@ -135,7 +183,7 @@ WIDE_INLINE void OF(step_line)(const struct OF(numbers) *c, const struct OF(line
             int64_t i = j + s * LANES;
             OF(take_square)(c, x, i, c->one, 0, ALL, &way, s, &top);
             OF(divide)(c, &way, (s + 1) % SLOTS);
-            if (j) OF(apply)(c, x, i - SIDE, 0, ALL, &way, s, sum);
+            if (j) OF(end)(c, x, i - SIDE, 0, ALL, &way, s, sum);
             OF(take_root)(&way, (s + 3) % SLOTS);
         }
     }
@@ -145,7 +193,7 @@ WIDE_INLINE void OF(step_line)(const struct OF(numbers) *c, const struct OF(line
         OF(take_square)(c, x, j, c->one, 0, there, &way, 0, &top);
         OF(take_root)(&way, 0);
         OF(divide)(c, &way, 0);
-        OF(apply)(c, x, j, 0, there, &way, 0, sum);
+        OF(end)(c, x, j, 0, there, &way, 0, sum);
     }
 }
 
@@ -184,10 +232,15 @@ WIDE_INLINE void OF(step_groups)(int weight, int grad, int moment, struct stretc
             for (int s = 0; s < SLOTS; s++) {
                 OF(take_square)(&c, &line, s * LANES, cover, 1, ALL, &way, s, &top);
                 OF(divide)(&c, &way, (s + 1) % SLOTS);
-                if (is_under_way) OF(apply)(&c, &before, s * LANES, 1, ALL, &way, s, &sum);
+                if (is_under_way && moment == CODE)
+                    OF(end_of_codes)(&c, &before, &way, s, &sum);
+                else if (is_under_way)
+                    OF(end)(&c, &before, s * LANES, 1, ALL, &way, s, &sum);
                 OF(take_root)(&way, (s + 3) % SLOTS);
             }
             x->tops[i] = larger(x->tops[i], OF(largest)(top));
+            if (is_under_way && moment == CODE)
+                OF(apply)(&c, &before, SIDE - LANES, ALL, &way, SLOTS - 1, way.update[SLOTS - 1]);
             counted += is_under_way;
             is_under_way = 1;
             before = line;
