@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,8 @@ SETTINGS = [
     {"beta": 0.95, "cover_block": 3, "eps": 0.0},
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LONG_BLOCKS = [128, 256]
+"""Rows whose squares the Triton kernel adds up in 32 bits at most, and that need more."""
 
 
 def assert_same(actual: Tensor, expected: Tensor, what: object) -> None:
@@ -104,6 +107,12 @@ def compare(
             state = optimizers[1].state[q]
             for key, value in optimizers[0].state[p].items():
                 assert_same(state[key].cpu(), value, (key, number, tuple(p.shape)))
+
+
+def compare_longest(rows: int, settings: dict[str, Any], fused: str, device: str) -> None:
+    """Blocks of so many rows, in which every square counts for as much as any can."""
+    weight, grad = torch.ones(rows, 128), torch.full((rows, 128), torch.nan)
+    compare([weight], [[grad], [grad]], fused, device, **settings | {"cover_block": rows})
 
 
 def compare_views(weights: list[Tensor], grads: list[list[Tensor]], fused: str = "c", **settings) -> None:

@@ -21,7 +21,7 @@ from launch.benchmarks import cpu_code
 ARCHITECTURES = (80, 90, 100)
 PLAIN = {"AVERAGE": False, "SQUARES": 0, "NESTEROV": False, "PRODUCT": False, "GROUPS": 1, "SIDE": 128}
 PLAIN |= {"BLOCK": False, "ASIDE": True, "RANDOM": False}
-RECIPE = {"AVERAGE": True, "SQUARES": 2, "NESTEROV": True, "PRODUCT": True, "GROUPS": 2, "SIDE": 64}
+RECIPE = {"AVERAGE": True, "SQUARES": 32, "NESTEROV": True, "PRODUCT": True, "GROUPS": 2, "SIDE": 64}
 RECIPE |= {"BLOCK": True, "ASIDE": False, "RANDOM": False}
 RANDOM = RECIPE | {"RANDOM": True}
 KINDS: dict[str, tuple[str, str | None, dict[str, Any], int, tuple[float, float]]] = {

@@ -28,7 +28,7 @@ from torch import Tensor
 from sm3_dist.compiled.library import looks, place_of
 from sm3_dist.compiled.look import Look
 
-_EXPONENT = 0x7FF << 52
+EXPONENT = 0x7FF << 52
 """Those bits of a float64 by which it is a power of 2."""
 
 LARGEST = 1 << 62
@@ -176,7 +176,7 @@ def carrier(average: Tensor, unit: Tensor, per_one: Tensor, first_square: float)
         [0.015625, 16.0]
     """
     mean = _mean_square(average, unit, first_square * WITHOUT_AVERAGE)
-    power = (mean.view(torch.int64) & _EXPONENT).view(torch.float64)
+    power = (mean.view(torch.int64) & EXPONENT).view(torch.float64)
     return (power * CARRIED).clamp_(max=2.0 * LONGEST**2).maximum(GRAINS / per_one)
 
 

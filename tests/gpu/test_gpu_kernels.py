@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from against_eager import DTYPES, RECIPE, SETTINGS, SHAPES, compare, gradient
-from single_values import check_codes, check_roots, check_squares
+from against_eager import DTYPES, LONG_BLOCKS, RECIPE, SETTINGS, SHAPES, compare, compare_longest, gradient
+from single_values import CARRIERS, check_carriers, check_codes, check_roots, check_squares
 from torch import nn
 
 from sm3_dist import SM3
@@ -61,10 +61,20 @@ def test_codes_of_momentum_are_those_of_pytorch_for_every_number() -> None:
         check_codes(start, chunk, "cuda")
 
 
-@pytest.mark.parametrize("numel", [1 << 18, 1 << 22, 1 << 30])
-def test_squares_are_those_of_pytorch(numel: int) -> None:
-    for start in range(0, 0x7F800000, 1 << 28):
-        check_squares(start, 1 << 22, "cuda", numel)
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_squares_are_those_of_pytorch_for_every_number(carrier: float) -> None:
+    chunk = 1 << 26
+    for start in range(0, 1 << 31, chunk):  # negative numbers have the same squares
+        check_squares(start, chunk, "cuda", carrier)
+
+
+def test_carriers_are_those_of_pytorch() -> None:
+    check_carriers("cuda")
+
+
+@pytest.mark.parametrize("rows", LONG_BLOCKS)
+def test_a_sum_of_the_largest_squares_does_not_overflow(rows: int) -> None:
+    compare_longest(rows, BLOCKS, "triton", "cuda")
 
 
 def params(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[nn.Parameter]:

@@ -175,7 +175,7 @@ class TritonKernel:
         return table
 
     def _write_made_of(self, settings: Mapping[int, Settings]) -> Tensor:
-        """What weights in ``nu`` and scales are made of, besides steps and averages."""
+        """What weights in ``nu``, scales and carriers are made of, besides steps and averages."""
         of_group: dict[int, tuple[Any, ...]] = {
             id(group): (
                 float(group["beta"]),
@@ -188,8 +188,8 @@ class TritonKernel:
         if of_group != self._of_group:
             self._of_group, self._numbers = of_group, []
             for e in self.entries:
-                unit = 1.0 if e.squares is None else e.squares.per_one * e.squares.numel
-                self._numbers += [*of_group[id(e.group)], unit]
+                units = (1.0, 1.0) if e.squares is None else (e.squares.unit, e.squares.per_one)
+                self._numbers += [*of_group[id(e.group)], *units]
         return self._made_of.written(self._numbers)
 
 

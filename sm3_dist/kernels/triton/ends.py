@@ -7,16 +7,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sm3_dist.kernels.triton.matrix import FACTOR_FIELDS, NEW, OLD, SCALE
+from sm3_dist.kernels.triton.matrix import CARRIER, FACTOR_FIELDS, GRAIN, NEW, OLD, SCALE
+from sm3_dist.kernels.triton.values import LONGEST_SQUARE, OF_CARRIER
+from sm3_dist.maths import rms
 
 # Fields of the tables.
 P_STEP, P_FIRST, P_TENSORS, PARAM_FIELDS = map(tl.constexpr, range(4))
-F_BETA, F_CORRECTED, F_RMS, F_FIRST_SQUARE, F_UNIT, MADE_OF_FIELDS = map(tl.constexpr, range(6))
+F_BETA, F_CORRECTED, F_RMS, F_FIRST_SQUARE, F_UNIT, F_PER_ONE, MADE_OF_FIELDS = map(tl.constexpr, range(7))
 PIECE_PARAM, PIECE_FROM, PIECE_TO, PIECE_LENGTH, PIECE_FIELDS = map(tl.constexpr, range(5))
 PIECE = tl.constexpr(1024)
 """Entries that a program brings."""
 LANES = tl.constexpr(32)
 """Parameters that a program counts the steps of."""
+EXPONENT, CARRIED = tl.constexpr(rms.EXPONENT), tl.constexpr(float(rms.CARRIED))
+WITHOUT_AVERAGE = tl.constexpr(rms.WITHOUT_AVERAGE)
 
 
 @triton.jit
@@ -29,7 +33,7 @@ def begin_step(
     factors,  # float32, FACTOR_FIELDS per tensor
     counts,  # int32, how many steps each tensor has taken before
 ):
-    """Note the steps taken and what depends on them, and count one more: the weights in ``nu`` and ``scale``.
+    """Note the steps taken and what depends on them, and count one more: the weights in ``nu``, scale and carrier.
 
     (A power is made of a logarithm. In float64 it is within its last bits, of which none is left in float32.)
     """
@@ -52,12 +56,19 @@ def begin_step(
         at = tl.load(averages + first + i, mask=these, other=0)
         average = tl.load(at.to(tl.pointer_type(tl.int64)), mask=these & (at != 0), other=0)
         first_square = tl.load(of + F_FIRST_SQUARE, mask=these, other=1.0)
-        mean = tl.where(average > 0, average.to(tl.float64) / tl.load(of + F_UNIT, mask=these, other=1.0), first_square)
+        known = average.to(tl.float64) / tl.load(of + F_UNIT, mask=these, other=1.0)
+        mean = tl.where(average > 0, known, first_square)
         scale = (1 / tl.sqrt(mean)) * tl.load(of + F_RMS, mask=these, other=1.0)
+        so_far = tl.where(average > 0, known, first_square * WITHOUT_AVERAGE)
+        power = (so_far.to(tl.int64, bitcast=True) & EXPONENT).to(tl.float64, bitcast=True)
+        per_one = tl.load(of + F_PER_ONE, mask=these, other=1.0)
+        carrier = tl.maximum(tl.minimum(power * CARRIED, 2 * LONGEST_SQUARE), OF_CARRIER / per_one)
         factor = factors + (first + i) * FACTOR_FIELDS
         tl.store(factor + OLD, old.to(tl.float32), mask=these)
         tl.store(factor + NEW, new.to(tl.float32), mask=these)
         tl.store(factor + SCALE, scale.to(tl.float32), mask=these)
+        tl.store(factor + CARRIER, carrier.to(tl.float32), mask=these)
+        tl.store(factor + GRAIN, (carrier * (per_one / OF_CARRIER)).to(tl.float32), mask=these)
         tl.store(counts + first + i, step.to(tl.int32), mask=these)
     tl.store(steps, step + 1.0, mask=there)
 

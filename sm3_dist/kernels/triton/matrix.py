@@ -21,17 +21,15 @@ import triton
 import triton.language as tl
 
 from sm3_dist.kernels.triton.values import (
-    HALF,
     HUGE,
     TINY,
     bits_of,
-    halves,
+    grains,
     inverse_root,
     noise_at,
     quotient,
     rounded,
     rounded_randomly,
-    units,
     unspecialized,
     widened,
 )
@@ -48,7 +46,7 @@ M_ROW_PLACE, M_COLUMN_PLACE, M_ROW_COVERS, M_COLUMN_COVERS, M_TILE_COVERS = map(
 M_ROW_LINE, M_COLUMN_LINE, M_ROW_ASIDE, M_COLUMN_ASIDE, M_TILE_ASIDE, M_TABLE = map(tl.constexpr, range(19, 25))
 MATRIX_FIELDS = tl.constexpr(25)
 LR, DECAY, UNSCALE, GROUP_FIELDS = map(tl.constexpr, range(4))
-OLD, NEW, SCALE, PER_ONE, FACTOR_FIELDS = map(tl.constexpr, range(5))
+OLD, NEW, SCALE, CARRIER, GRAIN, FACTOR_FIELDS = map(tl.constexpr, range(6))
 
 
 @triton.jit
@@ -95,7 +93,7 @@ def step_strip(
     MOMENT: tl.constexpr,  # None: no momentum
     UNSCALED: tl.constexpr,  # whether gradients are to be multiplied with an inverse loss scale
     AVERAGE: tl.constexpr,  # whether nu is a moving average, and not a sum
-    SQUARES: tl.constexpr,  # whether updates are scaled, and their squares added up: 2 in halves, 1 in 64 bits; 0: not
+    SQUARES: tl.constexpr,  # whether updates are scaled; then so many bits add up squares of them, 32 or 64. 0: not
     NESTEROV: tl.constexpr,
     NORMAL_RANGE: tl.constexpr,  # whether eps is at least 2^-100
     RANDOM: tl.constexpr,  # whether bfloat16 is rounded stochastically
@@ -196,8 +194,10 @@ def step_strip(
 
     if SQUARES > 0:
         THREAD: tl.constexpr = 4 if tl.float32 == WEIGHT else 8
-        high = tl.zeros((TALL, GROUPS, SIDE // THREAD), tl.int32)
-        low = tl.zeros((TALL, GROUPS, SIDE // THREAD), tl.int32 if SQUARES == 2 else tl.int64)
+        if VECTOR > 1:  # then what a thread adds up of a row is there as a whole, or not at all
+            firsts = column + (each * SIDE)[:, None] + (tl.arange(0, SIDE // THREAD) * THREAD)[None, :]
+            are_columns = (firsts >= 0) & (firsts < stop)
+        sums = tl.zeros((TALL, GROUPS, SIDE // THREAD), tl.uint32 if SQUARES == 32 else tl.int64)
     if RANDOM or tl.int8 == MOMENT:
         number, count = tl.load(matrix + M_NUMBER), tl.load(counts + tensor)
         row_places = tl.load(matrix + M_ROW_PLACE) + row + tl.arange(0, TALL)[:, None, None]
@@ -212,6 +212,8 @@ def step_strip(
         row_aside = tl.load(matrix + M_ROW_ASIDE).to(tl.pointer_type(tl.int32)) + row_entry
 
     for begin in range(0, height, TALL * PASSES):
+        if SQUARES > 0:
+            carrier = tl.load(factor + CARRIER)
         for number_of_pass in tl.static_range(PASSES):
             below = begin + number_of_pass * TALL
             lines = below + tl.arange(0, TALL)
@@ -246,13 +248,11 @@ def step_strip(
             raised(row_covers + at_row, row_aside + at_row, tl.max(peak, axis=2), is_row, ASIDE)
             update = inverse_root(nu + eps, NORMAL_RANGE) * grad
             if SQUARES > 0:
-                per_one, counted = tl.load(factor + PER_ONE), tl.where(there, update, 0.0)
-                if SQUARES == 2:
-                    upper, lower = halves(counted, per_one)
-                    high += tl.sum(tl.reshape(upper, (TALL, GROUPS, SIDE // THREAD, THREAD)), axis=3)
-                else:
-                    lower = units(counted, per_one)
-                low += tl.sum(tl.reshape(lower, (TALL, GROUPS, SIDE // THREAD, THREAD)), axis=3)
+                squares = grains(update if VECTOR > 1 else tl.where(there, update, 0.0), carrier)
+                squares = tl.sum(tl.reshape(squares, (TALL, GROUPS, SIDE // THREAD, THREAD)), axis=3)
+                if VECTOR > 1:
+                    squares = tl.where((lines < height)[:, None, None] & are_columns[None, :, :], squares, 0)
+                sums += squares.to(sums.dtype)
                 update = update * tl.load(factor + SCALE)
                 update = tl.maximum(update, -limit, propagate_nan=tl.PropagateNan.ALL)
                 update = tl.minimum(update, limit, propagate_nan=tl.PropagateNan.ALL)
@@ -289,5 +289,5 @@ def step_strip(
             tile_aside = tl.load(matrix + M_TILE_ASIDE).to(tl.pointer_type(tl.int32)) + tile_entry
         raised(tile_covers + each, tile_aside + each, tl.max(of_column, axis=1), is_block, ASIDE)
     if SQUARES > 0:
-        total = tl.sum(tl.ravel((high.to(tl.int64) << HALF) + low))
+        total = tl.sum(tl.ravel(sums.to(tl.int64))) * tl.load(factor + GRAIN).to(tl.int64)
         tl.atomic_add(tl.load(matrix + M_PARTIAL).to(tl.pointer_type(tl.int64)), total, sem="relaxed")

@@ -17,23 +17,24 @@ import triton.language as tl
 
 from sm3_dist.kernels.fused import DIMS
 from sm3_dist.kernels.triton.matrix import (
+    CARRIER,
     DECAY,
     FACTOR_FIELDS,
+    GRAIN,
     GROUP_FIELDS,
     LR,
     NEW,
     OLD,
-    PER_ONE,
     SCALE,
     UNSCALE,
 )
 from sm3_dist.kernels.triton.values import (
     bits_of,
+    grains,
     inverse_root,
     noise_of,
     rounded,
     rounded_randomly,
-    units,
     unspecialized,
     widened,
 )
@@ -72,7 +73,7 @@ def step_tiles(
     MOMENT: tl.constexpr,  # None: no momentum
     UNSCALED: tl.constexpr,  # whether gradients are to be multiplied with an inverse loss scale
     AVERAGE: tl.constexpr,  # whether nu is a moving average, and not a sum
-    SQUARES: tl.constexpr,  # whether updates are scaled, and their squares added up
+    SQUARES: tl.constexpr,  # 0: updates are not scaled; else they are, and 64 bits add up their squares
     NESTEROV: tl.constexpr,
     NORMAL_RANGE: tl.constexpr,  # whether eps is at least 2^-100
     RANDOM: tl.constexpr,  # whether bfloat16 is rounded stochastically
@@ -142,10 +143,9 @@ def step_tiles(
     nu = nu + floor
     update = inverse_root(nu + eps, NORMAL_RANGE) * grad
     if SQUARES > 0:
-        squares = tl.where(there, units(update, tl.load(factor + PER_ONE)), 0)
-        tl.atomic_add(
-            tl.load(tensor + TENSOR_PARTIAL).to(tl.pointer_type(tl.int64)), tl.sum(tl.ravel(squares)), sem="relaxed"
-        )
+        squares = grains(tl.where(there, update, 0.0), tl.load(factor + CARRIER)).to(tl.int64)
+        total = tl.sum(tl.ravel(squares)) * tl.load(factor + GRAIN).to(tl.int64)
+        tl.atomic_add(tl.load(tensor + TENSOR_PARTIAL).to(tl.pointer_type(tl.int64)), total, sem="relaxed")
         update = update * tl.load(factor + SCALE)
         update = tl.maximum(update, -limit, propagate_nan=tl.PropagateNan.ALL)
         update = tl.minimum(update, limit, propagate_nan=tl.PropagateNan.ALL)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sm3_dist.maths.rms import LONGEST
+from sm3_dist.maths.rms import GRAINS, LONGEST
 
 SEED = ["seed_low", "seed_high"]
 unspecialized = triton.jit(do_not_specialize=SEED)
@@ -24,11 +24,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 """Whether kernels run in Triton's interpreter. It is decided when this module is imported, as in Triton itself."""
 
 TINY, HUGE = tl.constexpr(torch.finfo(torch.float32).tiny), tl.constexpr(torch.finfo(torch.float32).max)
-MAGIC, MAGIC_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
-"""1.5 * 2^23: adding it to less than 2^22 rounds to an integer, which then stands in the lower bits."""
-HALF, UPPER, UPPER_INVERSE = tl.constexpr(22), tl.constexpr(2.0**22), tl.constexpr(2.0**-22)
-"""Sums of squares of large tensors are added up in two halves, of this many bits the lower one."""
-LONGEST_SQUARE = tl.constexpr(float(LONGEST**2))
+LONGEST_SQUARE, OF_CARRIER = tl.constexpr(float(LONGEST**2)), tl.constexpr(float(GRAINS))
 NORMAL = tl.constexpr(2.0**-6)
 NORMAL_BITS = tl.constexpr(127 - 6 << 23)
 """From here on codes of momentum are further apart, see ``maths/momentum_code.py``."""
@@ -154,24 +150,15 @@ def bits_of(nu):
 
 
 @triton.jit
-def units(update, per_one):
-    """The squares of updates as integers, as :meth:`~sm3_dist.maths.rms.SquareSum.add` has them; of NaN the largest.
-
-    ``per_one`` is a power of 2, so that it does not matter whether the square is cut off before or after.
-    """
-    square = tl.minimum(update * update, LONGEST_SQUARE) * per_one
-    # Numbers from 2^23 on are integers. Others the addition rounds to an integer, half to even.
-    return tl.where(square < 8388608.0, (square + 8388608.0) - 8388608.0, square).to(tl.int64)
-
-
-@triton.jit
-def halves(update, per_one):
-    """As ``units``, where the largest is at most ``2^44``: how many ``2^HALF``, and the rest."""
-    square = tl.minimum(update * update, LONGEST_SQUARE)
-    high = tl.fma(square, per_one * UPPER_INVERSE, MAGIC)
-    rest = tl.fma(high - MAGIC, -UPPER, square * per_one)  # exact
-    low = rest + MAGIC
-    return high.to(tl.int32, bitcast=True) - MAGIC_BITS, low.to(tl.int32, bitcast=True) - MAGIC_BITS
+def grains(update, carrier):
+    """The squares of updates in grains, as :meth:`~sm3_dist.maths.rms.SquareSum.add` has them: at most 2^22."""
+    square = tl.minimum(update * update, tl.minimum(carrier * 0.5, LONGEST_SQUARE))
+    if INTERPRETED:
+        number = tl.ceil(square * (OF_CARRIER / carrier)).to(tl.int32)
+    else:  # the last bit of the carrier is worth a grain
+        carried = tl.inline_asm_elementwise("add.rp.f32 $0, $1, $2;", "=f,f,f", [square, carrier], tl.float32, True, 1)
+        number = carried.to(tl.int32, bitcast=True) - carrier.to(tl.int32, bitcast=True)
+    return number
 
 
 @triton.jit
