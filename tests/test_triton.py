@@ -74,6 +74,22 @@ def test_the_machine_code_of_the_kernel_of_matrices(sampled: Callable[[Any], lis
         assert set(operations.split(",")) <= exact
 
 
+@pytest.mark.parametrize(("block", "vector"), [(64, 4), (200, 4), (201, 1), (130, 1), (None, 4)])
+def test_strips_begin_where_vectors_do(block: int | None, vector: int) -> None:
+    """Or a GPU would refuse to read them, which the interpreter does not."""
+    import torch
+
+    from sm3_dist.kernels.triton.strips import strips_of
+    from sm3_dist.layout.box import Box
+    from sm3_dist.layout.shard import LocalShard
+
+    weight = torch.zeros(5, 404)
+    shard = LocalShard(weight.shape, (Box.whole(weight.shape),), cover_block=block)
+    (strips,) = strips_of(shard, [[weight]] * 3, 4)
+    assert strips.vector == vector
+    assert not (strips.fields[:, 3:5] % vector).any()  # first column, end
+
+
 SHAPES = [(), (7,), (2100,), (0,), (33, 17), (3, 150), (1, 30), (30, 1), (0, 5), (2, 3, 5), (6, 4, 3, 3)]
 ALIGNED = [(66, 128), (24, 192), (70, 64)]
 """Matrices whose rows are whole vectors in memory."""

@@ -90,7 +90,7 @@ def _cut(matrix: Matrix, shard: LocalShard, vector: int, together: bool) -> Stri
     fits = (
         matrix.table is None
         and side == min(long, WIDE)
-        and not any(n % vector for n in (columns.count, columns.phase, *matrix.strides))
+        and not any(n % vector for n in (columns.count, columns.phase, long, *matrix.strides))
         and len(set(matrix.strides)) == 1
     )
     across = _across(columns, long, side) if blocked else _across_slices(columns)
