@@ -29,9 +29,9 @@ KINDS: dict[str, tuple[str, str | None, dict[str, Any], int, tuple[float, float]
     "float32": ("float32", None, PLAIN, 62, (0.5, 0.5)),
     "bfloat16": ("bfloat16", None, PLAIN, 62, (0.5, 0.43)),
     "float32, momentum": ("float32", "float32", PLAIN, 62, (0.5, 0.5)),
-    "recipe, float32, float32 momentum": ("float32", "float32", RECIPE, 95, (0.32, 0.32)),
-    "recipe, bfloat16, bfloat16 momentum": ("bfloat16", "bfloat16", RECIPE, 95, (0.28, 0.28)),
-    "recipe, bfloat16 rounded stochastically, 8-bit momentum": ("bfloat16", "int8", RANDOM, 118, (0.28, 0.28)),
+    "recipe, float32, float32 momentum": ("float32", "float32", RECIPE, 72, (0.32, 0.32)),
+    "recipe, bfloat16, bfloat16 momentum": ("bfloat16", "bfloat16", RECIPE, 78, (0.32, 0.32)),
+    "recipe, bfloat16 rounded stochastically, 8-bit momentum": ("bfloat16", "int8", RANDOM, 112, (0.28, 0.28)),
 }
 
 
