@@ -84,17 +84,29 @@ def test_a_value_that_is_not_finite_spoils_its_own_weight_alone(value: float) ->
 
 @pytest.mark.parametrize("numel", [1, 2, 3, 1000, 10**6, 10**9, 10**12, 2**50 - 1])
 def test_a_sum_of_squares_cannot_overflow(numel: int) -> None:
-    squares = square_sum((numel,), torch.zeros((), dtype=torch.int64))
-    assert numel * squares.cap <= LARGEST < 2**63
-    for value in (math.inf, math.nan, 1e30, 40.0):
-        squares.partial.zero_()
-        squares.add(torch.tensor([value]))
-        assert squares.partial.item() == squares.cap  # to the last bit: a power of 2
+    """However long updates were before, and those of the step are."""
+    for average in (0, 1, LARGEST):
+        squares = square_sum((numel,), torch.tensor(average))
+        assert numel * squares.cap <= LARGEST < 2**63
+        carrier = squares.carrier(first=1.0)
+        largest = min(squares.cap, carrier.item() / 2 * squares.per_one)
+        for value in (math.inf, math.nan, 1e30, 40.0):
+            squares.partial.zero_()
+            squares.add(torch.tensor([value]), carrier)
+            assert squares.partial.item() == largest  # to the last bit: a power of 2
+    assert largest == squares.cap
 
 
 def test_small_squares_are_not_lost() -> None:
     """Not even in a tensor of 10^9 elements."""
     assert square_sum((1000, 10**6), torch.zeros((), dtype=torch.int64)).per_one * 0.005**2 > 100
+
+
+def test_squares_that_have_become_tiny_are_not_lost() -> None:
+    """Each counts as one grain: a 512th, or less, of the mean square so far."""
+    squares = square_sum((1000,), torch.tensor(LARGEST // 2000))
+    squares.add(torch.full((1000,), 1e-18), squares.carrier(first=1.0))
+    assert 0 < squares.partial.item() <= LARGEST // 2000 // 512
 
 
 def test_the_squares_of_a_step_that_failed_are_forgotten() -> None:
