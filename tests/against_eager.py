@@ -156,33 +156,49 @@ def compare_boxes(
         if not boxes:
             continue
         shard = LocalShard(shape, boxes, 3, replicated=replicated, cover_block=block)
-        size = shape if replicated else (b - a + 5,)
-        weight, grad = torch.randn(size, generator=generator), torch.randn(size, generator=generator)
-        if is_random:
-            weight, grad = weight.bfloat16(), grad.bfloat16()
-        group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.0, "bias_correction": False}
-        if is_product:  # then as the recipe has it: updates are scaled, and their squares added up
-            group |= {"beta": 0.95, "bias_correction": True, "update_rms": 1.0}
-        group |= {"stochastic_rounding": is_random, "rounding_seed": 7}
-        old, new = averaging(group, 0)
-        settings = Settings(0.1, 0.9, 1e-30, 0.1, False, cover_product=is_product, old=old, new=new)
-        results = []
-        for work in (EagerKernel, fused):
-            param = nn.Parameter(weight.clone())
-            param.grad = grad.clone()
-            accumulators = [
-                torch.rand(s.shape, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shard.stored)
-            ]
-            moment = torch.zeros(b - a if replicated else size, dtype=torch.int8 if is_random else torch.float32)
-            squares = square_sum(shape, torch.zeros((), dtype=torch.int64)) if is_product else None
-            entry = Entry(param, group, shard, accumulators, moment, torch.ones(()), squares, "x")
-            running = work([entry])
-            for number in (2, 5):
-                with threads(number):
-                    running.update({id(group): settings})
-                if squares is not None:
-                    squares.average.copy_(squares.partial)
-            sums = [] if squares is None else [squares.partial]
-            results.append([param.detach(), *accumulators, moment, entry.step, *sums])
-        for i, (expected, actual) in enumerate(zip(*results, strict=True)):
-            assert_same(actual, expected, (i, boxes))
+        compare_shard(shard, shape if replicated else (b - a + 5,), fused, generator, is_product, is_random)
+
+
+@torch.no_grad()
+def compare_shard(
+    shard: LocalShard,
+    size: tuple[int, ...],
+    fused: Callable[[Sequence[Entry]], kernels.Kernel],
+    generator: torch.Generator,
+    is_product: bool = False,
+    is_random: bool = False,
+    is_spoiled: bool = False,
+) -> None:
+    """A local tensor of this size; ``is_spoiled``: with NaN in an accumulator."""
+    weight, grad = torch.randn(size, generator=generator), torch.randn(size, generator=generator)
+    if is_random:
+        weight, grad = weight.bfloat16(), grad.bfloat16()
+    group = dict.fromkeys(HYPERPARAMETERS) | {"momentum": 0.9, "beta": 0.0, "bias_correction": False}
+    if is_product:  # then as the recipe has it: updates are scaled, and their squares added up
+        group |= {"beta": 0.95, "bias_correction": True, "update_rms": 1.0}
+    group |= {"stochastic_rounding": is_random, "rounding_seed": 7}
+    old, new = averaging(group, 0)
+    settings = Settings(0.1, 0.9, 1e-30, 0.1, False, cover_product=is_product, old=old, new=new)
+    results = []
+    for work in (EagerKernel, fused):
+        param = nn.Parameter(weight.clone())
+        param.grad = grad.clone()
+        accumulators = [
+            torch.rand(s.shape, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shard.stored)
+        ]
+        if is_spoiled:
+            accumulators[0].view(-1)[0] = torch.nan
+        held = (sum(box.numel for box in shard.boxes),) if shard.replicated else size
+        moment = torch.zeros(held, dtype=torch.int8 if is_random else torch.float32)
+        squares = square_sum(shard.shape, torch.zeros((), dtype=torch.int64)) if is_product else None
+        entry = Entry(param, group, shard, accumulators, moment, torch.ones(()), squares, "x")
+        running = work([entry])
+        for number in (2, 5):
+            with threads(number):
+                running.update({id(group): settings})
+            if squares is not None:
+                squares.average.copy_(squares.partial)
+        sums = [] if squares is None else [squares.partial]
+        results.append([param.detach(), *accumulators, moment, entry.step, *sums])
+    for i, (expected, actual) in enumerate(zip(*results, strict=True)):
+        assert_same(actual, expected, (i, shard.boxes))

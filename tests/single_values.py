@@ -100,8 +100,8 @@ def check_squares(start: int, count: int, device: str, carrier: float) -> None:
     square = (numbers * numbers).nan_to_num(nan=math.inf).double().clamp(max=min(carrier / 2, 32.0**2))
     differ = found != (square / (carrier * 2.0**-23)).ceil()
     assert not differ.any(), (carrier, numbers[differ][:5], found[differ][:5], square[differ][:5])
-    expected = square_sum((int(carrier * 2**29),), torch.zeros((), dtype=torch.int64))
-    expected.add(numbers.cpu(), torch.tensor(carrier, dtype=torch.float64))
+    expected = square_sum((int(carrier * 2**29),), torch.zeros((), dtype=torch.int64, device=device))
+    expected.add(numbers, torch.tensor(carrier, dtype=torch.float64, device=device))
     assert found.sum().item() == expected.partial.item()
 
 

@@ -181,14 +181,20 @@ def check_memory() -> None:
 
 
 def check_boxes() -> None:
-    from against_eager import compare_boxes
+    import torch
+    from against_eager import compare_boxes, compare_shard
 
     from sm3_dist.kernels.triton.backend import TritonKernel
+    from sm3_dist.layout.box import Box
+    from sm3_dist.layout.shard import LocalShard
 
     for number, shape in enumerate([(10, 7), (30, 304), (6, 5, 4), (5, 4, 3, 2)]):
         compare_boxes(shape, number % 2 == 0, TritonKernel, ranges=1 + number % 2)
     for number, (shape, block) in enumerate([((6, 7), 2), ((20, 40), 8), ((7, 10), 3), ((3, 4, 2, 3), 2)]):
         compare_boxes(shape, number % 2 == 1, TritonKernel, 1, block, is_product=block % 2 == 0)
+    box = Box((0, 8), (4, 128))  # the first strip begins 8 columns before it, where NaN in a row's entry goes on
+    shard = LocalShard((4, 128), (box,), 0, replicated=False, cover_block=64)
+    compare_shard(shard, (480,), TritonKernel, torch.Generator().manual_seed(0), is_product=True, is_spoiled=True)
 
 
 def check_that_the_host_reads_nothing() -> None:
