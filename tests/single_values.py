@@ -91,7 +91,7 @@ def lengths(carrier: float) -> list[float]:
 def check_squares(start: int, count: int, device: str, carrier: float) -> None:
     """Squares in grains, of all numbers with so many bit patterns from ``start`` on.
 
-    Each is that of an addition in float64, rounded up by hand, and their sum that of the definition: of a tensor of so
+    Each is what a division in float64 says, rounded up, and their sum is that of the definition: of a tensor of so
     many elements that a grain is one unit.
     """
     numbers = bits_from(start, count, device).view(torch.float32)
