@@ -1,7 +1,7 @@
 """Machine code of the loops of the C kernel: instructions per element, for each width of vectors.
 
 Needs a C compiler and objdump, and no processor that has the vectors. Counted is what is executed once around the
-innermost loop, in the usual case: work of the group before is under way, and the sum of squares needs no third part.
+innermost loop, in the usual case: work of the group before is under way, and no number is NaN.
 Each kind is compiled alone, as the function of its own that it is in the library.
 """
 

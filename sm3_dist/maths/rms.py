@@ -4,10 +4,10 @@ A sum of floats depends on the order of its terms, and so on how the tensor is c
 multiples of a grain and added up as integers, which is exact in any order. The sum is kept in a unit that follows from
 the shape of the whole tensor alone, so small that a sum of the largest squares just fits into 64 bits.
 
-A grain is a power of 2 and many units, but no more than a 512th of the mean square that updates had so far. Then all that
-an element asks for is an addition to the power of 2 whose last bit is worth a grain, the carrier: it rounds, and leaves
-the number of grains in the lower bits of the sum, to be added up in 32 bits. It rounds up, lest the squares of updates
-that have all become much shorter vanish.
+A grain is a power of 2 and many units, but no more than a 512th of the mean square that updates had so far. Then all
+that an element asks for is an addition to the power of 2 whose last bit is worth a grain, the carrier: it rounds, and
+leaves the number of grains in the lower bits of the sum, to be added up in 32 bits. It rounds up, lest the squares of
+updates that have all become much shorter vanish.
 
 The scale comes from a moving average of the sums of the steps before, an integer too. So their reduction hides behind
 compute as that of the maxima does, and an update may still be longer or shorter than those before it. The first step
@@ -28,9 +28,6 @@ from torch import Tensor
 from sm3_dist.compiled.library import looks, place_of
 from sm3_dist.compiled.look import Look
 
-EXPONENT = 0x7FF << 52
-"""Those bits of a float64 by which it is a power of 2."""
-
 LARGEST = 1 << 62
 """No sum is larger. (One more bit would fit, but not a float32 that was rounded up.)"""
 
@@ -38,10 +35,13 @@ LONGEST = 32
 """Elements of longer updates count as this long. Up to ``beta = 0.999`` none is: ``nu >= (1 - beta) g^2``."""
 
 CARRIED = 1 << 14
-"""The carrier, and twice the largest square that counts, in mean squares so far, which are rounded down to a power of 2."""
+"""The carrier, and twice the largest square that counts, over the mean square so far, rounded down to a power of 2."""
 
 GRAINS = 1 << 23
 """Grains of a carrier: float32 has so many values from one power of 2 to the next."""
+
+EXPONENT = 0x7FF << 52
+"""Those bits of a float64 that are left of one rounded down to a power of 2."""
 
 WITHOUT_AVERAGE = 2.0**-8
 """What part of the mean square of first updates stands for the mean square so far where there is none."""

@@ -3,7 +3,8 @@
  * Division and square root take as long as all other arithmetic together, but beside it. What they wait for and what waits
  * for them must therefore be under way at the same time, and the processor does not look far enough ahead: it has registers
  * for the results of little more than one vector's work. So the work is done in four stages, none of which takes long from
- * its first operation to its last, and the loop brings together stages of different vectors in a row. */
+ * its first operation to its last, and the loop brings together stages of different vectors in a row. Codes, which are work
+ * to read and to write, have stages of their own for that. */
 
 WIDE_INLINE OF(floats) OF(load_of)(const void *p, int64_t j, int type, OF(lanes) there) {
     if (type == FLOAT32) return OF(load_floats)((const float *)p + j, there);
