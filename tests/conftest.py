@@ -17,7 +17,15 @@ pytest_plugins = ["sampling", "worlds"]
 collect_ignore = ["data"]  # scripts that made recorded values, and need more than the tests do
 
 
-LONG = ("test_triton", "test_train", "test_train_errors", "test_memory", "test_documents", "test_one_rank")
+LONG = (
+    "test_triton",
+    "test_triton_code",
+    "test_train",
+    "test_train_errors",
+    "test_memory",
+    "test_documents",
+    "test_one_rank",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

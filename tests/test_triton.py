@@ -1,42 +1,19 @@
-"""The Triton kernel without a GPU: its results in Triton's interpreter, and its machine code from the compiler.
+"""The Triton kernel without a GPU: its results in Triton's interpreter.
 
-Whether Triton interprets is decided when it is imported, so both run in processes of their own: this file as a script,
-with what to do as its argument.
+Whether Triton interprets is decided when it is imported, so this happens in processes of their own: this file as a
+script, with what to do as its arguments.
 """
 
-import itertools
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.version import Version
+from triton_process import run
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'sm3_dist[triton]'")
-
-ROOT = Path(__file__).parent.parent
-ARCHITECTURES = (80, 90, 100)
-KINDS = 6
-"""How many kernels are compiled for them, see ``launch/benchmarks/code.py``."""
-
-
-def run(what: str, interpret: str, *arguments: str) -> str:
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    with tempfile.TemporaryDirectory() as cache:
-        environment["TRITON_CACHE_DIR"] = cache
-        command = [sys.executable, __file__, what, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
 
 CHECKS = (
     "plain that_the_host_reads_nothing touched_state recipe",
@@ -51,43 +28,7 @@ CHECKS = (
 )
 @pytest.mark.parametrize("checks", CHECKS)
 def test_the_interpreted_kernels_give_the_bits_of_eager(checks: str) -> None:
-    assert run("check", "1", *checks.split()) == f"checked {checks}\n"
-
-
-def test_the_machine_code_of_the_kernel_of_matrices(sampled: Callable[[Any], list[Any]]) -> None:
-    """Few instructions per element, 16 bytes at a time, no spills, no 64-bit division, nothing fused or flushed.
-
-    But for the short path of root and reciprocal, which says so itself.
-    """
-    rows = sampled(itertools.product(ARCHITECTURES, range(KINDS)))
-    assert run("check", "0", "bindings") == "checked bindings\n"
-    report = run("compile", "0", *(f"{architecture}:{kind}" for architecture, kind in rows))
-    print(report)
-    lines = [line.split() for line in report.splitlines()]
-    assert len(lines) == len(rows)
-    exact = {"add.rn", "add.rz", "add.rp", "div.rn", "mul.rn", "sub.rn", "fma.rn", "rsqrt.approx.ftz", "rcp.approx.ftz"}
-    for _, _, instructions, most, occupancy, least, spilled, wide, divides, operations in lines:
-        assert float(instructions) <= float(most)
-        assert float(occupancy) >= float(least)
-        assert spilled == "0"
-        assert (wide, divides) == ("True", "False")
-        assert set(operations.split(",")) <= exact
-
-
-@pytest.mark.parametrize(("block", "vector"), [(64, 4), (200, 4), (201, 1), (130, 1), (None, 4)])
-def test_strips_begin_where_vectors_do(block: int | None, vector: int) -> None:
-    """Or a GPU would refuse to read them, which the interpreter does not."""
-    import torch
-
-    from sm3_dist.kernels.triton.strips import strips_of
-    from sm3_dist.layout.box import Box
-    from sm3_dist.layout.shard import LocalShard
-
-    weight = torch.zeros(5, 404)
-    shard = LocalShard(weight.shape, (Box.whole(weight.shape),), cover_block=block)
-    (strips,) = strips_of(shard, [[weight]] * 3, 4)
-    assert strips.vector == vector
-    assert not (strips.fields[:, 3:5] % vector).any()  # first column, end
+    assert run(__file__, "1", *checks.split()) == f"checked {checks}\n"
 
 
 SHAPES = [(), (7,), (2100,), (0,), (33, 17), (3, 150), (1, 30), (30, 1), (0, 5), (2, 3, 5), (6, 4, 3, 3)]
@@ -381,51 +322,12 @@ def check_single_values() -> None:
     check_carriers("cpu")
 
 
-def check_bindings() -> None:
-    """Triton's launcher gets every argument of every kernel: it is made of source text with names of its own in it."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    from sm3_dist.kernels.triton import ends, matrix, tiles
-
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    for kernel in (matrix.step_strip, tiles.step_tiles, ends.begin_step, ends.end_step):
-        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        given = {name: number for number, name in enumerate(kernel.arg_names)}
-        bound, _, options = bind(*given.values(), num_warps=1)
-        assert bound == given, kernel
-        assert options == {"num_warps": 1}
-
-
-def check_compile(rows: list[str]) -> None:
-    """One line for each kernel: what the test above asserts of it."""
-    from launch.benchmarks.code import KINDS, compiled
-
-    names = list(KINDS)
-    for row in rows:
-        architecture, number = map(int, row.split(":"))
-        name = names[number]
-        code = compiled(name, architecture)
-        wide = all(code.operations[each] for each in ("LDG.E.128", "STG.E.128"))
-        narrow = [each for each in code.operations if re.match(r"(LDG|STG)\.E\.(U8|U16|S8|S16)", each)]
-        print(
-            *(architecture, number, f"{code.per_element:.1f}", KINDS[name][3]),
-            *(f"{code.occupancy:.3f}", KINDS[name][4][architecture >= 100], code.spilled),
-            *(wide and not narrow, any("div_s64" in each or "div_u64" in each for each in code.calls)),
-            ",".join(sorted(code.arithmetic)),
-        )
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "compile":
-        check_compile(sys.argv[2:])
-    else:
-        import against_eager
-        from interpreter import hurry
+    import against_eager
+    from interpreter import hurry
 
-        hurry()
-        against_eager.threads = nullcontext  # the kernel uses none
-        for name in sys.argv[2:]:
-            globals()[f"check_{name}"]()
-        print("checked", *sys.argv[2:])
+    hurry()
+    against_eager.threads = nullcontext  # the kernel uses none
+    for name in sys.argv[1:]:
+        globals()[f"check_{name}"]()
+    print("checked", *sys.argv[1:])

@@ -236,7 +236,7 @@ def square_grain(mean: float, unit: float) -> float:
     """What squares are rounded up to multiples of: a part of the mean square so far, but no less than a unit.
 
     Example:
-        >>> square_grain(0.75, unit=2.0**40) == 0.5 / 512, square_grain(0.75, unit=2.0**8) == 1 / 256
+        >>> square_grain(0.01, unit=2.0**40) == 2**-7 / 512, square_grain(0.01, unit=2.0**8) == 1 / 256
         (True, True)
     """
     power = 2.0 ** (math.frexp(mean)[1] - 1)
