@@ -6,6 +6,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from subprocess import run
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 
 from launch import bench
 from launch.benchmarks import code, cpu_code
-from launch.benchmarks.cpu_code import KINDS, WIDTHS, command, compiled, version
+from launch.benchmarks.cpu_code import KINDS, SOURCE, WIDTHS, command, compiled, version
 from launch.benchmarks.machine_code import Function, Instruction, Weight
 from launch.job.world import UserError
 from sm3_dist.compiled.sources import FOLDER
+from sm3_dist.kernels.c import backend as cpu
 
 needs_gcc = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or not (shutil.which("gcc") and shutil.which("objdump")),
@@ -40,6 +42,23 @@ TWO_LOOPS = """
   44:\tjne    18 <counted+0x18>
   48:\tret
 """
+
+
+EVERY_CODE = """
+int main(void) {{
+    int8_t codes[2 * LANES], again[2 * LANES];
+    for (int first = -128; first < 128; first += 2 * LANES) {{
+        for (int i = 0; i < 2 * LANES; i++) codes[i] = (int8_t)(first + i);
+        floats_{width} some, more;
+        load_more_codes_{width}(codes, &some, &more);
+        store_codes_{width}(again, some, every_int_{width}(0), lanes_of_{width}(LANES), 1);
+        store_codes_{width}(again + LANES, more, every_int_{width}(0), lanes_of_{width}(LANES), 1);
+        if (memcmp(codes, again, sizeof codes)) return 1;
+    }}
+    return 0;
+}}
+"""
+"""Reads and writes every code of momentum with vectors of one width."""
 
 
 def instruction(text: str) -> Instruction:
@@ -67,6 +86,21 @@ def test_the_loops_of_the_kernel_take_few_instructions(
         most = KINDS[name].most[list(WIDTHS).index(width)]
         assert 0 < found["instructions"] <= most[0], (name, width, version(words))
         assert 0 < found["of these no moves"] <= most[1], (name, width, version(words))
+
+
+@needs_gcc
+@pytest.mark.parametrize("width", WIDTHS)
+def test_vectors_of_codes_are_made_without_what_c_leaves_undefined(width: str, tmp_path: Path) -> None:
+    """Numbers that overflow or negative ones that are shifted, of which compilers may make what they like, end it."""
+    if width not in cpu.widths():
+        pytest.skip(f"this processor has no {width}")
+    source, program = tmp_path / "codes.c", tmp_path / "codes"
+    function = EVERY_CODE.format(width=width)
+    source.write_text(SOURCE.format(target=WIDTHS[width], function=function))
+    checked = ["-O1", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    words = ["gcc", "-std=gnu11", *checked, f"-I{FOLDER}", str(source), "-o", str(program), "-lm"]
+    run(words, check=True, capture_output=True)
+    assert run([str(program)]).returncode == 0
 
 
 @needs_gcc

@@ -39,8 +39,10 @@ WIDE_INLINE __m512 hidden_avx512(float x) {
     return all;
 }
 WIDE_INLINE __m512i hidden_int_avx512(int32_t x) { return _mm512_castps_si512(hidden_avx512(float_of(x))); }
-WIDE_INLINE __m512i hidden_halves_avx512(int16_t x) { return hidden_int_avx512(x << 16 | (uint16_t)x); }
-WIDE_INLINE __m128i hidden_codes_avx512(int8_t x) { return _mm512_castsi512_si128(hidden_int_avx512((uint8_t)x * 0x1010101)); }
+WIDE_INLINE __m512i hidden_halves_avx512(int16_t x) { return hidden_int_avx512((int32_t)((uint16_t)x * 0x10001u)); }
+WIDE_INLINE __m128i hidden_codes_avx512(int8_t x) {
+    return _mm512_castsi512_si128(hidden_int_avx512((int32_t)((uint8_t)x * 0x1010101u)));
+}
 
 /* Leave x, computed here: compilers would bring it to where it is used. */
 WIDE_INLINE void put_avx512(__m512 *to, __m512 x) {
