@@ -111,8 +111,9 @@ def compare(
 
 def compare_longest(rows: int, settings: dict[str, Any], fused: str, device: str) -> None:
     """Blocks of so many rows, in which every square counts for as much as any can."""
-    weight, grad = torch.ones(rows, 128), torch.full((rows, 128), torch.nan)
-    compare([weight], [[grad], [grad]], fused, device, **settings | {"cover_block": rows})
+    weights = [torch.ones(rows, 128, dtype=dtype) for dtype in DTYPES[:2]]  # threads take four elements, and eight
+    grads = [torch.full_like(weight, torch.nan) for weight in weights]
+    compare(weights, [grads, grads], fused, device, **settings | {"cover_block": rows})
 
 
 def compare_views(weights: list[Tensor], grads: list[list[Tensor]], fused: str = "c", **settings) -> None:

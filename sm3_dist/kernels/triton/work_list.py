@@ -23,7 +23,8 @@ from sm3_dist.layout.describe import local_tensor
 from sm3_dist.step.entry import Entry
 
 MOST_ROWS = 128
-"""Squares of so many rows are added up in 32 bits. A thread takes four elements of each, of at most 2^22 grains."""
+"""Squares of so many rows are added up in 32 bits. A thread takes four elements of each, or eight of every second one,
+of at most 2^22 grains."""
 WARPS_OF_TILES = 4
 INTERPRETED_TALL = 8
 """Triton's interpreter takes as long for many rows as for one."""
