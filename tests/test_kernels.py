@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROUNDED = RECIPE | {"nesterov": True, "stochastic_rounding": True, "rounding_seed": 5}
 SHAPE_IN_BLOCKS = (138, 960)
-"""So many elements that squares of updates are short, which the fastest loop on x86-64 takes."""
+"""Rows of whole groups, which the fastest loop on x86-64 takes."""
 
 
 @needs_c
@@ -137,7 +137,7 @@ def test_boxes_of_flat_ranges_that_are_rounded_stochastically(shape):
         (ROUNDED, 64, torch.int8, SHAPE_IN_BLOCKS),
         (ROUNDED, 64, torch.int8, (70, 192)),
     ],
-    ids=["plain", "slices", "blocks", "bfloat16 momentum, rounded", "codes", "codes of few elements"],
+    ids=["plain", "slices", "blocks", "bfloat16 momentum, rounded", "codes", "codes of short rows"],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()

@@ -4,10 +4,11 @@ A sum of floats depends on the order of its terms, and so on how the tensor is c
 multiples of a grain and added up as integers, which is exact in any order. The sum is kept in a unit that follows from
 the shape of the whole tensor alone, so small that a sum of the largest squares just fits into 64 bits.
 
-A grain is a power of 2 and many units, but no more than a 512th of the mean square that updates had so far. Then all
-that an element asks for is an addition to the power of 2 whose last bit is worth a grain, the carrier: it rounds, and
-leaves the number of grains in the lower bits of the sum, to be added up in 32 bits. It rounds up, lest the squares of
-updates that have all become much shorter vanish.
+A grain is a power of 2 and many units, but no more than a 512th of the mean square that updates had so far. (Where that
+is less than a unit, as of short updates of a billion elements, it is a unit.) Then all that an element asks for is an
+addition to the power of 2 whose last bit is worth a grain, the carrier: it rounds, and leaves the number of grains in
+the lower bits of the sum, to be added up in 32 bits. It rounds up, lest the squares of updates that have all become
+much shorter vanish.
 
 The scale comes from a moving average of the sums of the steps before, an integer too. So their reduction hides behind
 compute as that of the maxima does, and an update may still be longer or shorter than those before it. The first step
