@@ -211,7 +211,7 @@ def test_nan_has_no_sign_in_accumulators(block):
 
 
 @needs_c
-@pytest.mark.parametrize("shape", [(128, 2048), (70, 2112), (1024, 64), SHAPE_IN_BLOCKS], ids=str)
+@pytest.mark.parametrize("shape", [(64, 8192), (70, 8256), (1024, 64), SHAPE_IN_BLOCKS], ids=str)
 def test_sums_hold_the_longest_squares_of_many_rows(shape, monkeypatch):
     """NaN counts as the largest square. Vectors add those up in lanes of 32 bits, which hold some rows' alone."""
     averages, names = [], cpu.widths()

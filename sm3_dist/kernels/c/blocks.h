@@ -6,7 +6,9 @@
  *
  * Each element's factors are one of its row and block, and one of its column, the same for all rows of the panel. */
 
-enum { PANEL = 2048 };
+/* Most columns. Memory is slower where rows are cut, so those of most matrices are not; but what is kept of each column must stay
+ * in the cache of a core. */
+enum { PANEL = 8192 };
 
 struct panel {
     struct pass pass;

@@ -16,8 +16,9 @@
 #endif
 #include <immintrin.h>
 
-/* Elements of a vector, of a group, and staged at a time; vectors of a group, and groups that are counted in one sum. */
-enum { LANES = 16, SIDE = 64, CHUNK = 1024, SLOTS = SIDE / LANES, MOST_GROUPS = 32 };
+/* Elements of a vector, of a group, and staged at a time; vectors of a group, and groups whose squares are counted in one sum:
+ * 32 bits, of at most 2^22 grains for each vector. */
+enum { LANES = 16, SIDE = 64, CHUNK = 1024, SLOTS = SIDE / LANES, MOST_GROUPS = 128 };
 
 /* What depends on the width has names that end in it. OF() makes them. */
 #include "avx2.h"
