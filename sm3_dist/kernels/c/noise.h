@@ -8,7 +8,7 @@ struct philox { /* counter and key of one row */
 #define M0 0xd2511f53u /* the factors of Philox4x32 */
 #define M1 0xcd9e8d57u
 
-enum { PHILOX_ROUNDS = 7, ROOM = 2048, ROW_WORDS = ROOM / 2 + 256 }; /* elements that there is room for; words */
+enum { PHILOX_ROUNDS = 7, ROOM = 8192, ROW_WORDS = ROOM / 2 + 256 }; /* elements that there is room for; words */
 
 struct random { /* bits of up to ROOM elements, 16 for each, and four words for each eight elements: */
     uint32_t words[ROW_WORDS];  /* those of weights, */
