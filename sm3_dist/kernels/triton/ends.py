@@ -62,7 +62,7 @@ def begin_step(
         so_far = tl.where(average > 0, known, first_square * WITHOUT_AVERAGE)
         power = (so_far.to(tl.int64, bitcast=True) & EXPONENT).to(tl.float64, bitcast=True)
         per_one = tl.load(of + F_PER_ONE, mask=these, other=1.0)
-        carrier = tl.maximum(tl.minimum(power * CARRIED, 2 * LONGEST_SQUARE), OF_CARRIER / per_one)
+        carrier = tl.maximum(tl.minimum(power * CARRIED, 2 * LONGEST_SQUARE), (1 / per_one) * OF_CARRIER)
         factor = factors + (first + i) * FACTOR_FIELDS
         tl.store(factor + OLD, old.to(tl.float32), mask=these)
         tl.store(factor + NEW, new.to(tl.float32), mask=these)

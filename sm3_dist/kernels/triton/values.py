@@ -154,7 +154,7 @@ def grains(update, carrier):
     """The squares of updates in grains, as :meth:`~sm3_dist.maths.rms.SquareSum.add` has them: at most 2^22."""
     square = tl.minimum(update * update, tl.minimum(carrier * 0.5, LONGEST_SQUARE))
     if INTERPRETED:
-        number = tl.ceil(square * (OF_CARRIER / carrier)).to(tl.int32)
+        number = tl.ceil(square * ((1 / carrier) * OF_CARRIER)).to(tl.int32)
     else:  # the last bit of the carrier is worth a grain
         carried = tl.inline_asm_elementwise("add.rp.f32 $0, $1, $2;", "=f,f,f", [square, carrier], tl.float32, True, 1)
         number = carried.to(tl.int32, bitcast=True) - carrier.to(tl.int32, bitcast=True)
