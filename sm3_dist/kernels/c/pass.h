@@ -24,12 +24,6 @@ struct pass { /* of one thread over a tensor */
     uint64_t grain;   /* in units */
 };
 
-/* Of rms.py. */
-#define LONGEST 32.0f
-#define CARRIED 0x1p14
-#define GRAINS 0x1p23
-#define WITHOUT_AVERAGE 0x1p-8
-
 /* carrier() of rms.py; of the mean square so far, and the units of a square of 1. */
 static float carrier_of(double mean, double per_one) {
     int exponent;

@@ -1,5 +1,11 @@
 /* What a step does to every element. Declared once more in backend.py, as are the structs of tensors.h. */
 
+/* Of squares that are added up, as in rms.py. */
+#define LONGEST 32.0f
+#define CARRIED 0x1p14
+#define GRAINS 0x1p23
+#define WITHOUT_AVERAGE 0x1p-8
+
 struct settings { /* of one param group in one step; the last ones of one tensor */
     float lr;
     float decay;          /* 1 - lr * weight_decay */

@@ -64,7 +64,7 @@ INLINE int32_t block_of(int weight, int grad, int moment, int product, int64_t n
                         const void *restrict g, void *restrict m, float cover, const float *restrict floors,
                         int32_t *restrict peaks, const struct settings *settings, uint64_t *squares) {
     const struct settings s = *settings;
-    const float per_one = s.carrier ? 0x1p23f / s.carrier : 0;
+    const float per_one = s.carrier ? (float)GRAINS / s.carrier : 0;
     uint64_t sum = 0;
     int32_t top = 0;
     for (int64_t j = 0; j < n; j++) {
