@@ -172,7 +172,7 @@ class StepInBackward:
                 entries.setdefault(entry.param, []).append(entry)
             self._kernels = {param: kernels.launch_list(these, optimizer.backend) for param, these in entries.items()}
         if plan.captured:
-            self._of_graphs.append(self._kernels)
+            self._of_graphs.append((self._kernels, plan))
         self._settings = {id(group): settings_of(group, None) for group in optimizer.param_groups}
 
     def _end(self, *_: Any) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'sm3_
 
 CHECKS = (
     "plain that_the_host_reads_nothing touched_state recipe",
-    "random single_values memory boxes graphs",
+    "random single_values averages memory boxes graphs",
 )
 """Those of one process, which takes seconds to import what it needs: as many as a small machine has processors."""
 
@@ -320,6 +320,28 @@ def check_single_values() -> None:
         for start in (-1024, 0x7F800000 - 1024, *near):
             check_squares(start, 2048, "cpu", carrier)
     check_carriers("cpu")
+
+
+def check_averages() -> None:
+    """Those of more than one program, and of some that are too few for one."""
+    import torch
+
+    from sm3_dist.kernels.triton.averages import AveragesKernel
+    from sm3_dist.maths.rms import averaged
+
+    for count in (1, 5, 300):
+        generator = torch.Generator().manual_seed(count)
+        before = torch.randint(-2, 1 << 62, (count,), generator=generator).clamp_(min=-1)
+        before[::3] = torch.tensor([-1, 0, 400, 7])[torch.randint(0, 4, before[::3].shape, generator=generator)]
+        tensors = [value.clone() for value in before.unbind()]
+        kernel = AveragesKernel(count, torch.device("cpu"))
+        for _ in range(2):
+            sums = torch.randint(0, 1 << 62, (count,), generator=generator)
+            sums[::2] *= torch.randint(0, 2, sums[::2].shape, generator=generator)
+            kernel([each.data_ptr() for each in tensors], sums)
+            before = averaged(before, sums)
+            assert torch.equal(torch.stack(tensors), before)
+            tensors[0] = tensors[0].clone()  # elsewhere
 
 
 if __name__ == "__main__":

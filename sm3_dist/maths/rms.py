@@ -20,7 +20,8 @@ than is known, by up to ``1 / sqrt(1 - beta)``: as they do for Adam.)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,21 +72,35 @@ class Averages:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        device = tensors[0].device if tensors else torch.device("cpu")
         self._tensors = list(tensors)
-        self._library = looks() if tensors and tensors[0].device.type == "cpu" else None
+        self._fused = _fused(len(tensors), device)
         self._look = Look(tensors)
-        self._together = torch.empty(len(tensors), dtype=torch.int64, device=tensors[0].device if tensors else "cpu")
+        self._together = torch.empty(len(tensors), dtype=torch.int64, device=device)
         self._each = list(self._together.unbind())
 
     def take(self, sums: Tensor) -> None:
         """Bring them up to date with the sums of one more step; see :func:`averaged`."""
-        addresses = None if self._library is None else self._look.addresses()
-        if self._library is not None and addresses is not None:
-            self._library.sm3_average(place_of(addresses), sums.data_ptr(), len(addresses))
-        elif self._tensors:
+        if not self._tensors:
+            return
+        addresses = None if self._fused is None else self._look.addresses()
+        if self._fused is not None and addresses is not None:
+            self._fused(addresses, sums)
+        else:
             torch._foreach_copy_(self._each, self._tensors)
             self._together.copy_(averaged(self._together, sums))
             torch._foreach_copy_(self._tensors, self._each)
+
+
+def _fused(count: int, device: torch.device) -> Callable[[array[int], Tensor], None] | None:
+    """What brings averages up to date in one call, given where they lie; ``None`` where nothing does."""
+    if device.type != "cpu":
+        from sm3_dist.kernels import triton
+
+        return triton.make_averages(count, device)
+    if (library := looks()) is None:
+        return None
+    return lambda addresses, sums: library.sm3_average(place_of(addresses), sums.data_ptr(), count)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,27 @@ def test_the_kernels_give_the_bits_of_eager(number: int, dtype: torch.dtype) -> 
     compare(weights, grads, "triton", "cuda", **settings)
 
 
+@pytest.mark.parametrize("options", [BLOCKS, BLOCKS | RANDOM | {"momentum_dtype": torch.int8}, {}], ids=str)
+def test_a_model_goes_to_the_gpu_and_back_between_steps(options: dict[str, Any]) -> None:
+    """Its state follows it."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator) for shape in [(66, 128), (30,), (8, 4, 3, 3)]]
+    stay, go = ([nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
+    optimizers = SM3(stay, **options), SM3(go, **options)
+    for device in ("cpu", "cpu", "cuda", "cuda", "cpu", "cuda"):
+        for p, q in zip(stay, go, strict=True):
+            grad = torch.randn(p.shape, generator=generator)
+            q.grad = None
+            q.data = q.data.to(device)
+            p.grad, q.grad = grad, grad.to(device)
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q in zip(stay, go, strict=True):
+            assert torch.equal(p, q.cpu())
+            for key, value in optimizers[0].state[p].items():
+                assert torch.equal(value, optimizers[1].state[q][key].cpu()), key
+
+
 def test_root_and_reciprocal_are_exact_for_every_number() -> None:
     """All float32 from the smallest on, and those from 2^-100 on by the short path; in chunks of 2^26."""
     chunk = 1 << 26

@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from sm3_dist.kernels.triton.availability import unavailable
 from sm3_dist.step.entry import Entry
 
 if TYPE_CHECKING:
+    from sm3_dist.kernels.triton.averages import AveragesKernel
     from sm3_dist.kernels.triton.backend import TritonKernel
 
 
-__all__ = ["make", "refusal", "unavailable"]
+__all__ = ["make", "make_averages", "refusal", "unavailable"]
 
 
 def refusal(entry: Entry) -> str | None:
@@ -33,3 +36,12 @@ def make(entries: Sequence[Entry]) -> TritonKernel:
     from sm3_dist.kernels.triton import backend
 
     return backend.TritonKernel(entries)
+
+
+def make_averages(count: int, device: torch.device) -> AveragesKernel | None:
+    """What brings moving averages on a GPU up to date; ``None`` where Triton cannot."""
+    if device.type != "cuda" or unavailable() is not None:
+        return None
+    from sm3_dist.kernels.triton.averages import AveragesKernel
+
+    return AveragesKernel(count, device)

@@ -11,6 +11,9 @@ several programs know of, those of whole rows and columns above all, go to a buf
 A tile is ``TALL`` rows of ``GROUPS`` groups of ``SIDE`` columns, each in one block. ``VECTOR`` promises that columns
 begin and end at multiples of so many elements, and of 16 bytes in memory (8 for codes), that all operands have the same
 distance from row to row, and that blocks are as long as groups.
+
+While a tile is worked on, the next one comes from memory to the L2 cache, which takes no registers. With more tiles
+ahead, thousands of programs would drive out of it what they are about to read.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -22,6 +25,7 @@ import triton.language as tl
 
 from sm3_dist.kernels.triton.values import (
     HUGE,
+    INTERPRETED,
     TINY,
     bits_of,
     grains,
@@ -66,6 +70,17 @@ def tile_at(start, down, offsets, TYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def fetch(start, below, height, line, column, stop, TYPE: tl.constexpr, TALL: tl.constexpr, WIDTH: tl.constexpr):
+    """Have the L2 cache read the lines of 128 bytes in which the next tile of a strip lies; of its last, that tile."""
+    LINE: tl.constexpr = 1024 // TYPE.primitive_bitwidth
+    first = tl.maximum(tl.minimum(below, height - TALL), 0)
+    rows = tl.minimum(tl.arange(0, TALL), height - 1) * line
+    columns = tl.maximum(tl.minimum(tl.arange(0, WIDTH // LINE) * LINE, stop - column - 1), -column)
+    at = (start + first * line) + (rows[:, None] + columns[None, :])
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
+
+
+@triton.jit
 def raised(old, aside, values, mask, ASIDE: tl.constexpr):
     """Bring new maxima: overwrite entries, or raise those aside."""
     if ASIDE:
@@ -101,7 +116,6 @@ def step_strip(
     GROUPS: tl.constexpr,
     SIDE: tl.constexpr,
     TALL: tl.constexpr,
-    PASSES: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,  # whether covers are blocks; else whole rows and columns
     ASIDE: tl.constexpr,
@@ -189,10 +203,11 @@ def step_strip(
         else:
             sides = tl.minimum(sides, tiles[:, None], propagate_nan=tl.PropagateNan.ALL)
     if AVERAGE:
-        old = tl.load(factor + OLD)
+        old, new = tl.load(factor + OLD), tl.load(factor + NEW)
         sides = sides * old
 
     if SQUARES > 0:
+        scale, carrier = tl.load(factor + SCALE), tl.load(factor + CARRIER)
         THREAD: tl.constexpr = 4 if tl.float32 == WEIGHT else 8
         if VECTOR > 1:  # then what a thread adds up of a row is there as a whole, or not at all
             firsts = column + (each * SIDE)[:, None] + (tl.arange(0, SIDE // THREAD) * THREAD)[None, :]
@@ -211,72 +226,73 @@ def step_strip(
     if ASIDE:
         row_aside = tl.load(matrix + M_ROW_ASIDE).to(tl.pointer_type(tl.int32)) + row_entry
 
-    for begin in range(0, height, TALL * PASSES):
-        if SQUARES > 0:
-            carrier = tl.load(factor + CARRIER)
-        for number_of_pass in tl.static_range(PASSES):
-            below = begin + number_of_pass * TALL
-            lines = below + tl.arange(0, TALL)
-            there = (lines < height)[:, None, None] & is_column[None, :, :]
-            g_at = tile_at(g_start, below * g_line, g_offsets, GRAD, VECTOR)
-            w_at = tile_at(w_start, below * line, w_offsets, WEIGHT, VECTOR)
-            grad, weight = tl.load(g_at, mask=there, other=0.0), tl.load(w_at, mask=there, other=0.0)
+    for below in range(0, height, TALL):
+        if not (TABLE or INTERPRETED):
+            fetch(g_start, below + TALL, height, g_line, column, stop, GRAD, TALL, GROUPS * SIDE)
+            fetch(w_start, below + TALL, height, line, column, stop, WEIGHT, TALL, GROUPS * SIDE)
             if MOMENT is not None:
-                m_at = tile_at(m_start, below * m_line, m_offsets, MOMENT, VECTOR)
-                moment = tl.load(m_at, mask=there, other=0)
-            at_row = lines[:, None] * row_line + each[None, :]
-            is_row = (lines < height)[:, None] & is_block[None, :]
-            covers = tl.load(row_covers + at_row, mask=is_row, other=0.0)
-            if PRODUCT:
-                covers = tl.minimum(covers, HUGE, propagate_nan=tl.PropagateNan.ALL)
-                floor = covers[:, :, None] * sides[None, :, :]
-            else:
-                if AVERAGE:
-                    covers = covers * old
-                floor = tl.minimum(covers[:, :, None], sides[None, :, :], propagate_nan=tl.PropagateNan.ALL)
-
-            # The update, line by line that of update_box; factors that are not asked for are 1, and exact.
-            grad = widened(grad, GRAD)
-            if UNSCALED:
-                grad = grad * tl.load(group + UNSCALE)
-            nu = grad * grad
+                fetch(m_start, below + TALL, height, m_line, column, stop, MOMENT, TALL, GROUPS * SIDE)
+        lines = below + tl.arange(0, TALL)
+        there = (lines < height)[:, None, None] & is_column[None, :, :]
+        g_at = tile_at(g_start, below * g_line, g_offsets, GRAD, VECTOR)
+        w_at = tile_at(w_start, below * line, w_offsets, WEIGHT, VECTOR)
+        grad, weight = tl.load(g_at, mask=there, other=0.0), tl.load(w_at, mask=there, other=0.0)
+        if MOMENT is not None:
+            m_at = tile_at(m_start, below * m_line, m_offsets, MOMENT, VECTOR)
+            moment = tl.load(m_at, mask=there, other=0)
+        at_row = lines[:, None] * row_line + each[None, :]
+        is_row = (lines < height)[:, None] & is_block[None, :]
+        covers = tl.load(row_covers + at_row, mask=is_row, other=0.0)
+        if PRODUCT:
+            covers = tl.minimum(covers, HUGE, propagate_nan=tl.PropagateNan.ALL)
+            floor = covers[:, :, None] * sides[None, :, :]
+        else:
             if AVERAGE:
-                nu = nu * tl.load(factor + NEW)
-            nu = nu + floor
-            peak = tl.where(there, bits_of(nu), 0)
-            peaks = tl.maximum(peaks, peak)
-            raised(row_covers + at_row, row_aside + at_row, tl.max(peak, axis=2), is_row, ASIDE)
-            update = inverse_root(nu + eps, NORMAL_RANGE) * grad
-            if SQUARES > 0:
-                squares = grains(update if VECTOR > 1 else tl.where(there, update, 0.0), carrier)
-                squares = tl.sum(tl.reshape(squares, (TALL, GROUPS, SIDE // THREAD, THREAD)), axis=3)
-                if VECTOR > 1:
-                    squares = tl.where((lines < height)[:, None, None] & are_columns[None, :, :], squares, 0)
-                sums += squares.to(sums.dtype)
-                update = update * tl.load(factor + SCALE)
-                update = tl.maximum(update, -limit, propagate_nan=tl.PropagateNan.ALL)
-                update = tl.minimum(update, limit, propagate_nan=tl.PropagateNan.ALL)
+                covers = covers * old
+            floor = tl.minimum(covers[:, :, None], sides[None, :, :], propagate_nan=tl.PropagateNan.ALL)
+
+        # The update, line by line that of update_box; factors that are not asked for are 1, and exact.
+        grad = widened(grad, GRAD)
+        if UNSCALED:
+            grad = grad * tl.load(group + UNSCALE)
+        nu = grad * grad
+        if AVERAGE:
+            nu = nu * new
+        nu = nu + floor
+        peak = tl.where(there, bits_of(nu), 0)
+        peaks = tl.maximum(peaks, peak)
+        raised(row_covers + at_row, row_aside + at_row, tl.max(peak, axis=2), is_row, ASIDE)
+        update = inverse_root(nu + eps, NORMAL_RANGE) * grad
+        if SQUARES > 0:
+            squares = grains(update if VECTOR > 1 else tl.where(there, update, 0.0), carrier)
+            squares = tl.sum(tl.reshape(squares, (TALL, GROUPS, SIDE // THREAD, THREAD)), axis=3)
+            if VECTOR > 1:
+                squares = tl.where((lines < height)[:, None, None] & are_columns[None, :, :], squares, 0)
+            sums += squares.to(sums.dtype)
+            update = update * scale
+            update = tl.maximum(update, -limit, propagate_nan=tl.PropagateNan.ALL)
+            update = tl.minimum(update, limit, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            update = update * fresh
+        if RANDOM or tl.int8 == MOMENT:
+            w_noise, m_noise = noise_at(
+                places, row_places + below, number, count, seed_low, seed_high, VECTOR, TALL, GROUPS, SIDE
+            )
+        if MOMENT is not None:
+            mean = widened(moment, MOMENT) * momentum + update
+            if tl.int8 == MOMENT or (RANDOM and tl.bfloat16 == MOMENT):
+                tl.store(m_at, rounded_randomly(mean, m_noise, MOMENT), mask=there)
             else:
-                update = update * fresh
-            if RANDOM or tl.int8 == MOMENT:
-                w_noise, m_noise = noise_at(
-                    places, row_places + below, number, count, seed_low, seed_high, VECTOR, TALL, GROUPS, SIDE
-                )
-            if MOMENT is not None:
-                mean = widened(moment, MOMENT) * momentum + update
-                if tl.int8 == MOMENT or (RANDOM and tl.bfloat16 == MOMENT):
-                    tl.store(m_at, rounded_randomly(mean, m_noise, MOMENT), mask=there)
-                else:
-                    tl.store(m_at, rounded(mean, MOMENT), mask=there)
-                if NESTEROV:  # noqa: SIM108
-                    update = update + mean * momentum
-                else:
-                    update = mean
-            weight = widened(weight, WEIGHT) * decay - update * lr
-            if RANDOM and tl.bfloat16 == WEIGHT:
-                tl.store(w_at, rounded_randomly(weight, w_noise, WEIGHT), mask=there)
+                tl.store(m_at, rounded(mean, MOMENT), mask=there)
+            if NESTEROV:  # noqa: SIM108
+                update = update + mean * momentum
             else:
-                tl.store(w_at, rounded(weight, WEIGHT), mask=there)
+                update = mean
+        weight = widened(weight, WEIGHT) * decay - update * lr
+        if RANDOM and tl.bfloat16 == WEIGHT:
+            tl.store(w_at, rounded_randomly(weight, w_noise, WEIGHT), mask=there)
+        else:
+            tl.store(w_at, rounded(weight, WEIGHT), mask=there)
 
     of_column = tl.max(peaks, axis=0)
     column_aside = column_covers.to(tl.pointer_type(tl.int32))

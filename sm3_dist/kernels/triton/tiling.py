@@ -12,6 +12,8 @@ TILE = 2048
 """Elements of a tile."""
 RANDOM_TILE = 512
 """Of one whose elements need a random number each, which takes registers."""
+VECTOR = 1024
+"""Elements of a tile of a vector, at most."""
 LONG_ROW = 8192
 """Trailing dimensions are joined to rows of at most this length."""
 
@@ -51,8 +53,8 @@ def cut(shape: Sequence[int], strides: Sequence[Sequence[int]], tile: int) -> Ti
     """
     lead = _leading(shape, strides)
     rows, columns = math.prod(shape[:lead]), math.prod(shape[lead:])
-    if lead == 0:
-        tall, wide = 1, min(tile, max(16, 1 << (columns - 1).bit_length()))
+    if lead == 0:  # of one length for all vectors, whose tiles are then launched together
+        tall, wide = 1, min(tile, VECTOR)
     else:  # few columns for short rows, else so many that a warp reads whole cache lines
         wide = min(256, max(8, 1 << (columns - 1).bit_length()))
         tall = tile // wide

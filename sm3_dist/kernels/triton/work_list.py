@@ -195,7 +195,7 @@ class WorkList:
             ]
             constants = (
                 *self._common(entry, 32 if each.fields[:, int(matrix.STRIP_ROWS) - 1].max() <= MOST_ROWS else 64),
-                *(product, each.groups, each.side, tall, max(1, 16 // thread), vector),
+                *(product, each.groups, each.side, tall, vector),
                 *(each.blocked, any_aside, m.table is not None),
             )
             first = torch.full((len(each.fields), 1), len(self._matrices), dtype=torch.int32, device="cpu")
@@ -204,13 +204,13 @@ class WorkList:
 
     def _launches_of_strips(self) -> list[Launch]:
         table = self._table(self._matrices, int(matrix.MATRIX_FIELDS))
-        made, architecture = [], architecture_of(self._device)
+        made = []
         for (group, *found), members in self._strips.items():
             weight, constants = found[0], _constants(found)
             strips = torch.cat(members).to(self._device)
             names = [name for name in matrix.step_strip.arg_names if name.isupper()]
             by_name = dict(zip(names, constants, strict=True))
-            options = options_of(4 if weight.itemsize == 4 else 8, by_name, architecture)
+            options = options_of(4 if weight.itemsize == 4 else 8, by_name)
             made.append(Launch(matrix.step_strip, group, strips, table, (), len(strips), constants, options))
         return made
 
@@ -267,37 +267,23 @@ class WorkList:
         return made
 
 
-def options_of(thread: int, constants: dict[str, Any], architecture: int) -> dict[str, Any]:
+def options_of(thread: int, constants: dict[str, Any]) -> dict[str, Any]:
     """Options for the compiler of the kernel of matrices, a warp of which is a program.
 
     64 registers leave room for 32 warps, the most programs that a processor takes, and half of the warps that it could
-    hold. What would spill with so few gets more: recipes keep sums of squares, noise and six loads of 16 bytes besides,
-    and those that round stochastically have room for 18 warps with 112.
+    hold. Recipes in 16 bits get a few more: with 64 they would go to memory and back within the loop. Those that still
+    do before and after it cost less than the warps would for which more registers leave no room.
 
     Args:
         thread: elements of the weight that a thread loads at a time.
         constants: of the kernel, by name.
-        architecture: as the compiler has it, 90 for compute capability 9.0; what is 100 and up needs more.
     """
-    options = {"num_warps": 1, "enable_fp_fusion": False}
-    coded = constants["MOMENT"] == values.type_of(torch.int8)
-    if constants["VECTOR"] > 1:
-        if constants["RANDOM"] or coded:
-            if constants["SQUARES"] > 0 and (coded or architecture >= 100):
-                options["maxnreg"] = 112 if architecture < 100 else 116  # (where it takes 112, and spills with 112)
-        elif constants["SQUARES"] == 0:
-            options["maxnreg"] = 72 if thread == 8 and architecture >= 100 else 64
-        elif thread == 4:
-            options["maxnreg"] = 96 if architecture < 100 else 104
-    return options
-
-
-def architecture_of(device: torch.device) -> int:
-    """What the compiler calls the architecture of a GPU; 0 for the interpreter."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    registers = 64
+    if constants["RANDOM"] or constants["MOMENT"] == values.type_of(torch.int8):
+        registers = 96
+    elif thread == 8 and constants["SQUARES"] > 0:
+        registers = 80
+    return {"num_warps": 1, "enable_fp_fusion": False, "maxnreg": registers}
 
 
 def _constants(constants: Sequence[Any]) -> tuple[Any, ...]:
