@@ -36,11 +36,11 @@ def test_its_commands_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyP
     status, _, calls = check(tmp_path, "echo said")
     assert status == 0
     assert (tmp_path / "out" / "gpt2.txt").read_text() == "said\n"
-    assert [call[:2] for call in calls[:1]] == [["-m", "pytest"]]
-    assert "tests/gpu" in calls[0]
+    assert [call[:2] for call in calls[:2]] == [["setup.py", "-q"], ["-m", "pytest"]]
+    assert "tests/gpu" in calls[1]
     benchmarks = [call[1:] for call in calls if call[0] == "launch/bench.py"]
     (measured,) = [call[1:] for call in calls if call[0] == "launch/memory.py"]
-    assert len(calls) == 1 + len(benchmarks) + 1
+    assert len(calls) == 2 + len(benchmarks) + 1
     asked: list[argparse.Namespace] = []
     monkeypatch.setattr(bench.bench_step, "run", asked.append)
     for arguments in benchmarks:
@@ -64,14 +64,14 @@ def test_what_fails_is_told_at_the_end_and_nothing_is_left_out(tmp_path: Path) -
     status, said, calls = check(tmp_path, '[[ "$*" == *gpt2* ]] && exit 3; [[ "$*" == *memory.py* ]] && exit 4; exit 0')
     assert status == 3
     assert "gpt2: 0 s, exit status 3" in said
-    assert len(calls) == 5
+    assert len(calls) == 6
 
 
 def test_without_pytest_the_rest_is_run(tmp_path: Path) -> None:
     status, said, calls = check(tmp_path, '[[ "$*" == *"find_spec(\'pytest\')"* ]] && exit 1; exit 0')
     assert status == 1
     assert "tests: left out, for pytest is not installed" in said
-    assert [call[0] for call in calls] == ["launch/bench.py"] * 3 + ["launch/memory.py"]
+    assert [call[0] for call in calls] == ["setup.py", *["launch/bench.py"] * 3, "launch/memory.py"]
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

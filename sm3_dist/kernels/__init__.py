@@ -16,10 +16,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from sm3_dist.kernels import triton
 from sm3_dist.kernels.c import backend as cpu
 from sm3_dist.kernels.eager import EagerKernel
 from sm3_dist.layout.describe import local_tensor
+from sm3_dist.maths.rms import Averaging
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.kernel import Kernel
 
@@ -88,6 +91,15 @@ class Launcher:
     def __call__(self, entries: Sequence[Entry]) -> list[Kernel]:
         """The kernels of some of a plan's tensors; see :func:`launch_list`."""
         return launch_list(entries, self.backend)
+
+    def averaging(self, count: int, device: torch.device) -> Averaging | None:
+        """What brings so many moving averages of squares up to date; ``None``: nothing does better than PyTorch.
+
+        Args:
+            count: how many.
+            device: where they lie.
+        """
+        return triton.make_averages(count, device) if self.backend in ("auto", "triton") else None
 
     def review(self, entries: Sequence[Entry]) -> None:
         """Name in one warning what ``"auto"`` steps on a GPU by one small operation after another, and why.

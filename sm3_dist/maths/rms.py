@@ -58,11 +58,16 @@ CUT_OFF = 5.0
 """No element of a scaled update is longer than so many times the wanted root mean square."""
 
 
+Averaging = Callable[["array[int]", Tensor], None]
+"""Brings averages up to date, from where they lie and the sums of one more step."""
+
+
 class Averages:
     """The moving averages of several tensors, all of them on one device.
 
     Args:
         tensors: int64, 0-dimensional.
+        averaging: what does it where they are; ``None``: the compiled library on a CPU, if it is there, or PyTorch.
 
     Example:
         >>> average = torch.tensor(400)
@@ -71,10 +76,10 @@ class Averages:
         tensor(440)
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], averaging: Averaging | None = None) -> None:
         device = tensors[0].device if tensors else torch.device("cpu")
         self._tensors = list(tensors)
-        self._fused = _fused(len(tensors), device)
+        self._averaging = _compiled(len(tensors)) if averaging is None and device.type == "cpu" else averaging
         self._look = Look(tensors)
         self._together = torch.empty(len(tensors), dtype=torch.int64, device=device)
         self._each = list(self._together.unbind())
@@ -83,21 +88,17 @@ class Averages:
         """Bring them up to date with the sums of one more step; see :func:`averaged`."""
         if not self._tensors:
             return
-        addresses = None if self._fused is None else self._look.addresses()
-        if self._fused is not None and addresses is not None:
-            self._fused(addresses, sums)
+        addresses = None if self._averaging is None else self._look.addresses()
+        if self._averaging is not None and addresses is not None:
+            self._averaging(addresses, sums)
         else:
             torch._foreach_copy_(self._each, self._tensors)
             self._together.copy_(averaged(self._together, sums))
             torch._foreach_copy_(self._tensors, self._each)
 
 
-def _fused(count: int, device: torch.device) -> Callable[[array[int], Tensor], None] | None:
-    """What brings averages up to date in one call, given where they lie; ``None`` where nothing does."""
-    if device.type != "cpu":
-        from sm3_dist.kernels import triton
-
-        return triton.make_averages(count, device)
+def _compiled(count: int) -> Averaging | None:
+    """The compiled library, if it is there."""
     if (library := looks()) is None:
         return None
     return lambda addresses, sums: library.sm3_average(place_of(addresses), sums.data_ptr(), count)

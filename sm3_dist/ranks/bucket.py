@@ -184,6 +184,7 @@ class SumBucket:
     Args:
         group: the process group; ``None`` for tensors that lie whole on this rank.
         sums: the sums of squares, the same on every rank. Their ``partial`` become views of the buffer.
+        averages: their moving averages.
         steps: step counters of tensors that several ranks hold parts of, the same on every rank.
         device: where the buffer lies.
         watch: this rank's view of the others.
@@ -194,13 +195,14 @@ class SumBucket:
         self,
         group: ProcessGroup | None,
         sums: Sequence[SquareSum],
+        averages: Averages,
         steps: Sequence[Tensor],
         device: torch.device,
         watch: RankWatch,
         seal: Seal | None = None,
     ) -> None:
         self.group = group
-        self._averages = Averages([each.average for each in sums])
+        self._averages = averages
         self.steps = list(steps) if group is not None else []
         self._watch = watch
         self._seal = seal

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from sm3_dist.maths.rms import Averaging
 from sm3_dist.maths.update import Settings
 from sm3_dist.step.entry import Entry
 
@@ -30,6 +32,9 @@ class Launcher(Protocol):
 
     def __call__(self, entries: Sequence[Entry]) -> list[Kernel]:
         """The kernels that step some of the plan's tensors."""
+
+    def averaging(self, count: int, device: torch.device) -> Averaging | None:
+        """What brings the moving averages of squares up to date; ``None`` where that is left to them."""
 
     def review(self, entries: Sequence[Entry]) -> None:
         """Tell the user, once for the whole plan, what there is to know of how its tensors are stepped."""

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.kinds import dtensors
 from sm3_dist.layout.shard import Peers
-from sm3_dist.maths.rms import SquareSum
+from sm3_dist.maths.rms import Averages, Averaging, SquareSum
 from sm3_dist.maths.update import Settings
 from sm3_dist.ranks.bucket import MaxBucket, Slot, SumBucket
 from sm3_dist.ranks.chunk_exchange import ChunkExchange, Lending
@@ -23,7 +23,7 @@ from sm3_dist.step.capture import capturing
 from sm3_dist.step.cut_cover import CutCover
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.guard import FiniteGuard
-from sm3_dist.step.kernel import Kernel
+from sm3_dist.step.kernel import Launcher
 from sm3_dist.step.lookout import Lookout
 from sm3_dist.step.orthogonal import OrthogonalSteps, is_orthogonal
 
@@ -46,7 +46,7 @@ class StepPlan:
     def __init__(
         self,
         entries: Sequence[Entry],
-        launch_list: Callable[[Sequence[Entry]], list[Kernel]],
+        launch_list: Launcher,
         shard_covers: bool,
         groups: dict[tuple[int, ...], ProcessGroup],
         lookout: Lookout,
@@ -56,7 +56,7 @@ class StepPlan:
         self._groups = groups
         self._lookout = lookout
         lookout.plan(entries)
-        self.buckets = _buckets(entries, shard_covers, groups, lookout)
+        self.buckets = _buckets(entries, shard_covers, groups, lookout, launch_list.averaging)
         self.exchanges = _exchanges(entries, groups, lookout.watch)
         lookout.check_the_others()
         self.gatherer = gatherer
@@ -276,7 +276,11 @@ def _stages(entries: Sequence[Entry], gatherer: WeightGatherer | None) -> list[t
 
 
 def _buckets(
-    entries: Sequence[Entry], shard_covers: bool, groups: dict[tuple[int, ...], ProcessGroup], lookout: Lookout
+    entries: Sequence[Entry],
+    shard_covers: bool,
+    groups: dict[tuple[int, ...], ProcessGroup],
+    lookout: Lookout,
+    averaging: Callable[[int, torch.device], Averaging | None],
 ) -> list[MaxBucket | SumBucket]:
     """One bucket of each kind for each group of peers (and device), in the order in which the tensors need them."""
     slots: dict[tuple[tuple[int, ...], torch.device], list[Slot]] = {}
@@ -308,6 +312,7 @@ def _buckets(
         SumBucket(
             groups.get(ranks),
             these,
+            Averages([each.average for each in these], averaging(len(these), device)),
             list(steps[ranks, device].values()),
             device,
             watch,
