@@ -72,6 +72,30 @@ def test_one_warning_names_all_that_a_gpu_leaves_to_eager(monkeypatch):
     assert told("eager") == []
 
 
+def test_on_a_gpu_a_warning_tells_that_many_tensors_are_looked_at_in_python(monkeypatch):
+    def told(count):
+        optimizer = SM3([nn.Parameter(torch.ones(3)) for _ in range(count)], backend="eager")
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad = torch.ones_like(param)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                optimizer.step()
+        return [str(each.message) for each in caught]
+
+    monkeypatch.setattr(kernels, "_on_gpu", lambda entry: True)
+    monkeypatch.setattr(kernels, "no_look", lambda: None)
+    assert told(kernels.MANY + 1) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(library, "looks", lambda: None)
+    assert told(kernels.MANY + 1) == []
+    monkeypatch.setattr(kernels, "_on_gpu", lambda entry: True)
+    assert told(kernels.MANY) == []
+    (words,) = told(kernels.MANY + 1)
+    assert "looks in Python at 257 tensors on the GPU" in words
+    assert "does not tell it where tensors lie" in words or "C compiler" in words
+
+
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"'auto', 'eager', 'c', 'triton', but is 'cuda'"):
         SM3([nn.Parameter(torch.ones(2))], backend="cuda")

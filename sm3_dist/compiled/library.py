@@ -70,6 +70,14 @@ def looks() -> ctypes.PyDLL | None:
     return locked if _tells_the_truth(locked, functions) else None
 
 
+def no_look() -> str | None:
+    """Why nothing of the library looks at Python's objects; ``None`` if it does."""
+    if looks() is not None:
+        return None
+    found = library()
+    return found if isinstance(found, str) else f"PyTorch {torch.__version__} does not tell it where tensors lie."
+
+
 @functools.cache
 def functions_of_torch() -> array[int] | None:
     """``struct torch`` of ``look.h``; ``None`` where its contents cannot be had."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sm3_dist.compiled.library import no_look
 from sm3_dist.kernels import triton
 from sm3_dist.kernels.c import backend as cpu
 from sm3_dist.kernels.eager import EagerKernel
@@ -30,6 +31,8 @@ __all__ = ["BACKENDS", "Kernel", "Launcher", "available", "launch_list"]
 
 FEW = 1024
 """So many elements are stepped in eager PyTorch without a word."""
+MANY = 256
+"""So many tensors on a GPU are looked at by Python without a word."""
 NAMED = 10
 """So many tensors are named for each reason in a warning."""
 
@@ -102,11 +105,18 @@ class Launcher:
         return triton.make_averages(count, device) if self.backend in ("auto", "triton") else None
 
     def review(self, entries: Sequence[Entry]) -> None:
-        """Name in one warning what ``"auto"`` steps on a GPU by one small operation after another, and why.
+        """Say in a warning why the host is slow, and in another what ``"auto"`` steps on a GPU by small operations.
 
         Args:
             entries: all tensors of the plan.
         """
+        on_gpu = sum(map(_on_gpu, entries))
+        if on_gpu > MANY and (reason := no_look()) is not None:
+            warnings.warn(
+                f"in each step sm3_dist looks in Python at {on_gpu} tensors on the GPU, which takes the host several "
+                f"times as long as its compiled library: {reason}",
+                stacklevel=2,
+            )
         if self.backend != "auto":  # then somebody asked for it, or it raised an error
             return
         left: dict[str, list[str]] = {}
