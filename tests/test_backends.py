@@ -96,6 +96,27 @@ def test_on_a_gpu_a_warning_tells_that_many_tensors_are_looked_at_in_python(monk
     assert "does not tell it where tensors lie" in words or "C compiler" in words
 
 
+@pytest.mark.parametrize(("backend", "asked"), [("auto", 1), ("eager", 0)])
+def test_averages_of_squares_are_brought_up_to_date_by_the_backend(monkeypatch, backend, asked):
+    calls = []
+
+    def make_averages(count, device):
+        assert (count, device.type) == (2, "cpu")
+        return lambda addresses, sums: calls.append((list(addresses), sums.tolist()))
+
+    monkeypatch.setattr(kernels.triton, "make_averages", make_averages)
+    params = [nn.Parameter(torch.ones(shape)) for shape in [(40, 30), (7,)]]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = SM3.adamw_like(params, backend=backend)
+    for _ in range(2):
+        optimizer.step()
+    averages = [state["update_square_average"] for state in optimizer.state.values()]
+    assert [each.item() != 0 for each in averages] == [not asked] * 2
+    assert [addresses for addresses, _ in calls] == [[each.data_ptr() for each in averages]] * 2 * asked
+    assert all(min(sums) > 0 for _, sums in calls)
+
+
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"'auto', 'eager', 'c', 'triton', but is 'cuda'"):
         SM3([nn.Parameter(torch.ones(2))], backend="cuda")
