@@ -32,7 +32,7 @@ def test_the_machine_code_of_the_kernel_of_matrices(sampled: Callable[[Any], lis
     assert len(lines) == len(rows)
     exact = {"add.rn", "add.rz", "add.rp", "div.rn", "mul.rn", "sub.rn", "fma.rn", "rsqrt.approx.ftz", "rcp.approx.ftz"}
     for _, _, instructions, most, occupancy, least, spilled, wide, divides, operations in lines:
-        assert float(instructions) <= float(most)
+        assert 20 <= float(instructions) <= float(most)  # or what was taken for the loop is none
         assert float(occupancy) >= float(least)
         assert (
             int(spilled) <= 48
