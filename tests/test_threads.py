@@ -9,6 +9,7 @@ from against_eager import RECIPE, SHAPES, compare, needs_c, threads
 from torch import nn
 
 from sm3_dist import SM3
+from sm3_dist.compiled.library import parallel
 from sm3_dist.kernels.c import backend as cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @needs_c
 @pytest.mark.parametrize("settings", [{"momentum": 0.9}, RECIPE | {"cover_block": 32}], ids=str)
 def test_threads_of_its_own_do_as_those_of_pytorch(settings, monkeypatch):
-    monkeypatch.setattr(cpu, "_parallel", lambda process: None)
+    monkeypatch.setattr(cpu, "parallel", lambda process: None)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator) for shape in SHAPES]
     compare(weights, [[torch.randn(shape, generator=generator) for shape in SHAPES] for _ in range(4)], **settings)
@@ -26,8 +27,8 @@ def test_threads_of_its_own_do_as_those_of_pytorch(settings, monkeypatch):
 @needs_c
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has another OpenMP runtime")
 def test_pytorchs_threads_are_found_but_not_after_a_fork():
-    assert cpu._parallel(os.getpid()) is not None
-    assert cpu._parallel(os.getpid() + 1) is None
+    assert parallel(os.getpid()) is not None
+    assert parallel(os.getpid() + 1) is None
 
 
 @needs_c

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+import os
 from array import array
 from collections.abc import Iterable
 from typing import Any
@@ -25,14 +26,21 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {  # what each returns, and
             *(_integer, _integer, _pointer, _pointer),
         ),
     ),
+    "sm3_not_finite": (None, (_pointer, _integer, _pointer, _integer, _pointer)),
 }
 _LOOKS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "sm3_look": (_integer, (_pointer, _pointer, _integer, _pointer, _pointer, _pointer)),
+    "sm3_runs": (_integer, (_pointer, _pointer, _integer, _pointer)),
     "sm3_hold": (_integer, (_pointer, _pointer, _integer, _pointer, _integer)),
     "sm3_average": (None, (_pointer, _pointer, _integer)),
 }
 _OF_TORCH = ("data_ptr", "layout", "dtype", "device_type", "device_index", "dim", "sizes", "strides")
 """What the functions in ``struct torch`` get; PyTorch calls each ``aoti_torch_get_…``."""
+_NUMBERS = ("device_type_cpu", "dtype_float32", "dtype_bfloat16", "dtype_float16")
+"""Whose numbers are in ``struct torch``; the functions that return them are ``aoti_torch_…``."""
+MAX_THREADS = 256
+"""Most that work at one time, as in ``threads.h``."""
+_IMPORTED_BY = os.getpid()
 NEXT_OF_DICT = ctypes.cast(ctypes.pythonapi.PyDict_Next, _pointer)
 
 
@@ -87,9 +95,25 @@ def functions_of_torch() -> array[int] | None:
     try:
         found = ctypes.CDLL(torch._C.__file__)  # what it depends on is looked through too
         functions = [ctypes.cast(getattr(found, f"aoti_torch_get_{name}"), _pointer).value or 0 for name in _OF_TORCH]
+        numbers = [getattr(found, f"aoti_torch_{name}")() for name in _NUMBERS]
     except (OSError, AttributeError):
         return None
-    return integers([*within, *functions]) if len(within) == 1 else None
+    return integers([*within, *functions, *numbers]) if len(within) == 1 else None
+
+
+@functools.cache
+def parallel(process: int) -> int | None:
+    """Address of the function that calls another on PyTorch's threads; ``None`` where it cannot be had.
+
+    In a process that was forked the threads are missing, and waiting for them would never end.
+    """
+    if process != _IMPORTED_BY:
+        return None
+    try:
+        found = ctypes.CDLL(torch._C.__file__)  # what it depends on is looked through too
+        return ctypes.cast(found.GOMP_parallel, _pointer).value
+    except (OSError, AttributeError):
+        return None
 
 
 def integers(values: Iterable[int]) -> array[int]:
@@ -107,7 +131,9 @@ def _tells_the_truth(locked: ctypes.PyDLL, functions: array[int]) -> bool:
     sample = torch.empty(2, 3, dtype=torch.float32, device="cpu").t()
     objects, places, form = integers([id(sample)]), integers([0]), integers([0] * 8)
     words = locked.sm3_look(place_of(functions), place_of(objects), 1, place_of(places), place_of(form), None)
-    return words == 8 and places[0] == sample.data_ptr() and list(form[3:]) == [2, *sample.shape, *sample.stride()]
+    float32, cpu = (functions[_NUMBERS.index(name) - len(_NUMBERS)] for name in ("dtype_float32", "device_type_cpu"))
+    is_known = places[0] == sample.data_ptr() and list(form[:2]) == [float32, cpu]
+    return words == 8 and is_known and list(form[3:]) == [2, *sample.shape, *sample.stride()]
 
 
 def _declare(found: ctypes.CDLL, functions: dict[str, tuple[Any, tuple[Any, ...]]]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sm3_dist.compiled.search import search
+
 
 def not_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Which of some tensors have an element that is NaN or infinite: int32, 1 for those, on their device.
@@ -22,6 +24,15 @@ def not_finite(tensors: Sequence[Tensor]) -> Tensor:
         [0, 1, 0]
     """
     device = tensors[0].device if tensors else torch.device("cpu")
+    if device.type != "cpu":
+        return _by_torch(tensors, device)
+    flags, left = search(tensors)
+    if left:
+        flags[list(left)] = _by_torch([tensors[k] for k in left], device)
+    return flags
+
+
+def _by_torch(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     largest = torch.zeros(len(tensors), dtype=torch.float64, device=device)
     of_type: dict[torch.dtype, list[int]] = {}
     for k, tensor in enumerate(tensors):

@@ -15,8 +15,8 @@ def settled_gradient(param: Tensor) -> Tensor | None:
     of a sparse tensor, the sum takes its place as ``param.grad``.
     """
     grad = param.grad
-    if grad is None:
-        return None
+    if grad is None or (type(grad) is Tensor and not grad.is_sparse):
+        return grad
     if is_dtensor(param) and is_dtensor(grad) and (cut := cut_like(grad, param)) is not grad:
         param.grad = grad = cut
     if grad.is_sparse:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sm3_dist.compiled.library import library
+from sm3_dist.compiled.library import MAX_THREADS, library, parallel
 from sm3_dist.kernels import fused
 from sm3_dist.kernels.fused import DIMS, Operands
 from sm3_dist.kernels.matrices import matrices, sides
@@ -31,7 +31,7 @@ from sm3_dist.maths.update import Settings
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.param_groups import first_rms
 
-WEIGHT, GRAD, MOMENT, OPERANDS, MAX_THREADS = 0, 1, 2, 3, 256
+WEIGHT, GRAD, MOMENT, OPERANDS = 0, 1, 2, 3
 PARAM_FIELDS = 3
 """Of struct param, 64 bits each."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 4}
@@ -40,7 +40,6 @@ NO_MOMENTUM = 3
 MOST_ASIDE = 1 << 20
 """Most accumulator entries whose maxima a thread gathers aside."""
 _integers = ctypes.c_int64 * DIMS
-_IMPORTED_BY = os.getpid()
 
 
 class _Settings(ctypes.Structure):
@@ -113,21 +112,6 @@ def unavailable() -> str | None:
     """Why the compiled library cannot be used; ``None`` if it can."""
     found = library()
     return found if isinstance(found, str) else None
-
-
-@functools.cache
-def _parallel(process: int) -> int | None:
-    """Address of the function that calls another on PyTorch's threads; ``None`` where it cannot be had.
-
-    In a process that was forked the threads are missing, and waiting for them would never end.
-    """
-    if process != _IMPORTED_BY:
-        return None
-    try:
-        found = ctypes.CDLL(torch._C.__file__)  # what it depends on is looked through too
-        return ctypes.cast(found.GOMP_parallel, ctypes.c_void_p).value
-    except (OSError, AttributeError):
-        return None
 
 
 def widths() -> list[str]:
@@ -310,7 +294,7 @@ class CKernel:
         table, params = self._table.buffer_info()[0], len(self._operands.params)
         loaded.sm3_step(
             *(self._tensors, count, self._boxes, self._matrices, table, params, self._group_settings),
-            *(threads, self._width, self._scratch.data_ptr(), _parallel(os.getpid())),
+            *(threads, self._width, self._scratch.data_ptr(), parallel(os.getpid())),
         )
 
 

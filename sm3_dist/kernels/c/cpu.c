@@ -33,8 +33,10 @@
 #include "slices.h"
 #include "blocks.h"
 #include "look.h"
+#include "threads.h"
+#include "finite.h"
 
-enum { MAX_THREADS = 256, ROUNDS = 6, GAP = 16 };
+enum { ROUNDS = 6, GAP = 16 };
 
 struct share { /* of all elements, of whichever thread takes it */
     const struct tensor *cut[2]; /* tensors of which other shares have a part: the first and the last one here */
@@ -48,9 +50,6 @@ struct team { /* of the threads of one step */
     int64_t workspace;     /* bytes of each */
     int64_t joined, taken; /* how many threads there are so far, and how many shares they took */
 };
-
-/* GOMP_parallel of the OpenMP runtime that PyTorch uses: calls a function on a number of its threads. */
-typedef void parallel_function(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
 
 static int64_t shares_for(int64_t threads) { return threads == 1 ? 1 : threads * ROUNDS; }
 
@@ -140,25 +139,6 @@ static void work(void *argument) {
     }
 }
 
-static void *work_apart(void *team) {
-    work(team);
-    return 0;
-}
-
-/* Let `threads` threads work, of which one calls. Where another cannot be had, the others do its part. */
-static void work_together(struct team *team, int64_t threads, parallel_function *parallel) {
-    pthread_t handles[MAX_THREADS];
-    int started[MAX_THREADS];
-    if (parallel && threads > 1) {
-        parallel(work, team, (unsigned)threads, 0);
-        return;
-    }
-    for (int64_t i = 1; i < threads; i++) started[i] = pthread_create(&handles[i], 0, work_apart, team) == 0;
-    work(team);
-    for (int64_t i = 1; i < threads; i++)
-        if (started[i]) pthread_join(handles[i], 0);
-}
-
 /* Put together the maxima of tensors that were cut between shares. */
 static void merge(const struct share *shares, int64_t count) {
     const struct tensor *t = 0;
@@ -194,7 +174,7 @@ EXPORT void sm3_step(const struct tensor *tensors, int64_t count, const struct b
     step.room = largest_aside(tensors, count, step.shares);
     memset(shares, 0, (size_t)step.shares * sizeof *shares);
     struct team team = {&step, shares, scratch + step.shares * 2 * step.room, workspace_bytes(tensors, count), 0, 0};
-    work_together(&team, threads, parallel);
+    work_together(work, &team, threads, parallel);
     merge(shares, step.shares);
     for (const struct param *p = params; p < params + param_count; p++)
         if (p->grad && p->step) *p->step += 1.0f;

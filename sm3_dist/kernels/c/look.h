@@ -12,6 +12,7 @@ struct torch {
     int (*dims)(void **, int64_t *);
     int (*sizes)(void **, int64_t **);
     int (*strides)(void **, int64_t **);
+    int64_t cpu, types[3]; /* what it calls the CPU; float32, bfloat16 and float16, as in elements.h */
 };
 
 enum { MOST_DIMS = 64, HEAD = 4, TOGETHER = 64 };
