@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +15,9 @@ import torch
 from harness import Pool
 from test_maths import gradients, trained
 from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from sm3_dist import SM3
@@ -102,18 +106,73 @@ def test_codes_are_not_taken_for_values(tmp_path: Path) -> None:
         load({"train": TrainState(model, SM3(model.parameters(), **EIGHT_BITS))}, tmp_path, no_dist=True)
 
 
-def test_codes_of_another_table_are_refused() -> None:
+class OfAnotherTable(TrainState):
+    """Saves momentum as releases did that had another table."""
+
+    def state_dict(self) -> dict[str, Any]:
+        found = super().state_dict()
+        for state in found["optimizer"]["state"].values():
+            state["momentum_code"] = state.pop("momentum_e3m4")
+        return found
+
+
+def trained_in(options: dict[str, Any]) -> tuple[nn.Linear, SM3]:
+    torch.manual_seed(0)
     model = nn.Linear(4, 3)
-    optimizer = SM3(model.parameters(), **EIGHT_BITS)
+    optimizer = SM3(model.parameters(), **EIGHT_BITS | options)
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    saved = optimizer.state_dict()
-    for state in saved["state"].values():
-        state["momentum_code"] = state.pop("momentum_e3m4")
-    before = {key: value.clone() for key, value in optimizer.state[model.weight].items()}
-    with pytest.raises(ValueError, match="momentum_code"):
-        optimizer.load_state_dict(saved)
-    assert all(torch.equal(optimizer.state[model.weight][key], value) for key, value in before.items())
+    return model, optimizer
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum_dtype": None}, {"momentum": 0.0}], ids=str)
+@pytest.mark.parametrize("way", ["load_state_dict", "set_optimizer_state_dict", "load"])
+def test_codes_of_another_table_are_refused(way: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model, optimizer = trained_in({})
+    other, loading = trained_in(options)
+    by_position, by_name = copy.deepcopy((optimizer.state_dict(), get_optimizer_state_dict(model, optimizer)))
+    for saved in (by_position, by_name):
+        for state in saved["state"].values():
+            state["momentum_code"] = state.pop("momentum_e3m4")
+    save({"train": OfAnotherTable(model, optimizer)}, checkpoint_id=tmp_path, no_dist=True)
+    ways: dict[str, Callable[[], None]] = {
+        "load_state_dict": lambda: loading.load_state_dict(by_position),
+        "set_optimizer_state_dict": lambda: set_optimizer_state_dict(other, loading, by_name),
+        "load": lambda: load({"train": TrainState(other, loading)}, tmp_path, no_dist=True),
+    }
+    before = {key: value.clone() for key, value in loading.state[other.weight].items()}
+    with pytest.raises(CheckpointError if way == "load" else ValueError, match=r"has momentum_code, .* 3 of mantissa"):
+        ways[way]()
+    assert all(torch.equal(loading.state[other.weight][key], value) for key, value in before.items())
+
+
+def test_what_is_said_to_do_with_codes_of_another_table(tmp_path: Path) -> None:
+    """Zeros in their place, or a checkpoint without them: momentum starts at 0, and the rest is there."""
+    model, optimizer = trained_in({})
+    by_position, by_name = copy.deepcopy((optimizer.state_dict(), get_optimizer_state_dict(model, optimizer)))
+    for saved in (by_position, by_name):
+        for state in saved["state"].values():
+            state["momentum_e3m4"] = torch.zeros_like(state["momentum_e3m4"])
+    save({"train": OfAnotherTable(model, optimizer, step=7)}, checkpoint_id=tmp_path, no_dist=True)
+    expected = optimizer.state[model.weight]
+    for way in range(3):
+        other = nn.Linear(4, 3)
+        loading = SM3(other.parameters(), **EIGHT_BITS)
+        if way == 0:
+            loading.load_state_dict(by_position)
+        elif way == 1:
+            set_optimizer_state_dict(other, loading, by_name)
+        else:
+            state = TrainState(other, loading)
+            planner = DefaultLoadPlanner(allow_partial_load=True)
+            torch_load({"train": state}, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+            assert state.step == 7
+            assert torch.equal(other.weight, model.weight)
+        found = loading.state[other.weight]
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected if key != "momentum_e3m4")
+        assert found["momentum_e3m4"].count_nonzero() == 0
+        assert expected["momentum_e3m4"].count_nonzero() == 12
 
 
 def test_sparse_gradients() -> None:

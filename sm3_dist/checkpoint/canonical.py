@@ -25,7 +25,14 @@ from sm3_dist.checkpoint.slots import Reader, Slot, values
 from sm3_dist.layout.box import Box
 from sm3_dist.layout.cover import grid
 from sm3_dist.layout.shard import WHOLE, LocalShard, accumulator_dtype
-from sm3_dist.maths.momentum_code import MOMENTUM_BUFFER, MOMENTUM_CODE, converted, momentum_key
+from sm3_dist.maths.momentum_code import (
+    MOMENTUM_BUFFER,
+    MOMENTUM_CODE,
+    OLD_CODE,
+    converted,
+    momentum_key,
+    refusal_of_old_codes,
+)
 from sm3_dist.optimizer import SM3
 from sm3_dist.step.entry import Entry
 from sm3_dist.step.param_groups import validate
@@ -244,6 +251,8 @@ class Canonical:
         for name, entry in self.entries.items():
             if name not in shapes:
                 continue
+            if OLD_CODE in shapes[name]:
+                raise ValueError(refusal_of_old_codes(repr(name)))
             wanted = {key: slot.shape for key, slot in self.slots(entry).items()}
             options = new[id(entry.group)]
             wanted = {key: shape for key, shape in wanted.items() if key not in _OPTIONAL}

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 
 from sm3_dist.checkpoint.train_state import TrainState, check_version
+from sm3_dist.maths.momentum_code import OLD_CODE, refusal_of_old_codes
 
 _CLASSES = (
     metadata.Metadata,
@@ -194,11 +195,15 @@ class SafeLoadPlanner(DefaultLoadPlanner):
 
         Raises:
             ValueError: if it is not.
+            CheckpointError: if it has momentum in codes of another table.
         """
+        assert self.metadata is not None
         for path, value in self.state_dict.items():
+            name, _, key = path.rpartition(".")
             if path.endswith(".format_version") and not isinstance(value, torch.Tensor):
-                assert self.metadata is not None
                 check_version(_plain(self.reader.read_bytes(path, self.metadata), path))
+            if key == "accumulator_0" and f"{name}.{OLD_CODE}" in self.metadata.state_dict_metadata:
+                raise CheckpointError(refusal_of_old_codes(repr(name)))
         return super().create_local_plan()
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:

@@ -24,6 +24,8 @@ from torch import Tensor
 
 MOMENTUM_BUFFER, MOMENTUM_CODE = "momentum_buffer", "momentum_e3m4"
 """Key of the momentum in the state of a parameter. Codes have one of their own, lest they be taken for values."""
+OLD_CODE = "momentum_code"
+"""Key of codes of another table, which were there before."""
 NEAREST = 1 << 15
 """Noise that rounds to the nearest."""
 
@@ -43,6 +45,17 @@ _BIAS = (127 - 6 << 4) - 16
 def momentum_key(dtype: torch.dtype) -> str:
     """Key of a momentum of this type in the state of its parameter."""
     return MOMENTUM_CODE if dtype == torch.int8 else MOMENTUM_BUFFER
+
+
+def refusal_of_old_codes(whose: str) -> str:
+    """What to say where :data:`OLD_CODE` is in a state that is to be loaded."""
+    return (
+        f"the loaded state of {whose} has {OLD_CODE}, momentum in 8 bits with 3 of mantissa, as sm3_dist had it once. "
+        f"Now it has 4, and the key {MOMENTUM_CODE}. Put zeros in its place, state[{MOMENTUM_CODE!r}] = "
+        f"torch.zeros_like(state.pop({OLD_CODE!r})), or, to read a checkpoint without it, use torch.distributed."
+        "checkpoint.load with planner=DefaultLoadPlanner(allow_partial_load=True). Momentum then starts at 0 again, "
+        "which is made up for after some ten steps."
+    )
 
 
 def encode(values: Tensor, noise: Tensor | int = NEAREST) -> Tensor:

@@ -11,7 +11,14 @@ from torch import Tensor
 from sm3_dist.layout.describe import as_state_tensor, local_tensor
 from sm3_dist.layout.kinds import is_dtensor
 from sm3_dist.layout.shard import WHOLE, LocalShard, accumulator_dtype
-from sm3_dist.maths.momentum_code import MOMENTUM_BUFFER, MOMENTUM_CODE, converted, momentum_key
+from sm3_dist.maths.momentum_code import (
+    MOMENTUM_BUFFER,
+    MOMENTUM_CODE,
+    OLD_CODE,
+    converted,
+    momentum_key,
+    refusal_of_old_codes,
+)
 from sm3_dist.maths.rms import SquareSum, square_sum
 from sm3_dist.step.cover_minimum import read_minimum, write_minimum
 
@@ -103,12 +110,8 @@ def adopt_state(
             "sm3_dist.checkpoint.from_adamw(state_dict, names), and load what that returns with "
             "sm3_dist.checkpoint.set_optimizer_state_dict."
         )
-    if "momentum_code" in loaded:
-        raise ValueError(
-            f"the loaded state of {label} has momentum_code, momentum in 8 bits with 3 of mantissa, as sm3_dist had it "
-            f"once. Now it has 4, and the key {MOMENTUM_CODE}. Take momentum_code out of the state: momentum then "
-            "starts at 0 again, which is made up for after some ten steps."
-        )
+    if OLD_CODE in loaded:
+        raise ValueError(refusal_of_old_codes(label))
     dtype = accumulator_dtype(param.dtype)
     step = as_tensor(loaded.get("step", 0)).detach()
     state: State = {"step": step.to(step_device(param), torch.float32, copy=True)}
