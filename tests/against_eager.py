@@ -109,6 +109,29 @@ def compare(
                 assert_same(state[key].cpu(), value, (key, number, tuple(p.shape)))
 
 
+def compare_without_elements(fused: str = "c", device: str = "cpu", **settings) -> None:
+    """Tensors without elements, into whose accumulators somebody has written."""
+    shapes = [(0,), (0, 5), (5, 0), (0, 0), (3, 0, 2), (0, 3, 2), (3, 2, 0), (2, 0, 2, 3), (0, 200_000)]
+    weights = [torch.empty(shape) for shape in shapes] + [torch.empty(0, 5).t(), torch.empty(2, 3, 0).permute(2, 0, 1)]
+    states = []
+    for backend, place in (("eager", "cpu"), (fused, device)):
+        params = [nn.Parameter(weight.to(place)) for weight in weights]
+        params += [nn.Parameter(torch.ones(3, 4, device=place)), nn.Parameter(torch.empty(0, 5, device=place))]
+        optimizer = SM3(params, backend=backend, **settings)
+        for step in range(3):
+            for param in params[:-1]:
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+            for state in (optimizer.state[param] for param in params if step == 0):
+                for i in range(sum(key.startswith("accumulator") for key in state)):
+                    state[f"accumulator_{i}"].fill_(7)
+        states.append([optimizer.state[param] for param in params])
+    for number, (expected, actual) in enumerate(zip(*states, strict=True)):
+        for key, value in expected.items():
+            assert_same(actual[key].cpu(), value, (key, number))
+    assert [state["accumulator_1"].tolist() for state in (states[0][1], states[0][-1])] == [[0] * 5, [7] * 5]
+
+
 def compare_longest(rows: int, settings: dict[str, Any], fused: str, device: str) -> None:
     """Blocks of so many rows, in which every square counts for as much as any can."""
     weights = [torch.ones(rows, 128, dtype=dtype) for dtype in DTYPES[:2]]  # threads take four elements, and eight

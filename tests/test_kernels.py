@@ -13,6 +13,7 @@ from against_eager import (
     compare,
     compare_boxes,
     compare_views,
+    compare_without_elements,
     gradient,
     needs_c,
 )
@@ -51,6 +52,12 @@ def test_short_rows_that_make_no_long_row_together(shape, settings):
     """Those of one index of dimension 0 are too many to be joined to a row, and several are worked through as one."""
     generator = torch.Generator().manual_seed(0)
     compare([torch.randn(shape, generator=generator)], [[torch.randn(shape, generator=generator)]] * 4, **settings)
+
+
+@needs_c
+@pytest.mark.parametrize("settings", [{}, {"beta": 0.9}, RECIPE | {"cover_block": None}], ids=str)
+def test_what_was_written_into_accumulators_of_no_elements(settings):
+    compare_without_elements(**settings)
 
 
 @needs_c
