@@ -129,7 +129,7 @@ def compare_without_elements(fused: str = "c", device: str = "cpu", **settings) 
     for number, (expected, actual) in enumerate(zip(*states, strict=True)):
         for key, value in expected.items():
             assert_same(actual[key].cpu(), value, (key, number))
-    assert [state["accumulator_1"].tolist() for state in (states[0][1], states[0][-1])] == [[0] * 5, [7] * 5]
+    assert [states[0][i]["accumulator_1"].max() for i in (1, 8, -1)] == [0, 0, 7]
 
 
 def compare_longest(rows: int, settings: dict[str, Any], fused: str, device: str) -> None:

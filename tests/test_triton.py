@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'sm3_
 
 CHECKS = (
     "plain that_the_host_reads_nothing touched_state recipe",
-    "random single_values averages memory boxes graphs",
+    "random single_values averages memory boxes graphs no_elements",
 )
 """Those of one process, which takes seconds to import what it needs: as many as a small machine has processors."""
 
@@ -304,6 +304,13 @@ def check_touched_state() -> None:
             sides.append([*(p.detach() for p in params), *(v for s in optimizer.state.values() for v in s.values())])
         for expected, actual in zip(*sides, strict=True):
             assert_same(actual, expected, change.__name__)
+
+
+def check_no_elements() -> None:
+    from against_eager import RECIPE, compare_without_elements
+
+    for settings in ({}, RECIPE):
+        compare_without_elements("triton", **settings)
 
 
 def check_single_values() -> None:

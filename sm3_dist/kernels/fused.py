@@ -102,6 +102,7 @@ class Operands:
     Attributes:
         params: the parameters of the tensors, each once.
         entries_of: the tensors of each.
+        without_elements: tensors whose accumulators become maxima of nothing, which is left to eager PyTorch.
         dtypes: the types of the gradients.
         strides: the strides of the gradients.
         present: the parameters that have a gradient in this step.
@@ -113,6 +114,7 @@ class Operands:
         self.entries_of: list[list[Entry]] = [[] for _ in self.params]
         for entry in entries:
             self.entries_of[self.index[id(entry.param)]].append(entry)
+        self.without_elements = [entry for entry in entries if entry.shard.boxes and not entry.shard.numel]
         self.present: list[Any] = []
         self._retype = retype
         self._sharded = [i for i, param in enumerate(self.params) if is_dtensor(param)]

@@ -264,7 +264,7 @@ def _store(target: Tensor, values: Tensor, what: int, noise: Noise | None) -> No
 
 
 def _sweep_axis(shape: Sequence[int], limit: int) -> int:
-    if sum(shape[1:]) <= limit:
+    if sum(shape[1:]) <= limit or 0 in shape:  # (nothing may depend on the size of what has no elements)
         return 0
     return max(range(len(shape)), key=lambda d: shape[d])
 

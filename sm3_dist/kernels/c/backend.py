@@ -166,8 +166,6 @@ class CKernel:
         self.entries = entries
         names = widths()
         self._width = names.index(width) if width is not None else len(names) - 1
-        # What remains to do of a tensor without elements is eager PyTorch's: accumulators are maxima of nothing then.
-        self._without_elements = [entry for entry in entries if entry.shard.boxes and not entry.shard.numel]
         self._groups = list({id(entry.group): entry.group for entry in entries}.values())
         self._group_settings = (_Settings * len(self._groups))()
         self._operands = Operands(entries, self._retype)
@@ -279,7 +277,7 @@ class CKernel:
             _write(target, settings[id(group)], group)
         self._step()
         del kept
-        for entry in self._without_elements:
+        for entry in operands.without_elements:
             entry.update(settings[id(entry.group)])
         for i in eager:
             for entry in operands.entries_of[i]:

@@ -132,6 +132,8 @@ class TritonKernel:
             self._end(ends.end_step, len(work.pieces), (work.pieces, addresses))
         self._clean = True
         del kept
+        for entry in operands.without_elements:
+            entry.update(settings[id(entry.group)])
         for i in eager:
             for entry in operands.entries_of[i]:
                 entry.update(settings[id(entry.group)])

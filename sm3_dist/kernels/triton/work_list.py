@@ -136,7 +136,7 @@ class WorkList:
     def _aside_of(entry: Entry, strips: Sequence[Strips] | None) -> list[int]:
         """How many entries of each accumulator are gathered aside."""
         aside = len(entry.shard.shape) > 1 if strips is None else any(each.aside for each in strips)
-        return [each.numel() if aside and entry.shard.boxes else 0 for each in entry.accumulators]
+        return [each.numel() if aside and entry.shard.numel else 0 for each in entry.accumulators]
 
     def _bring(self, entry: Entry, accumulator: Tensor, aside: int, length: int) -> None:
         param, piece = self._operands.index[id(entry.param)], int(ends.PIECE)
