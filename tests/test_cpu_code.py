@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import run
@@ -14,7 +15,7 @@ import pytest
 
 from launch import bench
 from launch.benchmarks import code, cpu_code
-from launch.benchmarks.cpu_code import KINDS, SOURCE, WIDTHS, command, compiled, version
+from launch.benchmarks.cpu_code import KINDS, SOURCE, WIDTHS, command, compiled, function, version
 from launch.benchmarks.machine_code import Function, Instruction, Weight
 from launch.job.world import UserError
 from sm3_dist.compiled.sources import FOLDER
@@ -86,6 +87,24 @@ def test_the_loops_of_the_kernel_take_few_instructions(
         most = KINDS[name].most[list(WIDTHS).index(width)]
         assert 0 < found["instructions"] <= most[0], (name, width, version(words))
         assert 0 < found["of these no moves"] <= most[1], (name, width, version(words))
+
+
+@needs_gcc
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("recipe, float32, float32 momentum", {"prefetcht1": 3 * 4}),
+        ("recipe, bfloat16, bfloat16 momentum", {"prefetcht0": 3 * 2}),
+    ],
+)
+def test_memory_is_asked_for_ahead(
+    name: str, asked: dict[str, int], width: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All cache lines of a group: of float32 in wide rows alone, and not into the cache that these overflow."""
+    monkeypatch.setenv("CC", "gcc")
+    found = Counter(each.name for each in function(name, width, command()).instructions)
+    assert {each: count for each, count in found.items() if each.startswith("prefetch")} == asked
 
 
 @needs_gcc

@@ -134,15 +134,20 @@ def version(words: list[str]) -> str:
     return _said(words[0], "--version").splitlines()[0]
 
 
-def compiled(name: str, width: str, words: list[str]) -> Code:
+def function(name: str, width: str, words: list[str]) -> Function:
     """Compile one of ``KINDS``."""
     kind = KINDS[name]
-    function = kind.function.format(width=width, weight=kind.weight, moment=kind.moment)
+    text = kind.function.format(width=width, weight=kind.weight, moment=kind.moment)
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder) / "counted.c", Path(folder) / "counted.o"
-        source.write_text(SOURCE.format(target=WIDTHS[width], function=function))
+        source.write_text(SOURCE.format(target=WIDTHS[width], function=text))
         _said(*words, f"-I{SOURCES}", "-c", str(source), "-o", str(made))
-        code = Function(_said("objdump", "-d", "--no-show-raw-insn", "--disassemble=counted", str(made)))
+        return Function(_said("objdump", "-d", "--no-show-raw-insn", "--disassemble=counted", str(made)))
+
+
+def compiled(name: str, width: str, words: list[str]) -> Code:
+    """The loop of one of ``KINDS``."""
+    kind, code = KINDS[name], function(name, width, words)
 
     def usual(each: Instruction) -> Weight:
         """Weights are written, as they are if work is under way; random bits are read or not; nothing else is done."""

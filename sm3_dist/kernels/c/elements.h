@@ -97,17 +97,24 @@ INLINE void store(void *p, int64_t j, float x, int type) {
 /* (Without momentum a pointer to it stays where it is.) */
 INLINE int64_t size_of(int64_t type) { return type == NONE ? 0 : type == FLOAT32 ? 4 : type == CODE ? 1 : 2; }
 
-enum { LINE = 64, AHEAD = 4096 }; /* bytes */
+/* Bytes: of a cache line, and how far ahead memory is asked for, by level of the cache that it is to come into. */
+enum { LINE = 64, AHEAD = 4096, AHEAD_2 = 6144 };
 
-INLINE void prefetch_ahead(const void *p, int type, int64_t j, int64_t n) {
-    const char *from = (const char *)p + j * size_of(type) + AHEAD;
-    for (int64_t at = 0; at < n * size_of(type); at += LINE) __builtin_prefetch(from + at);
+INLINE void prefetch_ahead(const void *p, int type, int64_t j, int64_t n, int level) {
+    const char *from = (const char *)p + j * size_of(type) + (level == 1 ? AHEAD : AHEAD_2);
+    for (int64_t at = 0; at < n * size_of(type); at += LINE) {
+        if (level == 1)
+            __builtin_prefetch(from + at);
+        else
+            __builtin_prefetch(from + at, 0, 2);
+    }
 }
 
-/* Ask for the memory of n elements from number j on, a page ahead. The processor itself looks ahead no further than the
- * instructions that it has under way, and arithmetic fills that room. */
-INLINE void prefetch(const void *w, int weight, const void *g, int grad, const void *m, int moment, int64_t j, int64_t n) {
-    prefetch_ahead(w, weight, j, n);
-    prefetch_ahead(g, grad, j, n);
-    if (moment != NONE) prefetch_ahead(m, moment, j, n);
+/* Ask for the memory of n elements from number j on, a page ahead or more. The processor itself looks ahead no further
+ * than the instructions that it has under way, and arithmetic fills that room. */
+INLINE void prefetch(const void *w, int weight, const void *g, int grad, const void *m, int moment, int64_t j, int64_t n,
+                     int level) {
+    prefetch_ahead(w, weight, j, n, level);
+    prefetch_ahead(g, grad, j, n, level);
+    if (moment != NONE) prefetch_ahead(m, moment, j, n, level);
 }

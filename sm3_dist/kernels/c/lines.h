@@ -228,7 +228,10 @@ WIDE_INLINE void OF(step_groups)(int weight, int grad, int moment, struct stretc
         for (int64_t i = 0; i < groups; i++) {
             const OF(floats) cover = OF(every)(x->covers[i]);
             OF(ints) top = OF(every_int)(0);
-            if (weight != FLOAT32) prefetch(line.w, weight, line.g, grad, line.m, moment, 0, SIDE);
+            if (weight != FLOAT32)
+                prefetch(line.w, weight, line.g, grad, line.m, moment, 0, SIDE, 1);
+            else if (groups >= WIDE)
+                prefetch(line.w, weight, line.g, grad, line.m, moment, 0, SIDE, 2);
 #pragma GCC unroll 4
             for (int s = 0; s < SLOTS; s++) {
                 OF(take_square)(&c, &line, s * LANES, cover, 1, ALL, &way, s, &top);

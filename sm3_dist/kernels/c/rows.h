@@ -11,7 +11,7 @@ INLINE int32_t row_of(int weight, int grad, int moment, int simple, int64_t n, v
     int32_t top = 0;
     for (int64_t from = 0, to; from < n; from = to) {
         to = smaller(n, from + STRIDE);
-        prefetch(w, weight, g, grad, m, moment, from, STRIDE);
+        prefetch(w, weight, g, grad, m, moment, from, STRIDE, 1);
         for (int64_t j = from; j < to; j++) {
             float x = load(g, j, grad);
             if (!simple) x *= s.unscale;

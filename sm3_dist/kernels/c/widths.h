@@ -20,6 +20,11 @@
  * 32 bits, of at most 2^22 grains for each vector. */
 enum { LANES = 16, SIDE = 64, CHUNK = 1024, SLOTS = SIDE / LANES, MOST_GROUPS = 128 };
 
+/* Groups of a row, in float32, from which on floors and peaks of all columns do not stay in a cache of 32 KB while the row goes
+ * by. They then come from the second one, and the processor's own looking ahead in memory no longer keeps up. Rows that are
+ * shorter are best left to it. */
+enum { WIDE = 24 };
+
 /* What depends on the width has names that end in it. OF() makes them. */
 #include "avx2.h"
 #include "lines.h"
