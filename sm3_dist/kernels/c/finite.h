@@ -6,11 +6,14 @@ struct run { /* the elements of a tensor, side by side in memory */
     int64_t type; /* FLOAT32, BFLOAT16 or FLOAT16; NONE: they are not side by side, or of another type */
 };
 
+typedef int special_function(const char *place, int64_t n);
+
 struct search {
     const struct run *runs;
     int64_t count;
     int32_t *flags;
-    int64_t taken; /* how many parts threads took */
+    special_function *const *special; /* by type, whether one of n elements is NaN or infinite */
+    int64_t taken;                    /* how many parts threads took */
 };
 
 enum { PART = 1 << 16, WORTH_A_THREAD = 1 << 17 }; /* elements */
@@ -51,8 +54,8 @@ EXPORT int64_t sm3_runs(const struct torch *torch, char **objects, int64_t count
 }
 
 /* An exponent with all bits set carries over to where the sign is. */
-#define HAS_SPECIAL(name, bits, exponent, least)                                                                     \
-    static int name(const char *place, int64_t n) {                                                                  \
+#define IS_SPECIAL(name, target, bits, exponent, least)                                                              \
+    target static int name(const char *place, int64_t n) {                                                           \
         bits carried = 0;                                                                                            \
         for (int64_t i = 0; i < n; i++) {                                                                            \
             bits x;                                                                                                  \
@@ -61,16 +64,19 @@ EXPORT int64_t sm3_runs(const struct torch *torch, char **objects, int64_t count
         }                                                                                                            \
         return carried >> (8 * sizeof carried - 1);                                                                  \
     }
-HAS_SPECIAL(special_float32, uint32_t, 0x7f800000u, 0x800000u)
-HAS_SPECIAL(special_bfloat16, uint16_t, 0x7f80u, 0x80u)
-HAS_SPECIAL(special_float16, uint16_t, 0x7c00u, 0x400u)
+#define OF_ALL_TYPES(width, target)                                                                                  \
+    IS_SPECIAL(special_float32_##width, target, uint32_t, 0x7f800000u, 0x800000u)                                    \
+    IS_SPECIAL(special_bfloat16_##width, target, uint16_t, 0x7f80u, 0x80u)                                           \
+    IS_SPECIAL(special_float16_##width, target, uint16_t, 0x7c00u, 0x400u)
+#define BY_TYPE(width) {special_float32_##width, special_bfloat16_##width, special_float16_##width}
 
-static int is_special(const struct run *run, int64_t from) {
-    int64_t n = smaller(PART, run->numel - from);
-    const char *place = run->place + from * size_of(run->type);
-    if (run->type == FLOAT32) return special_float32(place, n);
-    return run->type == BFLOAT16 ? special_bfloat16(place, n) : special_float16(place, n);
-}
+OF_ALL_TYPES(baseline, )
+#ifdef X86
+OF_ALL_TYPES(avx2, __attribute__((target("avx2"))))
+static special_function *const specials[][3] = {BY_TYPE(baseline), BY_TYPE(avx2)};
+#else
+static special_function *const specials[][3] = {BY_TYPE(baseline)};
+#endif
 
 static int64_t parts_of(const struct run *run) { return run->type == NONE ? 0 : (run->numel + PART - 1) / PART; }
 
@@ -80,7 +86,10 @@ static void search(void *argument) {
         int64_t part = __atomic_fetch_add(&s->taken, 1, __ATOMIC_RELAXED);
         for (; i < s->count && part >= before + parts_of(s->runs + i); i++) before += parts_of(s->runs + i);
         if (i == s->count) return;
-        if (is_special(s->runs + i, (part - before) * PART)) __atomic_store_n(s->flags + i, 1, __ATOMIC_RELAXED);
+        const struct run *run = s->runs + i;
+        int64_t from = (part - before) * PART;
+        if (s->special[run->type](run->place + from * size_of(run->type), smaller(PART, run->numel - from)))
+            __atomic_store_n(s->flags + i, 1, __ATOMIC_RELAXED);
     }
 }
 
@@ -90,7 +99,7 @@ static void search(void *argument) {
  * parallel: as for sm3_step(). */
 EXPORT void sm3_not_finite(const struct run *runs, int64_t count, int32_t *flags, int64_t threads,
                            parallel_function *parallel) {
-    struct search s = {runs, count, flags, 0};
+    struct search s = {runs, count, flags, specials[supported(1) != 0], 0};
     int64_t numel = 0;
     for (const struct run *run = runs; run < runs + count; run++) numel += run->type == NONE ? 0 : run->numel;
     work_together(search, &s, smaller(smaller(threads, MAX_THREADS), numel / WORTH_A_THREAD + 1), parallel);
