@@ -61,6 +61,19 @@ def test_what_was_written_into_accumulators_of_no_elements(settings):
 
 
 @needs_c
+@pytest.mark.parametrize("settings", [{}, {"cover_block": 8, "cover_product": True}], ids=str)
+def test_what_has_no_elements_and_no_entries_takes_no_time(settings, monkeypatch):
+    shapes = [(0,), (0, 0)] + [(0, 5), (5, 0), (3, 0, 2)] * ("cover_block" in settings)
+    params = [nn.Parameter(torch.empty(shape)) for shape in shapes]
+    optimizer = SM3(params, backend="c", **settings)
+    monkeypatch.setattr(Entry, "update", lambda *_: pytest.fail("stepped in eager PyTorch"))
+    for param in params:
+        param.grad = torch.empty_like(param)
+    optimizer.step()
+    assert all(optimizer.state[param]["step"] == 1 for param in params)
+
+
+@needs_c
 @pytest.mark.parametrize("settings", [{"momentum": 0.9}, RECIPE | {"cover_block": 32, "cover_product": True}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("momentum_dtype", [torch.bfloat16, torch.int8], ids=str)

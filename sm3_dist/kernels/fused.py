@@ -102,7 +102,8 @@ class Operands:
     Attributes:
         params: the parameters of the tensors, each once.
         entries_of: the tensors of each.
-        without_elements: tensors whose accumulators become maxima of nothing, which is left to eager PyTorch.
+        without_elements: tensors whose accumulators have entries, which become maxima of nothing: that is left to eager
+            PyTorch.
         dtypes: the types of the gradients.
         strides: the strides of the gradients.
         present: the parameters that have a gradient in this step.
@@ -114,7 +115,7 @@ class Operands:
         self.entries_of: list[list[Entry]] = [[] for _ in self.params]
         for entry in entries:
             self.entries_of[self.index[id(entry.param)]].append(entry)
-        self.without_elements = [entry for entry in entries if entry.shard.boxes and not entry.shard.numel]
+        self.without_elements = [entry for entry in entries if _leaves_maxima_of_nothing(entry)]
         self.present: list[Any] = []
         self._retype = retype
         self._sharded = [i for i, param in enumerate(self.params) if is_dtensor(param)]
@@ -198,6 +199,11 @@ class Operands:
         if not self._sharded:
             return self.params
         return [local_tensor(param) for param in self.params]
+
+
+def _leaves_maxima_of_nothing(entry: Entry) -> bool:
+    shard = entry.shard
+    return bool(shard.boxes) and not shard.numel and any(stored.numel for stored in shard.stored)
 
 
 def views(entry: Entry, weight: Tensor, strides: tuple[int, ...]) -> list[tuple[Tensor, list[Tensor]]]:
