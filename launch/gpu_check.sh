@@ -4,9 +4,9 @@
 #     bash launch/gpu_check.sh [DIRECTORY]
 #
 # Needs python3 with torch and triton, and pytest for the tests; nothing is installed or fetched. The C library, which
-# looks at tensors in each step, is compiled as an installation does, if there is a compiler. Takes about four minutes:
-# each part has its limit. Results go to the terminal and, with the single times, into DIRECTORY. The exit status
-# is that of the first part that failed. PYTHON names another interpreter.
+# looks at tensors in each step, is compiled as an installation does, if there are setuptools and a compiler. Takes about
+# four minutes: each part has its limit. Results go to the terminal and, with the single times, into DIRECTORY. The exit
+# status is that of the first part that failed. PYTHON names another interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-$(mktemp -d)}
@@ -31,7 +31,11 @@ has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_s
 "$python" -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__, torch.cuda.get_device_name())" ||
     { echo "gpu_check.sh needs torch, triton and a GPU that torch sees" >&2; exit 1; }
 
-part library 60 "$python" setup.py -q build_ext --inplace
+if has setuptools; then # (optimizing takes a minute and more on a slow or busy machine)
+    part library 240 "$python" setup.py -q build_ext --inplace
+else
+    echo "library: left out, for setuptools is not installed; without it the host takes longer"
+fi
 
 if has pytest; then
     # Other versions of other packages warn of other things: warnings are shown. Where one counts, the test says so.
