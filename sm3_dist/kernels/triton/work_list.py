@@ -272,18 +272,22 @@ def options_of(thread: int, constants: dict[str, Any]) -> dict[str, Any]:
 
     64 registers leave room for 32 warps, the most programs that a processor takes, and half of the warps that it could
     hold. Recipes in 16 bits get a few more: with 64 they would go to memory and back within the loop. Those that still
-    do before and after it cost less than the warps would for which more registers leave no room.
+    do before and after it cost less than the warps would for which more registers leave no room. What moves one element
+    at a time gets as many as it asks for: an address for each element is more than would go to memory at little cost.
 
     Args:
         thread: elements of the weight that a thread loads at a time.
         constants: of the kernel, by name.
     """
+    options = {"num_warps": 1, "enable_fp_fusion": False}
+    if constants["VECTOR"] == 1:
+        return options
     registers = 64
     if constants["RANDOM"] or constants["MOMENT"] == values.type_of(torch.int8):
         registers = 96
     elif thread == 8 and constants["SQUARES"] > 0:
         registers = 80
-    return {"num_warps": 1, "enable_fp_fusion": False, "maxnreg": registers}
+    return options | {"maxnreg": registers}
 
 
 def _constants(constants: Sequence[Any]) -> tuple[Any, ...]:
