@@ -16,6 +16,7 @@ import torch
 from harness import Pool
 from moving import build, fresh
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from sm3_dist.checkpoint import (
@@ -97,6 +98,39 @@ def test_metadata_that_changes_a_class(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="it changes"):
         load({"train": fresh()}, saved)
     assert "planted" not in vars(Metadata)
+
+
+class Attribute:
+    """Unpickled, it is an attribute of something."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+def test_metadata_as_early_releases_of_python_3_11_pickle_it(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = FileSystemReader(saved).read_metadata()
+    monkeypatch.setattr(
+        _MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name))
+    )
+    code = pickle.dumps(metadata)
+    assert b"getattr" in code
+    (saved / ".metadata").write_bytes(code)
+    load({"train": fresh()}, saved)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(_MEM_FORMAT_ENCODING, "mro"), (_MEM_FORMAT_ENCODING, "__class__"), (TensorProperties, "TORCH_CONTIGUOUS_FORMAT")],
+)
+def test_metadata_that_asks_for_attributes(saved: Path, owner: Any, name: str) -> None:
+    metadata = FileSystemReader(saved).read_metadata()
+    metadata.planner_data = Attribute(owner, name)
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=f"it asks for '{name}' of .*, which does not belong"):
+        load({"train": fresh()}, saved)
 
 
 def test_value_that_would_run_code(saved: Path, tmp_path: Path) -> None:

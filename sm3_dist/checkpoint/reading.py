@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from sm3_dist.checkpoint.train_state import TrainState, check_version
 from sm3_dist.maths.momentum_code import OLD_CODE, refusal_of_old_codes
 
+_MEMORY_FORMATS: Any = metadata._MEM_FORMAT_ENCODING
 _CLASSES = (
     metadata.Metadata,
     metadata.TensorStorageMetadata,
@@ -36,7 +37,7 @@ _CLASSES = (
     metadata.TensorProperties,
     metadata.MetadataIndex,
     metadata.StorageMeta,
-    metadata._MEM_FORMAT_ENCODING,
+    _MEMORY_FORMATS,
     filesystem._StorageInfo,
     pathlib.PurePosixPath,
     pathlib.PosixPath,
@@ -227,9 +228,18 @@ class _MetadataUnpickler(pickle.Unpickler):
     """An unpickler that knows the types of ``.metadata`` and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         if (module, name) not in _KNOWN:
             raise CheckpointError(f"it asks for {module}.{name}, which does not belong into a checkpoint")
         return _KNOWN[module, name]
+
+
+def _memory_format(owner: Any, name: str) -> Any:
+    """What early releases of Python 3.11, as Debian 12 has, pickle of a member: ``getattr`` with its name."""
+    if owner is not _MEMORY_FORMATS or name not in _MEMORY_FORMATS.__members__:
+        raise CheckpointError(f"it asks for {name!r} of {owner}, which does not belong into a checkpoint")
+    return getattr(_MEMORY_FORMATS, name)
 
 
 def _unpickle(file: IO[bytes]) -> Any:
