@@ -35,7 +35,7 @@ def test_the_machine_code_of_the_kernel_of_matrices(sampled: Callable[[Any], lis
         assert 20 <= float(instructions) <= float(most)  # or what was taken for the loop is none
         assert float(occupancy) >= float(least)
         assert (
-            int(spilled) <= 48
+            int(spilled) <= 40
         )  # before and after the loop: with more registers there are fewer warps, which is slower
         assert (wide, divides) == ("True", "False")
         assert set(operations.split(",")) <= exact

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress, repeat
 from operator import attrgetter, is_not
 from typing import Any
@@ -15,6 +15,7 @@ from sm3_dist.compiled.library import integers
 from sm3_dist.compiled.look import Look
 from sm3_dist.layout.describe import local_tensor
 from sm3_dist.layout.kinds import is_dtensor
+from sm3_dist.maths.update import Settings
 from sm3_dist.step.entry import Entry
 
 DIMS = 8
@@ -102,8 +103,6 @@ class Operands:
     Attributes:
         params: the parameters of the tensors, each once.
         entries_of: the tensors of each.
-        without_elements: tensors whose accumulators have entries, which become maxima of nothing: that is left to eager
-            PyTorch.
         dtypes: the types of the gradients.
         strides: the strides of the gradients.
         present: the parameters that have a gradient in this step.
@@ -115,7 +114,7 @@ class Operands:
         self.entries_of: list[list[Entry]] = [[] for _ in self.params]
         for entry in entries:
             self.entries_of[self.index[id(entry.param)]].append(entry)
-        self.without_elements = [entry for entry in entries if _leaves_maxima_of_nothing(entry)]
+        self._without_elements = [entry for entry in entries if _leaves_maxima_of_nothing(entry)]
         self.present: list[Any] = []
         self._retype = retype
         self._sharded = [i for i, param in enumerate(self.params) if is_dtensor(param)]
@@ -194,6 +193,20 @@ class Operands:
                 grads[i] = grad
             addresses[i] = address_of(grad) or EMPTY
         return integers(addresses), grads, eager
+
+    def step_in_eager(self, params: Iterable[int], settings: Mapping[int, Settings]) -> None:
+        """Take what the kernels leave of a step: tensors without elements, of which no kernel clears accumulators, too.
+
+        Args:
+            params: the indices of the parameters that :meth:`grads` tells of; their steps are counted.
+            settings: of each param group, by its ``id``.
+        """
+        for entry in self._without_elements:
+            entry.update(settings[id(entry.group)])
+        for i in params:
+            for entry in self.entries_of[i]:
+                entry.update(settings[id(entry.group)])
+            self.entries_of[i][0].step.add_(1)
 
     def _weights(self) -> list[Tensor]:
         if not self._sharded:

@@ -277,12 +277,7 @@ class CKernel:
             _write(target, settings[id(group)], group)
         self._step()
         del kept
-        for entry in operands.without_elements:
-            entry.update(settings[id(entry.group)])
-        for i in eager:
-            for entry in operands.entries_of[i]:
-                entry.update(settings[id(entry.group)])
-            operands.entries_of[i][0].step.add_(1)
+        operands.step_in_eager(eager, settings)
         return operands.present
 
     def _step(self) -> None:

@@ -132,12 +132,7 @@ class TritonKernel:
             self._end(ends.end_step, len(work.pieces), (work.pieces, addresses))
         self._clean = True
         del kept
-        for entry in operands.without_elements:
-            entry.update(settings[id(entry.group)])
-        for i in eager:
-            for entry in operands.entries_of[i]:
-                entry.update(settings[id(entry.group)])
-            operands.entries_of[i][0].step.add_(1)
+        operands.step_in_eager(eager, settings)
 
     def _keep_list(
         self, weights: list[int], grads: list[int], of_groups: Sequence[Settings], as_surveyed: bool
