@@ -7,6 +7,8 @@ the best lies between two others; the best and its two neighbours are then run w
 `launch/train.py` in a process of its own. Finished ones are kept in `--out`, and a second call goes on where the first
 was stopped; after a change of the code take another directory. At the end stand a table and two pictures: loss curves,
 and final loss against bytes of optimizer state.
+
+Options of `launch/train.py` that are not listed here, such as --batch-size, go to every run.
 """
 
 from __future__ import annotations
@@ -37,15 +39,19 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--optimizers",
         nargs="+",
         default=["adamw", "sm3"],
-        help="any of --optimizer, sm3 with the recipe adamw-like; sm3-paper or sm3-muon-like; sm3-16; in fewer bytes, "
-        f"with a recipe in front or none, sm3-{'; sm3-'.join(FEWER_BYTES)}",
+        help="those of launch/train.py --optimizer, where sm3 is the recipe adamw-like; sm3-paper, sm3-muon-like: "
+        "other recipes; sm3-16: covers of 16; and with fewer bytes, as in sm3-bf16 or sm3-muon-like-momentum8, "
+        f"any of {', '.join(FEWER_BYTES)} (default: adamw sm3)",
     )
-    parser.add_argument("--models", nargs="+", default=["small"], choices=list(PRESETS), help="sizes of the model")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds for the best learning rate and its neighbours")
+    sizes = f"{', '.join(PRESETS)} (default: small)"
+    parser.add_argument("--models", nargs="+", default=["small"], choices=list(PRESETS), metavar="MODEL", help=sizes)
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="for the best learning rate and its neighbours (default: 3)"
+    )
     parser.add_argument("--seeds-around", type=int, help="seeds for its neighbours, if not as many")
     parser.add_argument("--no-sweep", action="store_true", help="run every optimizer at its default rate alone")
-    parser.add_argument("--steps", default="1000", help="optimizer steps")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--steps", default="1000", help="optimizer steps (default: 1000)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: one per core)")
     known, common = parser.parse_known_args(arguments)
     if min(known.seeds, known.jobs, known.seeds if known.seeds_around is None else known.seeds_around) < 1:
         raise UserError("--seeds, --seeds-around and --jobs must be at least 1")

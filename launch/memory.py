@@ -147,7 +147,7 @@ def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
     parser = Parser(prog="memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory of the results; one that has some goes on")
-    parser.add_argument("--device", default="cpu", choices=list(METERS))
+    parser.add_argument("--device", default="cpu", choices=list(METERS), help="default: cpu")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="default: those for the device")
     parser.add_argument("--models", nargs="+", choices=list(PRESETS), help="default: some that fit the device")
     parser.add_argument("--ranks", type=int, help="processes that share each model (default: 2; on GPUs all of them)")

@@ -31,6 +31,7 @@ from launch.job.folder import CONFIG, METRICS
 from launch.job.world import UserError
 
 SAMPLES, PICTURE = "memory.jsonl", "memory.png"
+ABOUT = f"{__doc__.partition(chr(10))[0]} Needs --out, where {SAMPLES} and {PICTURE} will be."
 INTERVAL = 0.2  # seconds
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_ARENA_MAX": "2"}
 
@@ -41,7 +42,7 @@ Sample = tuple[float, int]
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status, that of the training."""
     try:
-        options = parse(arguments)
+        options = parse(arguments, "watch.py", ABOUT)
         out = options.out
         if out is None:
             raise UserError("watching needs --out DIRECTORY")

@@ -24,7 +24,8 @@ def with_matrices(
     """Param groups that say of which tensors the update is to be made orthogonal; see :class:`~sm3_dist.MuonLikeSM3`.
 
     Args:
-        params: as for an optimizer. Groups that have ``orthogonalize`` stay as they are.
+        params: as for an optimizer; names may be ``param_names`` of a group too, as torchtitan has it. Groups that have
+            ``orthogonalize`` stay as they are.
         model: the model, wrapped or not; ``None``: names decide, with which parameters must come.
 
     Returns:
@@ -105,6 +106,10 @@ class _Picker:
 def _split(group: dict[str, Any], picker: _Picker) -> Iterator[dict[str, Any]]:
     given = group["params"]
     given = [given] if isinstance(given, Tensor) else list(given)
+    names = group.get("param_names") or ()
+    if len(names) == len(given) and all(isinstance(each, Tensor) for each in given):
+        given = list(zip(names, given, strict=True))
+        group = {key: value for key, value in group.items() if key != "param_names"}  # each part gets its own
     by_choice: dict[bool, list[Any]] = {True: [], False: []}
     for each in given:
         name, param = each if isinstance(each, tuple) else (None, each)

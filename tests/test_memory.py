@@ -155,6 +155,14 @@ def test_on_a_gpu_the_driver_says_what_is_occupied(
     assert drawn[0][2] == "occupied on the GPU"  # type: ignore[index]
 
 
+def test_its_help_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        watch.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "watch.py" in said
+    assert watch.ABOUT in said
+
+
 def test_a_run_is_watched_and_drawn(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text("Resident memory is what a process occupies.\n" * 100)
     options = ["--model", "tiny", "--steps", "2", "--log-every", "1", "--seq-len", "16", "--batch-size", "2"]

@@ -67,6 +67,17 @@ def test_names_or_a_model_must_come() -> None:
         MuonLikeSM3([nn.Parameter(torch.ones(3, 2))], model=nn.Linear(2, 2))
 
 
+def test_names_may_stand_beside_the_parameters_of_a_group() -> None:
+    layer = nn.Linear(4, 4)
+    given = {"params": [layer.weight, layer.bias], "param_names": ["up.weight", "up.bias"]}
+    optimizer = MuonLikeSM3([given])
+    assert [(group["orthogonalize"], group["param_names"]) for group in optimizer.param_groups] == [
+        (True, ["up.weight"]),
+        (False, ["up.bias"]),
+    ]
+    assert given["param_names"] == ["up.weight", "up.bias"]
+
+
 def test_param_groups_may_say_it_themselves() -> None:
     first, second, third = (nn.Linear(4, 4) for _ in range(3))
     groups = [

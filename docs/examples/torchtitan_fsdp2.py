@@ -27,7 +27,7 @@ class SM3OptimizersContainer(OptimizersContainer):
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., Optimizer]:
-        if name in ("SM3", "AdamWLikeSM3"):
+        if name in ("SM3", "AdamWLikeSM3", "MuonLikeSM3"):
             return getattr(sm3_dist, name)
         return OptimizersContainer._resolve_optimizer_factory(name)
 

@@ -145,7 +145,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options."""
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: the C kernel (default: cuda)")
     parser.add_argument("--sm", type=int, nargs="+", default=list(ARCHITECTURES), help="GPUs (default: 80 90 100)")
-    parser.add_argument("--only", nargs="+", default=list(KINDS), choices=list(KINDS))
+    kinds = f"default: {', '.join(map(repr, KINDS))}"
+    parser.add_argument("--only", nargs="+", default=list(KINDS), choices=list(KINDS), metavar="KIND", help=kinds)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options."""
     parser.add_argument("--layers", type=int, default=2, help="default: 2")
     parser.add_argument("--width", type=int, default=512, help="default: 512")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="default: 1 2 4")
     parser.add_argument("--steps", type=int, default=9, help="steps of each kind (default: 9)")
 
 

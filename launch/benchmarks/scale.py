@@ -37,8 +37,8 @@ MODELS = {"7b": llama(32, 4096, 4096, 11008), "70b": llama(80, 8192, 1024, 28672
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options."""
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="default: all")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096], help="default: 8 64 512 4096")
 
 
 def run(options: argparse.Namespace) -> None:

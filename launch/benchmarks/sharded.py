@@ -76,8 +76,8 @@ class Network:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options."""
-    parser.add_argument("--model", default="small", choices=list(PRESETS))
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--model", default="small", choices=list(PRESETS), help="default: small")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
     parser.add_argument("--steps", type=int, default=15, help="iterations of each kind (default: 15)")
 
 

@@ -61,9 +61,9 @@ class Figures:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options."""
     usual = [name for name in MODELS if name not in ("decoder", "tiny")]
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--models", nargs="+", default=usual, choices=list(MODELS))
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
+    parser.add_argument("--models", nargs="+", default=usual, choices=list(MODELS), help=f"default: {' '.join(usual)}")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES), help="default: float32")
     parser.add_argument("--threads", type=int, nargs="+", default=[2], help="default: 2")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each contender (default: 15)")
     parser.add_argument("--only", nargs="+", help="contenders whose name begins so; the first three are always there")

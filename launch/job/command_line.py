@@ -23,8 +23,16 @@ CHOICES = {
 }
 
 
-def parse(arguments: Sequence[str]) -> Options:
+TRAINING = "Train a byte-level language model, with SM3 or another optimizer, on one or several processes."
+
+
+def parse(arguments: Sequence[str], prog: str = "train.py", description: str = TRAINING) -> Options:
     """Read the command line.
+
+    Args:
+        arguments: without the name of the command.
+        prog: the command.
+        description: what it does, for ``--help``.
 
     Raises:
         UserError: it does not fit.
@@ -33,10 +41,7 @@ def parse(arguments: Sequence[str]) -> Options:
         >>> parse(["--optimizer", "adamw", "--lr", "1e-3"]).lr
         0.001
     """
-    parser = Parser(
-        prog="train.py",
-        description="Train a byte-level language model, with SM3 or another optimizer, on one or several processes.",
-    )
+    parser = Parser(prog=prog, description=description)
     for item in fields(Options):
         add(parser, item)
     return Options(**vars(parser.parse_args(arguments)))

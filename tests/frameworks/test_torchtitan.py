@@ -13,7 +13,7 @@ from harness import Pool
 from plain_loop import differing, plain_loop, weights_of
 from torch import nn
 
-from sm3_dist import SM3, AdamWLikeSM3
+from sm3_dist import SM3, AdamWLikeSM3, MuonLikeSM3
 
 # Not imported here, where it would take seconds of every process that collects tests.
 pytestmark = pytest.mark.skipif(find_spec("torchtitan") is None, reason="needs pip install 'sm3_dist[frameworks]'")
@@ -23,6 +23,7 @@ KINDS: dict[str, tuple[type[SM3], dict[str, Any]]] = {
     "recipe, int8": (AdamWLikeSM3, {"momentum_dtype": torch.int8}),
     "recipe, bfloat16": (AdamWLikeSM3, {"momentum_dtype": torch.bfloat16}),
     "paper": (SM3, {"momentum": 0.9}),
+    "orthogonal": (MuonLikeSM3, {"momentum_dtype": torch.int8}),
 }
 
 
@@ -33,9 +34,9 @@ def against_a_plain_loop(kind: str, folder: Path) -> tuple[list[str], list[str]]
     optimizer, options = KINDS[kind]
 
     def optimizer_of(model: nn.Module) -> SM3:
-        named = dict(model.named_parameters())
-        biases = {"params": [named[name] for name in named if name.endswith("bias")]}
-        weights = {"params": [named[name] for name in named if not name.endswith("bias")], "weight_decay": 0.1}
+        named = list(model.named_parameters())
+        biases = {"params": [each for each in named if each[0].endswith("bias")]}
+        weights = {"params": [each for each in named if not each[0].endswith("bias")], "weight_decay": 0.1}
         return optimizer([biases, weights], lr=2e-3, **options)
 
     config = example.make_config(optimizer.__name__, **options)

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from accelerate_state import accelerate_anew
 from harness import Pool
-from plain_loop import differing, number_of_ranks, plain_loop, whole_weights
+from plain_loop import differing, number_of_ranks, plain_loop, weights_of, whole_weights
 from torch import Tensor, nn
 
-from sm3_dist import SM3, AdamWLikeSM3
+from sm3_dist import SM3, AdamWLikeSM3, MuonLikeSM3
 
 # Not imported here, where it would take seconds of every process that collects tests.
 pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="needs pip install 'sm3_dist[frameworks]'")
@@ -101,6 +101,33 @@ def against_a_plain_loop(fsdp: int | None, folder: Path, device: str = "cpu") ->
 )
 def test_trainer_trains_as_a_plain_loop(workers: Pool, tmp_path: Path, ranks: int, fsdp: int | None) -> None:
     assert workers(ranks).run(against_a_plain_loop, fsdp, tmp_path) == [([], [])] * ranks
+
+
+def orthogonal(model: nn.Module) -> SM3:
+    return MuonLikeSM3(model.named_parameters(), lr=2e-3, model=model)
+
+
+def test_an_optimizer_that_is_made_before_trains_as_a_plain_loop(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+    from transformers_trainer import Counting, make_model
+
+    def loss_of(model: nn.Module, step: int, _: int) -> Tensor:
+        tokens = torch.stack([Counting()[i]["input_ids"] for i in range(step * BATCH, (step + 1) * BATCH)])
+        return model(input_ids=tokens, labels=tokens).loss
+
+    model = make_model()
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=BATCH,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        **OPTIONS,
+    )
+    Trainer(model, arguments, train_dataset=Counting(), optimizers=(orthogonal(model), None)).train()
+    expected = plain_loop(make_model().train(), orthogonal, loss_of, 1, 3, clip=1.0)
+    assert differing(weights_of(model), expected) == []
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads it, transformers warns
