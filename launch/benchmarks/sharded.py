@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -54,9 +55,12 @@ class Late:
     def __init__(self, work: dist.Work, delay: float) -> None:
         self.work, self.due = work, time.perf_counter() + delay
 
-    def wait(self) -> None:
+    def wait(self, *timeout: timedelta) -> None:
         time.sleep(max(0.0, self.due - time.perf_counter()))
-        self.work.wait()
+        self.work.wait(*timeout)
+
+    def is_completed(self) -> bool:
+        return self.work.is_completed()
 
 
 class Network:
