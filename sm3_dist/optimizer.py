@@ -110,8 +110,7 @@ class SM3(Optimizer):
     Raises:
         ValueError: for a hyperparameter out of its range, or a layout that cannot be trained.
         TypeError: for complex or integer parameters.
-        sm3_dist.PlanMismatchError: in a step, on every rank, if ranks differ in their parameters or settings, or one
-            leaves a step out. See ``docs/one-rank.md``.
+        sm3_dist.PlanMismatchError: in a step, on every rank, if ranks differ: see ``docs/one-rank.md``.
         sm3_dist.CollectiveError: in a step, if another rank has stopped or a collective has failed.
         sm3_dist.GradientMismatchError: in one of the first steps, on every rank, if gradients of replicated parameters
             differ (``shard_over``).
@@ -197,9 +196,7 @@ class SM3(Optimizer):
         lr: float | Tensor = 1e-3,
         **options: Any,
     ) -> SM3:
-        """SM3 with the options that measurements favour, to be used at AdamW's learning rates.
-
-        Start here, or with :class:`~sm3_dist.MuonLikeSM3` to train from scratch.
+        """SM3 with the options that measurements favour, to be used at AdamW's learning rates. Start here.
 
         Nesterov momentum of 0.9, a bias-corrected moving average of squared gradients with ``beta=0.95``, updates at
         AdamW's root mean square, and products of covers of 64 elements, which make 0.13 bytes of accumulators per
