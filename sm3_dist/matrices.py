@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,10 +34,35 @@ def with_matrices(
     Raises:
         ValueError: if a parameter has neither a name nor a place in the model, or was flattened of some of both.
     """
-    given: list[Any] = list(params)
-    groups = [dict(each) for each in given] if given and isinstance(given[0], dict) else [{"params": given}]
-    picker = _Picker(model)
-    return [each for group in groups for each in ([group] if "orthogonalize" in group else _split(group, picker))]
+    given: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+    groups = given if not given or isinstance(given[0], dict) else [{"params": given}]
+    picker = Picker(model)
+    return [each for group in groups for each in split(group, picker)]
+
+
+def split(group: dict[str, Any], picker: Picker) -> Iterator[dict[str, Any]]:
+    """A param group's matrices and its rest, as far as there are any; as it is, if it says ``orthogonalize`` itself.
+
+    What holds no tensors is left to the optimizer, which says so.
+    """
+    if not isinstance(group, dict) or "orthogonalize" in group or isinstance(group["params"], Set):
+        yield group
+        return
+    given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    if not given or not all(map(_is_tensor, given)):
+        yield {**group, "params": given, "orthogonalize": False}
+        return
+    names = group.get("param_names") or ()
+    if len(names) == len(given) and all(isinstance(each, Tensor) for each in given):
+        given = list(zip(names, given, strict=True))
+        group = {key: value for key, value in group.items() if key != "param_names"}  # each part gets its own
+    by_choice: dict[bool, list[Any]] = {True: [], False: []}
+    for each in given:
+        name, param = each if isinstance(each, tuple) else (None, each)
+        by_choice[picker.pick(param, name)].append(each)
+    for choice, params in by_choice.items():
+        if params:
+            yield {**group, "params": params, "orthogonalize": choice}
 
 
 def is_matrix(name: str, shape: Sequence[int], module: nn.Module | None) -> bool:
@@ -63,8 +88,12 @@ def is_matrix(name: str, shape: Sequence[int], module: nn.Module | None) -> bool
     return not (any(map(EMBEDDING.search, path)) or HEAD.match(path[-1]))
 
 
-class _Picker:
-    """Knows the tensors of a model by name."""
+class Picker:
+    """Knows the tensors of a model by name.
+
+    Args:
+        model: the model, wrapped or not; ``None``: tensors must come with names.
+    """
 
     def __init__(self, model: nn.Module | None) -> None:
         self.model = model
@@ -103,17 +132,6 @@ class _Picker:
         return all(is_matrix(name, shape, self._modules.get(name.rpartition(".")[0])) for name in names)
 
 
-def _split(group: dict[str, Any], picker: _Picker) -> Iterator[dict[str, Any]]:
-    given = group["params"]
-    given = [given] if isinstance(given, Tensor) else list(given)
-    names = group.get("param_names") or ()
-    if len(names) == len(given) and all(isinstance(each, Tensor) for each in given):
-        given = list(zip(names, given, strict=True))
-        group = {key: value for key, value in group.items() if key != "param_names"}  # each part gets its own
-    by_choice: dict[bool, list[Any]] = {True: [], False: []}
-    for each in given:
-        name, param = each if isinstance(each, tuple) else (None, each)
-        by_choice[picker.pick(param, name)].append(each)
-    for choice, params in by_choice.items():
-        if params or (not given and not choice):  # an empty group is for the optimizer to judge
-            yield {**group, "params": params, "orthogonalize": choice}
+def _is_tensor(given: Any) -> bool:
+    """Whether it is a tensor, or a name with one."""
+    return isinstance(given[1] if isinstance(given, tuple) and len(given) == 2 else given, Tensor)

@@ -109,7 +109,7 @@ class SM3(Optimizer):
 
     Raises:
         ValueError: for a hyperparameter out of its range, or a layout that cannot be trained.
-        TypeError: for complex or integer parameters.
+        TypeError: for parameters of other types, such as complex, integer and float8.
         sm3_dist.PlanMismatchError: in a step, on every rank, if ranks differ: see ``docs/one-rank.md``.
         sm3_dist.CollectiveError: in a step, if another rank has stopped or a collective has failed.
         sm3_dist.GradientMismatchError: in one of the first steps, on every rank, if gradients of replicated parameters
@@ -160,8 +160,8 @@ class SM3(Optimizer):
         refuse_options_of_adam(others)
         if backend not in kernels.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, kernels.BACKENDS))}, but is {backend!r}")
-        if check_gradients < 0:
-            raise ValueError(f"check_gradients must be a number of steps, at least 0, but is {check_gradients}")
+        if not isinstance(check_gradients, int) or check_gradients < 0:
+            raise ValueError(f"check_gradients must be a number of steps, at least 0, but is {check_gradients!r}")
         self.shard_covers, self.momentum_dtype, self.backend = shard_covers, momentum_dtype, backend
         self._step_supports_amp_scaling = unscale_in_step
         self._skipping = Skipping(skip_nonfinite)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sm3_dist.matrices import with_matrices
+from sm3_dist.matrices import Picker, split, with_matrices
 from sm3_dist.optimizer import SM3
 from sm3_dist.step.param_groups import MATRIX, adamw_like_options
 
@@ -62,8 +62,9 @@ class MuonLikeSM3(SM3):
     - those that are tied to one of these.
 
     Each param group becomes one of matrices, with ``orthogonalize=True``, momentum of 0.95, covers of whole rows and
-    columns and no ``update_rms``, and one of the rest, which is stepped as :class:`AdamWLikeSM3` does. One that says
-    ``orthogonalize`` itself stays as it is. What this brings is in ``docs/quality.md``.
+    columns and no ``update_rms``, and one of the rest, which is stepped as :class:`AdamWLikeSM3` does, those of
+    :meth:`add_param_group` too. One that says ``orthogonalize`` itself stays as it is. What this brings is in
+    ``docs/quality.md``.
 
     Args:
         params: as for :class:`~sm3_dist.SM3`; with names (``model.named_parameters()``) if there is no ``model``.
@@ -75,6 +76,7 @@ class MuonLikeSM3(SM3):
     Raises:
         ValueError: if a parameter has neither a name nor a place in the model, or was flattened of matrices and others;
             and as :class:`~sm3_dist.SM3`.
+        TypeError: for ``orthogonalize=``, which belongs into param groups; and as :class:`~sm3_dist.SM3`.
 
     Example:
         >>> import torch
@@ -85,6 +87,8 @@ class MuonLikeSM3(SM3):
         [(True, [(48, 64)]), (False, [(9, 64), (48,)])]
     """
 
+    _picker: Picker | None = None
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
@@ -93,10 +97,36 @@ class MuonLikeSM3(SM3):
         model: nn.Module | None = None,
         **options: Any,
     ) -> None:
-        recipe = adamw_like_options(options)
-        matrix = MATRIX | {"momentum": options.get("momentum", MATRIX["momentum"])}
-        groups = [matrix | group if group["orthogonalize"] is True else group for group in self.groups(params, model)]
-        super().__init__(groups, lr, model=model, **recipe)
+        if "orthogonalize" in options:
+            raise TypeError(
+                f"MuonLikeSM3 picks the matrices itself, and takes no orthogonalize={options['orthogonalize']!r}. Say "
+                "it in a param group, {'params': ..., 'orthogonalize': False}, or for all parameters to SM3."
+            )
+        self._matrix = MATRIX | {"momentum": options.get("momentum", MATRIX["momentum"])}
+        self._picker = Picker(model)  # of the groups that are given now: it holds on to parameters
+        super().__init__(params, lr, model=model, **adamw_like_options(options))
+        self._picker = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group: one of its matrices and one of the rest, as far as there are any.
+
+        On every rank, if on any.
+
+        Raises:
+            ValueError, TypeError: as the class; nothing is added then.
+        """
+        before = len(self.param_groups)
+        try:
+            for group in split(param_group, self._picker or Picker(self._keeper.flattened.model)):
+                matrix = isinstance(group, dict) and group.get("orthogonalize") is True
+                super().add_param_group(self._matrix | group if matrix else group)
+        except Exception:
+            self._without_momentum -= set(range(before, len(self.param_groups)))
+            del self.param_groups[before:]
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_matrix": self._matrix}
 
     @staticmethod
     def groups(

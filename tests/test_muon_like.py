@@ -97,6 +97,62 @@ def test_param_groups_may_say_it_themselves() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        ((), ValueError, "empty parameter list"),
+        (torch.ones(3, 2), TypeError, "should be an iterable of Tensors or dicts"),
+        (["weight"], TypeError, "can only optimize Tensors, but one of the params is str"),
+        (nn.ModuleList([nn.Linear(2, 2)]), TypeError, "can only optimize Tensors, but one of the params is .*Linear"),
+        ([{"params": {nn.Parameter(torch.ones(2, 2))}}], TypeError, "ordered collections"),
+        ([{"params": nn.Linear(2, 2).named_parameters()}, torch.ones(2)], TypeError, "param_group must be a dict"),
+        ([{"params": nn.Linear(2, 2).named_parameters(), "lr": -1.0}], ValueError, "lr must be at least 0"),
+    ],
+)
+def test_what_any_optimizer_refuses(params: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        MuonLikeSM3(params)
+
+
+def test_orthogonalize_belongs_into_param_groups_and_a_model_is_a_module() -> None:
+    layer = nn.Linear(3, 2)
+    for choice in (True, False, ["weight"]):
+        with pytest.raises(
+            TypeError, match=r"picks the matrices itself, and takes no orthogonalize=.*Say it in a param"
+        ):
+            MuonLikeSM3(layer.named_parameters(), orthogonalize=choice)
+    with pytest.raises(TypeError, match="model= takes the root module, as wrapped, but got a list"):
+        MuonLikeSM3(layer.parameters(), model=[layer])  # type: ignore[arg-type]
+
+
+def test_a_group_that_is_added_becomes_one_of_matrices_and_one_of_the_rest() -> None:
+    layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+    optimizer = MuonLikeSM3(layers[0].parameters(), lr=0.1, model=layers, momentum=0.8)
+    optimizer.add_param_group({"params": layers[1].parameters(), "lr": 0.5})
+    optimizer.add_param_group({"params": layers[2].parameters(), "orthogonalize": False})
+    told = [
+        tuple(group[key] for key in ("orthogonalize", "lr", "momentum", "cover_block"))
+        for group in optimizer.param_groups
+    ]
+    first, added = [(True, 0.1, 0.8, None), (False, 0.1, 0.8, 64)], [(True, 0.5, 0.8, None), (False, 0.5, 0.8, 64)]
+    assert told == [*first, *added, (False, 0.1, 0.8, 64)]
+    with pytest.raises(ValueError, match="lr must be at least 0"):
+        optimizer.add_param_group({"params": layers[3].parameters(), "lr": -1.0})
+    stranger = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="is no parameter of ModuleList"):
+        optimizer.add_param_group({"params": [layers[3].weight, stranger]})
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [layers[3].weight, layers[0].bias]})  # the matrix alone is no fault
+    assert len(optimizer.param_groups) == 5
+    model, other = copy.deepcopy((layers, optimizer))
+    with pytest.raises(ValueError, match="no parameter of any model"):
+        other.add_param_group({"params": model[3].parameters()})
+    other.attach(model)
+    other.add_param_group({"params": model[3].parameters()})
+    assert [group["orthogonalize"] for group in other.param_groups[5:]] == [True, False]
+    assert other.param_groups[5]["momentum"] == 0.8
+
+
 def test_it_is_the_usual_recipe_for_the_rest_and_is_pickled() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"embedding": nn.Embedding(9, 6), "layer": nn.Linear(6, 4)})

@@ -39,13 +39,15 @@ def test_refuses_values_out_of_range_and_says_which(name: str, value: Any) -> No
         SM3(parameters(), **{name: value})
 
 
-def test_refuses_complex_and_integer_parameters() -> None:
+def test_refuses_parameters_of_other_types() -> None:
     with pytest.raises(
         TypeError, match=r"parameter 0 of param group 0 of shape \(2,\) is torch.complex64.*view_as_real"
     ):
         SM3([torch.zeros(2, dtype=torch.complex64)])
     with pytest.raises(TypeError, match=r"parameter 'table'.* is torch.int64"):
         SM3([("table", torch.zeros(2, dtype=torch.int64))])
+    with pytest.raises(TypeError, match=r"float32, float64, bfloat16 and float16, but .* torch.float8_e4m3fn. Leave"):
+        SM3([torch.zeros(2, dtype=torch.float8_e4m3fn)])
 
 
 def test_an_unknown_backend_is_refused() -> None:

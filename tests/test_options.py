@@ -112,6 +112,7 @@ def test_a_loaded_state_goes_on_as_if_nothing_had_been() -> None:
         ({"nesterov": True}, "momentum is 0"),
         ({"update_rms": 0.0}, "update_rms must be greater than 0"),
         ({"update_rms": math.nan}, "update_rms must be greater than 0"),
+        ({"update_rms": "1"}, "update_rms must be greater than 0 .* but is '1'"),
         ({"update_rms": 1.5, "momentum": 0.9, "momentum_dtype": torch.int8}, "multiply lr instead"),
         ({"cover_product": True}, "cover_product=True is for block covers"),
         ({"cover_block": 0}, "cover_block must be an integer of at least 1"),
@@ -166,7 +167,7 @@ def test_a_param_group_of_the_recipe_may_take_sparse_gradients() -> None:
 
 def test_a_message_says_which_param_group_is_wrong() -> None:
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(2)]
-    with pytest.raises(ValueError, match=r"cover_block, to 64 say, or leave it out \(in param group 1\)"):
+    with pytest.raises(ValueError, match=r"cover_block, to 64 say, or pass it as False \(in param group 1\)"):
         SM3([groups[0], groups[1] | {"cover_product": True}])
 
 

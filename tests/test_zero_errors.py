@@ -45,6 +45,8 @@ def refused() -> None:
             SM3(params, shard_over=group)
     with pytest.raises(ValueError, match="at least 0"):
         SM3(params, shard_over=dist.group.WORLD, check_gradients=-1)
+    with pytest.raises(ValueError, match="at least 0, but is None"):
+        SM3(params, shard_over=dist.group.WORLD, check_gradients=None)  # type: ignore[arg-type]
     one = init_device_mesh("cpu", (2,))
     distributed = nn.Parameter(distribute_tensor(torch.ones(4, 3), one, [Replicate()]))
     assert isinstance(distributed, DTensor)

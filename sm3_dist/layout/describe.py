@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from sm3_dist.layout import whole
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = ["Flattened", "Replicas", "as_state_tensor", "cut_like", "describe", "local_tensor"]
+
+_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def describe(
@@ -39,12 +42,13 @@ def describe(
         cover_block: indices per block of the covers, ``None`` for whole slices.
 
     Raises:
-        TypeError: for complex and integer parameters.
+        TypeError: for parameters of other types, such as complex, integer and float8.
         ValueError: for layouts that cannot be trained, with what to do.
     """
-    if not param.dtype.is_floating_point:
+    if param.dtype not in _TYPES:
         raise TypeError(
-            f"SM3 takes real floating-point parameters, but {label} of shape {tuple(param.shape)} is {param.dtype}. "
+            f"SM3 takes parameters in float32, float64, bfloat16 and float16, but {label} of shape "
+            f"{tuple(param.shape)} is {param.dtype}. "
             + ("Pass torch.view_as_real(parameter) instead." if param.dtype.is_complex else "Leave it out.")
         )
     if replicas is not None:

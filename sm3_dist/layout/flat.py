@@ -24,9 +24,14 @@ class Flattened:
 
     Args:
         model: the wrapped root module; ``None`` if the user named none.
+
+    Raises:
+        TypeError: if it is no module.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model= takes the root module, as wrapped, but got a {type(model).__name__}")
         self.model = model
         self.read()
 

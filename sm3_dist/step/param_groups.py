@@ -196,21 +196,23 @@ def _validate(group: ParamGroup, momentum_dtype: torch.dtype | None) -> None:
         if not 0.0 <= float(group[name]) < bound:
             raise ValueError(f"{name} must be at least 0 and less than {bound}, but is {float(group[name])}")
     if group["bias_correction"] and not group["beta"]:
-        raise ValueError("bias_correction=True corrects the moving average of beta > 0, but beta is 0. Leave it out")
+        raise ValueError(
+            "bias_correction=True corrects the moving average of beta > 0, but beta is 0. Pass it as False"
+        )
     if group["nesterov"] and not group["momentum"]:
         raise ValueError(
-            "nesterov=True looks ahead along the momentum, but momentum is 0. Set it, to 0.9 say, or leave nesterov out"
+            "nesterov=True looks ahead along the momentum, but momentum is 0. Set it, to 0.9 say, or pass it as False"
         )
     if group["cover_product"] and group["cover_block"] is None:
-        raise ValueError("cover_product=True is for block covers. Set cover_block, to 64 say, or leave it out")
+        raise ValueError("cover_product=True is for block covers. Set cover_block, to 64 say, or pass it as False")
     wanted = group["orthogonalize"]
     names = isinstance(wanted, Iterable) and not isinstance(wanted, str) and all(isinstance(n, str) for n in wanted)
     if not isinstance(wanted, bool) and not names:
         raise ValueError(f"orthogonalize must be True, False or names of tensors, but is {wanted!r}")
     rms, block = group["update_rms"], group["cover_block"]
-    if rms is not None and not 0.0 < rms < math.inf:
-        raise ValueError(f"update_rms must be greater than 0 and finite (or None), but is {rms}")
-    if rms is not None and rms > 1 and group["momentum"] and momentum_dtype == torch.int8:
+    if rms is not None and not (isinstance(rms, Real) and 0.0 < float(rms) < math.inf):
+        raise ValueError(f"update_rms must be greater than 0 and finite (or None), but is {rms!r}")
+    if rms is not None and float(rms) > 1 and group["momentum"] and momentum_dtype == torch.int8:
         raise ValueError(
             f"momentum_dtype=torch.int8 keeps momentum of up to {LONGEST}, which updates with update_rms={rms} would "
             "exceed: it may be 1 at most. Pass update_rms=1.0 and multiply lr instead: steps are as long"
