@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def split(group: dict[str, Any], picker: Picker) -> Iterator[dict[str, Any]]:
 
     What holds no tensors is left to the optimizer, which says so.
     """
-    if not isinstance(group, dict) or "orthogonalize" in group or isinstance(group["params"], Set):
+    if not isinstance(group, dict) or "orthogonalize" in group or isinstance(group["params"], set):
         yield group
         return
     given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])

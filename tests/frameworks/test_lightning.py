@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DistributedSampler
 
-from sm3_dist import SM3
+from sm3_dist import SM3, MuonLikeSM3
 
 # Not imported here, where it would take seconds of every process that collects tests.
 pytestmark = pytest.mark.skipif(find_spec("lightning") is None, reason="needs pip install 'sm3_dist[frameworks]'")
@@ -61,7 +62,11 @@ def ranks_told(device: str) -> Iterator[None]:
 
 
 def against_a_plain_loop(
-    options: dict[str, Any], folder: Path, sharded: bool = False, device: str = "cpu"
+    options: dict[str, Any],
+    folder: Path,
+    sharded: bool = False,
+    device: str = "cpu",
+    recipe: Callable[..., SM3] = SM3.adamw_like,
 ) -> tuple[list[str], list[str]]:
     """Names of weights in which Lightning differs from a plain loop, and when interrupted from uninterrupted."""
     import lightning_ddp as example
@@ -84,7 +89,7 @@ def against_a_plain_loop(
             return module.training_step(tuple(part.to(device) for part in data[indices]), 0)
 
     def optimizer_of(module: nn.Module) -> SM3:
-        return SM3.adamw_like(module.parameters(), lr=2e-3, momentum_dtype=torch.bfloat16)
+        return recipe(module.named_parameters(), lr=2e-3, momentum_dtype=torch.bfloat16)
 
     accelerator = "cpu" if device == "cpu" else "gpu"
     lightning = {"accelerator": accelerator, "devices": ranks, "enable_model_summary": False, **options}
@@ -101,7 +106,7 @@ def against_a_plain_loop(
         model = example.train(epochs, strategy=strategy(), **files, **lightning)
         return whole_weights(model.trainer.model if sharded else model)
 
-    with ranks_told(device):
+    with ranks_told(device), patch.object(example, "SM3", SimpleNamespace(adamw_like=recipe)):
         whole = trained(EPOCHS)
         trained(1, save=folder / "cut.ckpt")
         resumed = trained(EPOCHS, resume=folder / "cut.ckpt")
@@ -117,3 +122,8 @@ def test_lightning_trains_as_a_plain_loop(workers: Pool, tmp_path: Path, options
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_lightning_under_fsdp1_trains_as_a_plain_loop(workers: Pool, tmp_path: Path, ranks: int) -> None:
     assert workers(ranks).run(against_a_plain_loop, {}, tmp_path, True) == [([], [])] * ranks
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP1"])
+def test_orthogonal_updates_under_lightning(workers: Pool, tmp_path: Path, sharded: bool) -> None:
+    assert workers(2).run(against_a_plain_loop, {}, tmp_path, sharded, "cpu", MuonLikeSM3) == [([], [])] * 2

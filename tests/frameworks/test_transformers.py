@@ -130,6 +130,51 @@ def test_an_optimizer_that_is_made_before_trains_as_a_plain_loop(tmp_path: Path)
     assert differing(weights_of(model), expected) == []
 
 
+def with_orthogonal_updates(fsdp: int, folder: Path) -> tuple[list[str], list[str]]:
+    """As above; the parameters come with the options, but under FSDP1."""
+    import transformers_trainer as example
+    from transformers import Trainer, TrainingArguments
+
+    ranks, data = number_of_ranks(), example.Counting()
+    options: dict[str, Any] = {"lr": 2e-3, "weight_decay": 0.1, "momentum_dtype": torch.int8}
+
+    def loss_of(model: nn.Module, step: int, rank: int) -> Tensor:
+        start = (step * ranks + rank) * BATCH
+        tokens = torch.stack([data[i]["input_ids"] for i in range(start, start + BATCH)])
+        return model(input_ids=tokens, labels=tokens).loss
+
+    def optimizer_of(model: nn.Module) -> SM3:
+        return MuonLikeSM3(model.named_parameters(), **options, model=model if fsdp == 1 else None)
+
+    wrapped = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
+    config = {"version": fsdp, **wrapped, "sync_module_states": False}
+    told = OPTIONS | {"per_device_train_batch_size": BATCH, "max_grad_norm": 0.0, "report_to": "none"}
+    told |= {"fsdp": True, "fsdp_config": config, "use_cpu": True}
+
+    def trained(steps: int, name: str, resume: bool = False) -> dict[str, Tensor]:
+        with trainer_on_cpu(fsdp):
+            arguments = TrainingArguments(str(folder / name), max_steps=steps, save_steps=steps, **told)
+            model = example.make_model()
+            given = options if fsdp == 1 else options | {"params": list(model.named_parameters())}
+            trainer = (example.FSDP1Trainer if fsdp == 1 else Trainer)(
+                model, arguments, train_dataset=data, optimizer_cls_and_kwargs=(MuonLikeSM3, given)
+            )
+            trainer.train(resume_from_checkpoint=resume)
+            return whole_weights(trainer.model)
+
+    expected = plain_loop(example.make_model().train(), optimizer_of, loss_of, ranks, STEPS)
+    whole = trained(STEPS, "whole")
+    if fsdp == 1:  # accelerate loads no optimizer there
+        return differing(whole, expected), []
+    trained(2, "cut")
+    return differing(whole, expected), differing(trained(STEPS, "cut", resume=True), whole)
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_orthogonal_updates_under_fsdp(workers: Pool, tmp_path: Path, fsdp: int) -> None:
+    assert workers(2).run(with_orthogonal_updates, fsdp, tmp_path) == [([], [])] * 2
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads it, transformers warns
 def test_lora_through_trainer_has_state_for_adapters_alone(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs pip install 'sm3_dist[frameworks]'")
