@@ -14,8 +14,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx
 exclude_patterns = ["conf.py", "images/*.py"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-# "…" in what a terminal showed; links to files of the checkout, which are tested in tests/test_documents.py
-suppress_warnings = ["misc.highlighting_failure", "myst.xref_missing"]
+suppress_warnings = ["misc.highlighting_failure"]  # "…" in what a terminal showed
 html_theme = "furo"
 html_title = f"sm3_dist {release}"
 napoleon_numpy_docstring = False

@@ -149,11 +149,22 @@ def test_the_program_of_the_readme_trains(workers: Pool) -> None:
     assert losses[-1] < 1
 
 
-def test_every_link_leads_to_a_file() -> None:
+def headings(file: Path) -> set[str]:
+    """What links within a page may end with, as GitHub and the site make it of its headings."""
+    text = re.sub(r"```.*?```", "", file.read_text(), flags=re.DOTALL)
+    found = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE))
+    return {heading.replace(" ", "-") for heading in found}
+
+
+def test_every_link_leads_to_a_file_and_to_a_heading() -> None:
+    seen = 0
     for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")):
-        for target in re.findall(r"\]\(([^)#\s]+)", file.read_text()):
-            if "://" not in target:
-                assert (file.parent / target).exists(), f"{file.relative_to(ROOT)} links to {target}"
+        for path, heading in re.findall(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)\)", file.read_text()):
+            target, link = file.parent / path if path else file, f"{file.relative_to(ROOT)} links to {path}#{heading}"
+            assert target.exists(), link
+            assert not heading or heading in headings(target), link
+            seen += bool(heading)
+    assert seen > 20
 
 
 def test_the_pictures_can_be_drawn() -> None:
