@@ -41,7 +41,7 @@ def step_in_backward(model: nn.Module, optimizer: SM3, *, clip_value: float | No
         clip_value: elements of gradients are cut off at this value either way; ``None``: they are used as they are.
 
     Returns:
-        A handle: ``remove()`` undoes it, and so does leaving its ``with`` block.
+        A handle whose ``remove()`` undoes it; so does leaving its ``with`` block.
 
     Raises:
         ValueError: for DistributedDataParallel, FSDP1, fairscale, ``shard_over=``, ``shard_covers=True``,

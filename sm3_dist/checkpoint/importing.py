@@ -27,7 +27,7 @@ def from_torch_sm3(state_dict: Mapping[str, Any], names: Sequence[str] | None = 
             ``model.named_parameters()`` before wrapping. ``None``: the state dict is by name already.
 
     Returns:
-        Whole tensors by name: pass ``options=StateDictOptions(full_state_dict=True)`` with them.
+        Whole tensors by name; pass ``options=StateDictOptions(full_state_dict=True)`` with them.
 
     Raises:
         ValueError: if it is not the state of torch-SM3, or there are not as many names as parameters.
@@ -90,7 +90,7 @@ def from_adamw(
         cover_block: as SM3 has it.
 
     Returns:
-        Whole tensors by name: pass ``options=StateDictOptions(full_state_dict=True)`` with them.
+        Whole tensors by name; pass ``options=StateDictOptions(full_state_dict=True)`` with them.
 
     Raises:
         ValueError: if it is not the state of Adam, or there are not as many names as parameters.
