@@ -49,7 +49,7 @@ class Options:
     dtype: str = option("float32", "type of the weights, and of what is computed", choices=["float32", "bfloat16"])
     rounding: str | None = option(
         None,
-        "sm3: how weights and momentum are rounded to bfloat16 (default: stochastic); int8 always is so",
+        "sm3: how weights and momentum are rounded to bfloat16 (default: stochastic); int8 always stochastically",
         type=str,
         choices=["stochastic", "nearest"],
     )
