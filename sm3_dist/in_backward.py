@@ -17,7 +17,7 @@ from sm3_dist.step.gradient import settled_gradient
 from sm3_dist.step.guard import STEP
 from sm3_dist.step.param_groups import settings_of
 from sm3_dist.step.plan import StepPlan, mark_changed
-from sm3_dist.step.scheduled import check_lr
+from sm3_dist.step.scheduled import check_scheduled
 
 
 def step_in_backward(model: nn.Module, optimizer: SM3, *, clip_value: float | None = None) -> StepInBackward:
@@ -162,7 +162,7 @@ class StepInBackward:
 
     def _begin(self) -> None:
         optimizer = self.optimizer
-        check_lr(optimizer.param_groups)
+        check_scheduled(optimizer.param_groups)
         plan = optimizer._current_plan()
         plan.receive()
         if plan is not self._plan:

@@ -26,7 +26,7 @@ from sm3_dist.step.param_groups import (
     validate,
 )
 from sm3_dist.step.plan import StepPlan
-from sm3_dist.step.scheduled import check_lr, warn_of_cycled_momentum
+from sm3_dist.step.scheduled import check_scheduled, warn_of_cycled_momentum
 from sm3_dist.step.state import SQUARE_AVERAGES
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ class SM3(Optimizer):
             What the closure returned.
 
         Raises:
-            ValueError: for a learning rate that is negative or not finite; nothing is updated then.
+            ValueError: for a learning rate, or another number in a param group, out of its range; nothing is updated.
         """
         with self._keeper.watch.step():
             return self._step(closure)
@@ -271,7 +271,7 @@ class SM3(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._keeper.flattened.check_sharded()
-        check_lr(self.param_groups)
+        check_scheduled(self.param_groups)
         warn_of_cycled_momentum(self.param_groups, self._without_momentum)
         blank = is_blank(self._keeper.states)
         plan = self._current_plan()

@@ -176,6 +176,20 @@ def test_it_is_the_usual_recipe_for_the_rest_and_is_pickled() -> None:
     assert type(pickle.loads(pickle.dumps(optimizer))) is MuonLikeSM3
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_that_is_told_its_model_rounds_alike(copied: Any) -> None:
+    model: nn.Module = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = MuonLikeSM3(model.parameters(), lr=1e-2, model=model, momentum_dtype=torch.int8)
+    other, its = copied((model, optimizer))
+    its.attach(other)
+    for net, each in ((model, optimizer), (other, its)):
+        for _ in range(3):
+            net(torch.tensor([1, 3])).square().sum().backward()
+            each.step()
+            each.zero_grad()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
 def steps_of(name: str, model: nn.Module, optimizer: SM3, steps: range) -> None:
     shapes = {key: weight.shape for key, weight in Model().named_parameters()}
     for step in steps:

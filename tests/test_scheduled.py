@@ -83,3 +83,27 @@ def test_a_rate_that_cannot_be_is_refused_and_costs_nothing(value: float, make: 
     optimizer.zero_grad()
     step(model, optimizer)
     assert not torch.equal(model.weight, before[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("weight_decay", float("nan"), "at least 0 and finite, but is nan"),
+        ("weight_decay", "0.1", "at least 0 and finite, but is '0.1'"),
+        ("lr", None, "at least 0 and finite, but is None"),
+        ("momentum", 1.0, "at least 0 and less than 1, but is 1.0"),
+        ("beta", torch.tensor(1.5), "at least 0 and less than 1, but is 1.5"),
+        ("eps", -1.0, "at least 0 and finite, but is -1.0"),
+    ],
+)
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_other_numbers_that_cannot_be_are_refused_too(name: str, value: Any, told: str, in_backward: bool) -> None:
+    model, optimizer = model_and(SM3.adamw_like)
+    if in_backward:
+        step_in_backward(model, optimizer)
+    step(model, optimizer)
+    before = model.weight.detach().clone()
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name} of param group 0 must be {told}"):
+        step(model, optimizer)
+    assert torch.equal(model.weight, before)

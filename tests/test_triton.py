@@ -274,7 +274,12 @@ def check_graphs() -> None:
 
     recipe = RECIPE | {"cover_block": 64, "cover_product": True, "nesterov": True, "weight_decay": 0.1}
     by_torch = patch("sm3_dist.maths.rms.looks", lambda: None)  # what the library does, as on a CPU, is not recorded
-    with patch.object(optimizer, "settings_of", on_gpu), patch.object(optimizer, "check_lr"), by_torch, torch.no_grad():
+    with (
+        patch.object(optimizer, "settings_of", on_gpu),
+        patch.object(optimizer, "check_scheduled"),
+        by_torch,
+        torch.no_grad(),
+    ):
         compare_graph(recipe | {"momentum_dtype": torch.int8, "rounding_seed": 3})
         compare_graph({"momentum": 0.9})
 

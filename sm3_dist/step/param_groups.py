@@ -29,6 +29,9 @@ ADAMW_LIKE: dict[str, Any] = {
 MATRIX = {"momentum": 0.95, "update_rms": None, "cover_block": None, "cover_product": False, "orthogonalize": True}
 """The options of the matrices of :class:`sm3_dist.MuonLikeSM3` that differ from those of the rest, ``ADAMW_LIKE``."""
 
+BOUNDS = {"lr": math.inf, "momentum": 1.0, "beta": 1.0, "eps": math.inf, "weight_decay": math.inf}
+"""The numbers in a param group, which are at least 0, and less than this."""
+
 NEEDS = {"nesterov": "momentum", "bias_correction": "beta", "cover_product": "cover_block"}
 """Options that mean nothing without another."""
 
@@ -186,8 +189,7 @@ def _validate(group: ParamGroup, momentum_dtype: torch.dtype | None) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a float or a tensor of one element, not a tensor of shape {tuple(lr.shape)}")
-    bounds = {"lr": math.inf, "momentum": 1.0, "beta": 1.0, "eps": math.inf, "weight_decay": math.inf}
-    for name, bound in bounds.items():
+    for name, bound in BOUNDS.items():
         if not isinstance(group[name], (Real, Tensor)):
             raise TypeError(
                 f"{name} must be a number, but is the {type(group[name]).__name__} {group[name]!r}. (YAML reads 1e-3 "

@@ -5,33 +5,41 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 
 from torch import Tensor
 
-from sm3_dist.step.param_groups import ParamGroup
+from sm3_dist.step.param_groups import BOUNDS, ParamGroup
 
 
-def check_lr(groups: Sequence[ParamGroup]) -> None:
-    """Refuse a learning rate that no step can be taken with. One on a GPU is not looked at: the host would wait for it.
+def check_scheduled(groups: Sequence[ParamGroup]) -> None:
+    """Refuse a learning rate, or another number, that no step can be taken with.
+
+    One on a GPU is not looked at: the host would wait for it.
 
     Raises:
         ValueError: says which, of which group, and who writes it.
 
     Example:
-        >>> check_lr([{"lr": 0.1}, {"lr": -1e-3}])
+        >>> good = {"lr": 0.1, "momentum": 0.9, "beta": 0.95, "eps": 1e-30, "weight_decay": 0.1}
+        >>> check_scheduled([good, good | {"lr": -1e-3}])
         Traceback (most recent call last):
         ValueError: lr of param group 1 must be at least 0 and finite, but is -0.001...
     """
     for g, group in enumerate(groups):
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            continue
-        if not 0.0 <= float(lr) < math.inf:
-            raise ValueError(
-                f"lr of param group {g} must be at least 0 and finite, but is {float(lr)}. It was set after the "
-                "optimizer was made, most often by a scheduler: look at its arguments, and at how often its step() is "
-                "called. Nothing was updated."
-            )
+        for name, bound in BOUNDS.items():
+            value = group[name]
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                continue
+            number = float(value) if isinstance(value, (Real, Tensor)) else math.nan
+            if not 0.0 <= number < bound:
+                limit = "finite" if bound == math.inf else f"less than {bound:g}"
+                raise ValueError(
+                    f"{name} of param group {g} must be at least 0 and {limit}, but is "
+                    f"{number if isinstance(value, Tensor) else repr(value)}. It was set after the optimizer was made, "
+                    "most often by a scheduler: look at its arguments, and at how often its step() is called. Nothing "
+                    "was updated."
+                )
 
 
 def warn_of_cycled_momentum(groups: Sequence[ParamGroup], without: set[int]) -> None:

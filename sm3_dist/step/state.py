@@ -258,6 +258,6 @@ def _adopt(value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, param: Ten
     if squeezed != [n for n in shape if n != 1]:
         raise ValueError(
             f"{label} has shape {tuple(plain.shape)} in the loaded state, but this rank stores {shape}. It was saved "
-            "by a model of other shapes, or under another layout or number of ranks."
+            "by a model of other shapes, with other param groups, or under another layout or number of ranks."
         )
     return plain.detach().to(local_tensor(param).device, dtype, copy=True).reshape(shape)
