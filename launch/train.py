@@ -32,6 +32,7 @@ from launch.job.model import GPT, PRESETS, cross_entropy
 from launch.job.options import Options
 from launch.job.parallel import clip, parallelize, reduce_gradients, strategy
 from launch.job.report import Bar, Stopwatch, most_allocated, size, table
+from launch.job.start import Start
 from launch.job.world import UserError, World, join
 from sm3_dist.checkpoint import TrainState
 
@@ -71,6 +72,7 @@ class Run:
         world.same("the corpus", self.text.digest)
         for text, purpose in ((self.text.train, "learn from"), (self.text.held_out, "hold out")):
             check_length(text, options.seq_len, purpose)
+        self.start = Start.of(options.start_from, world) if options.start_from is not None else None
 
         torch.manual_seed(options.seed)
         with torch.device("meta"):
@@ -90,6 +92,8 @@ class Run:
         self.checkpoints = self.keep_checkpoints()
         if options.resume == "auto":
             self.checkpoints.resume()
+        if self.start is not None and self.state.step == 0:
+            self.start.load(self.model)
         self.folder = world.agreed(self.claim_folder)
         self.whole_steps, self.optimizer_steps = Stopwatch(self.device), Stopwatch(self.device)
 
@@ -106,6 +110,8 @@ class Run:
             f"{recipe.title(options)} trains {options.model}, {self.parameters:,} parameters: "
             f"{strategy(options, self.world)}, {self.world.size} process(es) on {self.device.type}"
         )
+        if self.start is not None:
+            say(f"its weights are those of {self.start.path}")
 
     def claim_folder(self) -> Folder:
         """Claim `--out` on rank 0; the others write nothing."""
@@ -127,7 +133,8 @@ class Run:
     def keep_checkpoints(self) -> Checkpoints:
         """What saves the run and brings it back."""
         path = self.options.out / CHECKPOINTS if self.options.out is not None else None
-        identity = identify(self.options, self.settings, self.text.digest)
+        start = self.start.digest if self.start is not None else None
+        identity = identify(self.options, self.settings, self.text.digest, start)
         say = partial(self.console.print, markup=False, highlight=False, soft_wrap=True)
         return Checkpoints(path, self.state, self.world, identity, self.options.keep, say)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import resource
 import shutil
@@ -14,49 +13,16 @@ import pytest
 import torch
 from chaos import corpus, tensors
 from harness import Pool
-from rich.console import Console
+from jobs import flip_a_bit, job, same
 
 from launch.job.command_line import parse
-from launch.job.world import UserError, World
+from launch.job.world import UserError
 from launch.train import Run
-
-FAST = "--model tiny --steps 8 --batch-size 4 --seq-len 16 --lr 0.01 --schedule cosine --held-out-bytes 500"
-
-
-class Interrupted(Exception):
-    """Stands for whatever ends a run."""
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return corpus(tmp_path_factory.mktemp("corpus") / "text")
-
-
-def job(
-    arguments: str, text: Path, out: Path, stop: int | None = None, before: Callable[[Run], None] | None = None
-) -> str:
-    """Train, up to step ``stop`` if one is given; return what was said."""
-    console = Console(file=io.StringIO(), width=1000)
-    run = Run(
-        parse([*f"{FAST} --device cpu {arguments}".split(), "--data", str(text), "--out", str(out)]),
-        World.current(),
-        console,
-    )
-    if before is not None:
-        before(run)
-    take_step = run.take_step
-
-    def step_or_stop(*batch: Any) -> Any:
-        if run.state.step == stop:
-            raise Interrupted
-        return take_step(*batch)
-
-    run.take_step = step_or_stop  # type: ignore[method-assign,assignment]
-    try:
-        run.learn()
-    except Interrupted:
-        run.checkpoints.finish()
-    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +47,6 @@ def copy(stopped: Path, out: Path) -> None:
 
 def saved_steps(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "checkpoints").iterdir())
-
-
-def same(first: Path, second: Path) -> bool:
-    """Whether two runs ended with the same weights and the same state, to the last bit."""
-    one, other = (tensors(out / "checkpoints" / "step-00000008") for out in (first, second))
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_saves_now_and_then_and_at_the_end(calm: Path) -> None:
@@ -121,12 +81,6 @@ def test_goes_on_with_other_ranks_and_another_wrapper(workers: Pool, text: Path,
         weights.append(tensors(out / "checkpoints" / "step-00000008")["train.model.embedding.weight"])
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(weights[2], weights[0], rtol=1e-3, atol=1e-5)
-
-
-def flip_a_bit(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
@@ -330,6 +284,7 @@ def test_run_that_is_over_takes_no_more_steps(workers: Pool, text: Path, calm: P
         ("--resume auto", "need --out"),
         ("--resume auto --overwrite --out x", "pass one"),
         ("--checkpoint-every 0 --out x", "--checkpoint-every 0 must be at least 1"),
+        ("--start-from x --out ./x", "--start-from x is --out: name another directory"),
     ],
 )
 def test_options_that_make_no_sense(arguments: str, message: str) -> None:

@@ -11,22 +11,25 @@ from launch.job.options import Options, flag
 from launch.job.settings import Settings
 
 Identity = Mapping[str, Any]
-"""Values that JSON knows, by name: those of options, and a digest of the text that is learnt from."""
+"""Values that JSON knows, by name: those of options, and digests of the text and of the weights started from."""
 
-CORPUS = "corpus"
+CORPUS, START = "corpus", "start"
 
 
-def identify(options: Options, settings: Settings, corpus: str) -> Identity:
+def identify(options: Options, settings: Settings, corpus: str, start: str | None = None) -> Identity:
     """All that the weights of a run depend on, but for how the ranks share the work.
 
     Args:
         options: what it was told to do.
         settings: of its optimizer.
         corpus: the digest of its text.
+        start: the digest of the weights that it starts from; ``None``: those that ``--seed`` makes.
     """
     names = ("model", "optimizer", "steps", "batch_size", "seq_len", "schedule", "seed", "dtype", "clip_value")
     given = {name: getattr(options, name) for name in names} | {"recipe": recipe.which(options)}
-    return given | asdict(settings) | {"clip": str(options.clip_norm), CORPUS: corpus}  # JSON knows no infinity
+    return (
+        given | asdict(settings) | {"clip": str(options.clip_norm), CORPUS: corpus, START: start}
+    )  # JSON knows no infinity
 
 
 def of_version_1(saved: Identity) -> Identity:
@@ -60,7 +63,7 @@ def _to_do(saved: Identity, differing: Sequence[str]) -> Iterator[str]:
     """What makes a run the same as a saved one, from which it differs in some values."""
     optimizer = recipe.RECIPES.get(saved.get("recipe", "")) or recipe.OPTIMIZERS.get(saved.get("optimizer", ""))
     unknown = optimizer.unknown if optimizer is not None else ()
-    options = [name for name in differing if name != CORPUS]
+    options = [name for name in differing if name not in (CORPUS, START)]
     left_out = [name for name in options if saved.get(name) is None or name in unknown]
     passed = [f"{flag(name)} {saved[name]}" for name in options if name not in left_out]
     if passed:
@@ -69,3 +72,7 @@ def _to_do(saved: Identity, differing: Sequence[str]) -> Iterator[str]:
         yield f"leave {', '.join(map(flag, left_out))} out"
     if CORPUS in differing:
         yield "let --data be the text as it was"
+    if START in differing and saved.get(START) is None:
+        yield "leave --start-from out"
+    elif START in differing:
+        yield "let --start-from be the run as it was"

@@ -70,6 +70,9 @@ class Options:
     )
     data: Path | None = option(None, "file or directory to train on; default: Python's standard library", type=Path)  # noqa: RUF009
     held_out_bytes: int | None = option(None, "judge on so many of the bytes held out; default: all", type=int)
+    start_from: Path | None = option(  # noqa: RUF009
+        None, "start from the last weights of another run, the --out of which this is; default: at random", type=Path
+    )
     out: Path | None = option(None, "directory for configuration, metrics and picture; default: none", type=Path)  # noqa: RUF009
     overwrite: bool = option(False, "replace a run that --out already holds")
     log_every: int = option(10, "steps between two lines of the metrics")
@@ -78,7 +81,7 @@ class Options:
     )
     keep: int = option(2, "how many checkpoints to keep")
     resume: str = option("no", "auto: go on from the last complete checkpoint in OUT", choices=["no", "auto"])
-    seed: int = option(0, "which weights to start from and which order of the data")
+    seed: int = option(0, "which random weights to start from and which order of the data")
     device: str = option("auto", "auto: CUDA where there is any", choices=["auto", "cpu", "cuda"])
     reshard: bool = option(
         False, "fsdp1, fsdp2, hsdp, fairscale: drop gathered weights after forward; slower, less memory"
@@ -98,6 +101,11 @@ class Options:
         require(
             not (self.overwrite and self.resume == "auto"), "--overwrite starts anew and --resume goes on; pass one"
         )
+        if self.start_from is not None and self.out is not None:
+            same = self.start_from.resolve() == self.out.resolve()
+            require(
+                not same, f"--start-from {self.start_from} is --out: name another directory for what this run writes"
+            )
         require(
             self.clip is None or self.clip > 0,
             f"--clip {self.clip} must be greater than 0; pass inf to switch clipping off",
