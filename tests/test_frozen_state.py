@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Pool
-from layouts import Tensors, give
+from layouts import Tensors, give, same
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import fully_shard
 
-from sm3_dist import SM3
+from sm3_dist import SM3, MuonLikeSM3
 from sm3_dist.checkpoint import TrainState, get_optimizer_state_dict, load, set_optimizer_state_dict
 from sm3_dist.layout.describe import local_tensor
 
@@ -87,3 +87,30 @@ def test_nothing_is_left_of_a_load_that_failed() -> None:
     with pytest.raises(ValueError, match=r"momentum_buffer of .* has shape \(2, 2\)"):
         set_optimizer_state_dict(other_model, other, saved)
     assert other_params[0] not in other.state
+
+
+def thawed_with_sharded_covers(recipe: str) -> list[str]:
+    """Names of what is not as in one process after a plan that was made anew, for which the ranks exchange words."""
+    make = {"paper": SM3, "recipe": SM3.adamw_like, "orthogonal": MuonLikeSM3}[recipe]
+    models = [fully_shard(Tensors(SHAPES)), Tensors(SHAPES)]
+    optimizers = [
+        make(model.named_parameters(), lr=0.1, shard_covers=covers)
+        for model, covers in zip(models, (True, False), strict=True)
+    ]
+    for step in range(5):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            params = list(model.parameters())
+            params[1].requires_grad_(step > 2)
+            train(optimizer, params, step)
+    sharded, whole = optimizers
+    found = []
+    for (name, param), alone in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        pairs = [(name, param, alone.detach())]
+        pairs += [(f"{key} of {name}", sharded.state[param][key], value) for key, value in whole.state[alone].items()]
+        found += [what for what, tensor, expected in pairs if not same(tensor, expected)]
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["paper", "recipe", "orthogonal"])
+def test_with_sharded_covers_a_thawed_parameter_costs_the_others_nothing(workers: Pool, recipe: str) -> None:
+    assert workers(2).run(thawed_with_sharded_covers, recipe) == [[], []]

@@ -131,7 +131,7 @@ class MaxBucket:
             waiting = ThreadedWait(scatter) if self._on_host else scatter
             self._watch.wait([waiting], _MAXIMA, self._ranks, self._on_host)
         self._owned, self._buffer = owned, None
-        for accumulator in self._releasable:
+        for accumulator in () if empty else self._releasable:
             accumulator.untyped_storage().resize_(0)
 
     def finish(self) -> None:
