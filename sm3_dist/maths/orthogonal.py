@@ -76,7 +76,7 @@ def _in_batches(updates: Sequence[Tensor]) -> list[Tensor]:
     results: list[Tensor] = [*prepared]
     for shape, these in alike.items():
         if len(these) > 1 and batch_is_exact(len(these), *shape, prepared[these[0]].device):
-            batch = _polynomial(torch.stack([prepared[k] for k in these])).unbind()
+            batch = _polynomials([prepared[k] for k in these])
         else:
             batch = tuple(_polynomial(prepared[k]) for k in these)
         for k, x in zip(these, batch, strict=True):
@@ -92,8 +92,7 @@ def batch_is_exact(count: int, rows: int, columns: int, device: torch.device) ->
     generator = torch.Generator(device).manual_seed(0)
     randn = partial(torch.randn, rows, columns, dtype=torch.float32, device=device, generator=generator)
     some = [_prepared(randn()) for _ in range(count)]
-    together = _polynomial(torch.stack(some)).unbind()
-    return all(torch.equal(_polynomial(x), batched) for x, batched in zip(some, together, strict=True))
+    return all(torch.equal(_polynomial(x), batched) for x, batched in zip(some, _polynomials(some), strict=True))
 
 
 def _prepared(update: Tensor) -> Tensor:
@@ -112,12 +111,25 @@ def _is_tall(update: Tensor) -> bool:
 
 
 def _polynomial(x: Tensor) -> Tensor:
-    """The odd polynomial of a matrix, or of each in a batch."""
-    added = torch.addmm if x.dim() == 2 else torch.baddbmm
+    """The odd polynomial of a matrix."""
     for a, b, c in COEFFICIENTS:
-        gram = x @ x.mT
-        x = added(x, added(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = _fifth_power(x, a, b, c)
     return x
+
+
+def _polynomials(matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The odd polynomial of each, in one batch. It is made here: Python 3.10 holds arguments until a call is over."""
+    batch = torch.stack(tuple(matrices))
+    for a, b, c in COEFFICIENTS:
+        batch = _fifth_power(batch, a, b, c)
+    return batch.unbind()
+
+
+def _fifth_power(x: Tensor, a: float, b: float, c: float) -> Tensor:
+    """``a x + b x^3 + c x^5`` of a matrix, or of each in a batch."""
+    added = torch.addmm if x.dim() == 2 else torch.baddbmm
+    gram = x @ x.mT
+    return added(x, added(gram, gram, gram, beta=b, alpha=c), x, beta=a)
 
 
 def _normalized(x: Tensor) -> Tensor:
