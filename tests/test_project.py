@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import sm3_dist
+from sm3_dist.compiled.library import library
 
 ROOT = Path(sm3_dist.__file__).parent.parent
 
@@ -74,6 +75,21 @@ def test_every_header_of_the_kernel_compiles_it_anew():
     listed = (ROOT / "pyproject.toml").read_text()
     assert headers
     assert [name for name in headers if f'"sm3_dist/kernels/c/{name}"' not in listed] == []
+
+
+@needs_c
+@pytest.mark.skipif(
+    not shutil.which("objdump") or not sys.platform.startswith("linux"),
+    reason="objdump lists a Linux library's symbols",
+)
+def test_a_release_ties_the_kernel_to_no_new_c_library():
+    """What this machine's C library has in a newer version than manylinux_2_17 has is named in ``old_glibc.h``."""
+    listed = subprocess.run(["objdump", "-T", library()._name], capture_output=True, text=True, check=True).stdout
+    symbols = re.findall(r"\(?GLIBC_2\.([0-9]+)[0-9.]*\)? +(\w+)$", listed, flags=re.MULTILINE)
+    new = {name for version, name in symbols if int(version) > 17}
+    named = re.findall(r"\.symver (\w+),", (ROOT / "release" / "old_glibc.h").read_text())
+    assert {"memcpy", "pthread_create"} <= {name for _, name in symbols}
+    assert new <= set(named)
 
 
 @needs_c
