@@ -121,6 +121,18 @@ def test_metadata_as_early_releases_of_python_3_11_pickle_it(saved: Path, monkey
     load({"train": fresh()}, saved)
 
 
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("name", ["PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"])
+def test_metadata_with_a_path_of_another_python_or_system(saved: Path, module: str, name: str) -> None:
+    """Python 3.13 pickles where it defines them, and others have no such module."""
+    metadata = FileSystemReader(saved).read_metadata()
+    code = pickle.dumps(metadata, protocol=3)  # which names classes as text
+    code, count = re.subn(rb"cpathlib(\._local)?\nPosixPath\n", f"c{module}\n{name}\n".encode(), code)
+    assert count == 1
+    (saved / ".metadata").write_bytes(code)
+    load({"train": fresh()}, saved)
+
+
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(_MEM_FORMAT_ENCODING, "mro"), (_MEM_FORMAT_ENCODING, "__class__"), (TensorProperties, "TORCH_CONTIGUOUS_FORMAT")],

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import io
 import os
-import pathlib
 import pickle
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
 import torch
@@ -39,15 +38,16 @@ _CLASSES = (
     metadata.StorageMeta,
     _MEMORY_FORMATS,
     filesystem._StorageInfo,
-    pathlib.PurePosixPath,
-    pathlib.PosixPath,
-    pathlib.PureWindowsPath,
-    pathlib.WindowsPath,
+    PurePosixPath,
+    PureWindowsPath,
     torch.Size,
 )
+_PATHS = {cls.__name__.removeprefix(prefix): cls for cls in (PurePosixPath, PureWindowsPath) for prefix in ("", "Pure")}
+"""What stands for paths, which are not used: one of another system could not be made."""
 _KNOWN: dict[tuple[str, str], Any] = {
     **{(cls.__module__, cls.__name__): cls for cls in _CLASSES},
-    **{("pathlib", cls.__name__): cls for cls in _CLASSES if issubclass(cls, pathlib.PurePath)},
+    # Python 3.13 says where it defines them.
+    **{(module, name): cls for module in ("pathlib", "pathlib._local") for name, cls in _PATHS.items()},
     **{
         ("torch", str(value).removeprefix("torch.")): value
         for value in vars(torch).values()
