@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ EMBEDDING = re.compile(r"embed|^w[tp]e$|^pos(ition)?s?$", re.IGNORECASE)
 """Found in any word of the name of what is looked up, or adds a place to what was looked up."""
 HEAD = re.compile(r"^((lm_?|mlm_?|cls_?)?head|output|classifier|score|to_logits|logits)$", re.IGNORECASE)
 """The module that puts out the logits."""
+PARAMETRIZED = "parametrizations"
+"""Where PyTorch keeps what it makes the weights of a module from."""
+WITHIN = ("modules_to_save", "original_module", PARAMETRIZED)
+"""What is kept there is of the module before: a head stays one as peft's ``lm_head.modules_to_save.default``."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -85,6 +90,7 @@ def is_matrix(name: str, shape: Sequence[int], module: nn.Module | None) -> bool
     if module is not None and "Embedding" in type(module).__name__:
         return False
     *path, _ = clean(name).split(".") if "." in name else ("", name)
+    path = list(takewhile(lambda word: word not in WITHIN, path)) or [""]
     return not (any(map(EMBEDDING.search, path)) or HEAD.match(path[-1]))
 
 
@@ -129,7 +135,13 @@ class Picker:
 
     def _all_matrices(self, names: Iterable[str], shape: Sequence[int]) -> bool:
         """A tensor that has several names (tied weights) is one only if it is under each of them."""
-        return all(is_matrix(name, shape, self._modules.get(name.rpartition(".")[0])) for name in names)
+        return all(is_matrix(name, shape, self._modules.get(_module_of(name))) for name in names)
+
+
+def _module_of(name: str) -> str:
+    """The module that a tensor is a weight of, or has a weight that is made of the tensor."""
+    path = name.split(".")[:-1]
+    return ".".join(path[: path.index(PARAMETRIZED)] if PARAMETRIZED in path else path)
 
 
 def _is_tensor(given: Any) -> bool:

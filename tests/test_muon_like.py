@@ -12,6 +12,7 @@ from flat_layouts import LAYOUTS, Model, exact_gradient
 from harness import Pool
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions
+from torch.nn.utils.parametrizations import weight_norm
 
 from launch.job.model import GPT, PRESETS
 from launch.job.recipe import sm3_muon_like
@@ -58,6 +59,21 @@ def test_convolutions_are_matrices_and_first_and_last_layers_are_none() -> None:
     model = Vision()
     expected = {"conv.weight", "mixer.output.dense.weight"}
     assert chosen(MuonLikeSM3(model.parameters(), model=model), model)[True] == expected
+
+
+def test_weights_that_are_made_of_others_count_as_those_of_their_module() -> None:
+    model = Vision()
+    for module in (model.conv, model.mixer["output"]["dense"], model.head):
+        weight_norm(module)
+    weights = {f"{name}.parametrizations.weight.original1" for name in ("conv", "mixer.output.dense")}
+    assert chosen(MuonLikeSM3(model.parameters(), model=model), model)[True] == weights
+
+
+def test_a_head_that_peft_keeps_a_copy_of_stays_one() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    for kept in ("modules_to_save", "original_module"):
+        model.append(nn.ModuleDict({"lm_head": nn.ModuleDict({kept: nn.ModuleDict({"default": nn.Linear(8, 5)})})}))
+    assert chosen(MuonLikeSM3(model.parameters(), model=model), model)[True] == {"0.weight"}
 
 
 def test_names_or_a_model_must_come() -> None:

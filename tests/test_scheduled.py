@@ -94,10 +94,12 @@ def test_a_rate_that_cannot_be_is_refused_and_costs_nothing(value: float, make: 
         ("momentum", 1.0, "at least 0 and less than 1, but is 1.0"),
         ("beta", torch.tensor(1.5), "at least 0 and less than 1, but is 1.5"),
         ("eps", -1.0, "at least 0 and finite, but is -1.0"),
+        ("update_rms", 0.0, r"greater than 0 and finite \(or None\), but is 0.0"),
+        ("orthogonalize", "weight", "True, False or names of tensors, but is 'weight'"),
     ],
 )
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_other_numbers_that_cannot_be_are_refused_too(name: str, value: Any, told: str, in_backward: bool) -> None:
+def test_other_options_that_cannot_be_are_refused_too(name: str, value: Any, told: str, in_backward: bool) -> None:
     model, optimizer = model_and(SM3.adamw_like)
     if in_backward:
         step_in_backward(model, optimizer)

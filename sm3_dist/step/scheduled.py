@@ -13,7 +13,7 @@ from sm3_dist.step.param_groups import BOUNDS, ParamGroup
 
 
 def check_scheduled(groups: Sequence[ParamGroup]) -> None:
-    """Refuse a learning rate, or another number, that no step can be taken with.
+    """Refuse a learning rate, or another option, that no step can be taken with.
 
     One on a GPU is not looked at: the host would wait for it.
 
@@ -22,6 +22,7 @@ def check_scheduled(groups: Sequence[ParamGroup]) -> None:
 
     Example:
         >>> good = {"lr": 0.1, "momentum": 0.9, "beta": 0.95, "eps": 1e-30, "weight_decay": 0.1}
+        >>> good |= {"update_rms": 1.0, "orthogonalize": False}
         >>> check_scheduled([good, good | {"lr": -1e-3}])
         Traceback (most recent call last):
         ValueError: lr of param group 1 must be at least 0 and finite, but is -0.001...
@@ -34,12 +35,19 @@ def check_scheduled(groups: Sequence[ParamGroup]) -> None:
             number = float(value) if isinstance(value, (Real, Tensor)) else math.nan
             if not 0.0 <= number < bound:
                 limit = "finite" if bound == math.inf else f"less than {bound:g}"
-                raise ValueError(
-                    f"{name} of param group {g} must be at least 0 and {limit}, but is "
-                    f"{number if isinstance(value, Tensor) else repr(value)}. It was set after the optimizer was made, "
-                    "most often by a scheduler: look at its arguments, and at how often its step() is called. Nothing "
-                    "was updated."
-                )
+                _refuse(g, name, number if isinstance(value, Tensor) else value, f"at least 0 and {limit}")
+        rms, wanted = group["update_rms"], group["orthogonalize"]
+        if rms is not None and not (isinstance(rms, Real) and 0.0 < float(rms) < math.inf):
+            _refuse(g, "update_rms", rms, "greater than 0 and finite (or None)")
+        if isinstance(wanted, str) or wanted is None:
+            _refuse(g, "orthogonalize", wanted, "True, False or names of tensors")
+
+
+def _refuse(g: int, name: str, value: object, wanted: str) -> None:
+    raise ValueError(
+        f"{name} of param group {g} must be {wanted}, but is {value!r}. It was set after the optimizer was made, most "
+        "often by a scheduler: look at its arguments, and at how often its step() is called. Nothing was updated."
+    )
 
 
 def warn_of_cycled_momentum(groups: Sequence[ParamGroup], without: set[int]) -> None:
