@@ -49,10 +49,20 @@ def split(group: dict[str, Any], picker: Picker) -> Iterator[dict[str, Any]]:
     """A param group's matrices and its rest, as far as there are any; as it is, if it says ``orthogonalize`` itself.
 
     What holds no tensors is left to the optimizer, which says so.
+
+    Raises:
+        ValueError: if somebody else keeps the groups, and would not hear that there are more; and as above.
     """
     if not isinstance(group, dict) or "orthogonalize" in group or isinstance(group["params"], set):
         yield group
         return
+    if "model" in group:
+        raise ValueError(
+            "a param group has a 'model' in it, as a wrapper of optimizers (fairscale's OSS, torch's "
+            "ZeroRedundancyOptimizer) puts it there. It hands learning rates on group by group, and of each of its "
+            "groups two are made here, of matrices and of the rest. Pass it MuonLikeSM3.groups(params, model) in the "
+            "place of params."
+        )
     given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     if not given or not all(map(_is_tensor, given)):
         yield {**group, "params": given, "orthogonalize": False}

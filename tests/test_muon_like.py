@@ -12,6 +12,7 @@ from flat_layouts import LAYOUTS, Model, exact_gradient
 from harness import Pool
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.utils.parametrizations import weight_norm
 
 from launch.job.model import GPT, PRESETS
@@ -276,6 +277,19 @@ def with_oss() -> None:
         optimizer.step()
     for param, expected in zip(model.parameters(), alone.parameters(), strict=True):
         assert torch.equal(param, expected)
+    for wrapper, options in (
+        (OSS, {"optim": MuonLikeSM3}),
+        (ZeroRedundancyOptimizer, {"optimizer_class": MuonLikeSM3}),
+    ):
+        with pytest.raises(ValueError, match=r"hands learning rates on group by group.* MuonLikeSM3\.groups"):
+            wrapper(model.parameters(), lr=0.1, model=model, **options)
+        groups = MuonLikeSM3.groups(model.parameters(), model)
+        oss = wrapper(groups, lr=0.1, model=model, **options)
+        for group in oss.param_groups:
+            group["lr"] = 0.0  # as a schedule may
+        before = [param.detach().clone() for param in model.parameters()]
+        oss.step()
+        assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_within_oss(workers: Pool) -> None:
