@@ -134,6 +134,7 @@ static void sweep_panel(struct panel *p, const struct matrix *first, const struc
 
 static void sweep_blocks(const struct step *step, const struct tensor *t, int64_t from, int64_t to, float *workspace) {
     struct panel p = {.pass = pass_over(step, t), .t = t};
+    look_ahead(&p.pass, step);
     p.old = p.pass.settings.old;
     p.pass.settings.old = 1; /* what the covers say is multiplied with it before the rows are worked through */
     const struct matrix *first = step->matrices + t->first_box, *end = first + t->boxes;

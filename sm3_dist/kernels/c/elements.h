@@ -100,14 +100,18 @@ INLINE int64_t size_of(int64_t type) { return type == NONE ? 0 : type == FLOAT32
 /* Bytes: of a cache line, and how far ahead memory is asked for, by level of the cache that it is to come into. */
 enum { LINE = 64, AHEAD = 4096, AHEAD_2 = 6144 };
 
+INLINE void prefetch_lines(const void *p, int64_t bytes, int level) {
+    for (int64_t at = 0; at < bytes; at += LINE) {
+        if (level == 1)
+            __builtin_prefetch((const char *)p + at);
+        else
+            __builtin_prefetch((const char *)p + at, 0, 2);
+    }
+}
+
 INLINE void prefetch_ahead(const void *p, int type, int64_t j, int64_t n, int level) {
     const char *from = (const char *)p + j * size_of(type) + (level == 1 ? AHEAD : AHEAD_2);
-    for (int64_t at = 0; at < n * size_of(type); at += LINE) {
-        if (level == 1)
-            __builtin_prefetch(from + at);
-        else
-            __builtin_prefetch(from + at, 0, 2);
-    }
+    prefetch_lines(from, n * size_of(type), level);
 }
 
 /* Ask for the memory of n elements from number j on, a page ahead or more. The processor itself looks ahead no further
@@ -117,4 +121,12 @@ INLINE void prefetch(const void *w, int weight, const void *g, int grad, const v
     prefetch_ahead(w, weight, j, n, level);
     prefetch_ahead(g, grad, j, n, level);
     if (moment != NONE) prefetch_ahead(m, moment, j, n, level);
+}
+
+/* Ask for the memory of n elements of the next tensor, so many bytes behind these by operand. */
+INLINE void prefetch_next(const void *w, int weight, const void *g, int grad, const void *m, int moment, int64_t n,
+                          const int64_t *next) {
+    prefetch_lines((const char *)w + next[WEIGHT], n * size_of(weight), 2);
+    prefetch_lines((const char *)g + next[GRAD], n * size_of(grad), 2);
+    if (moment != NONE) prefetch_lines((const char *)m + next[MOMENT], n * size_of(moment), 2);
 }

@@ -230,6 +230,8 @@ WIDE_INLINE void OF(step_groups)(int weight, int grad, int moment, struct stretc
             OF(ints) top = OF(every_int)(0);
             if (weight != FLOAT32)
                 prefetch(line.w, weight, line.g, grad, line.m, moment, 0, SIDE, 1);
+            else if (x->next)
+                prefetch_next(line.w, weight, line.g, grad, line.m, moment, SIDE, x->next);
             else if (groups >= WIDE)
                 prefetch(line.w, weight, line.g, grad, line.m, moment, 0, SIDE, 2);
 #pragma GCC unroll 4

@@ -14,6 +14,8 @@ struct step { /* what all threads share */
     char *scratch;
 };
 
+enum { SHORT = 16384 }; /* most elements of a tensor that is short */
+
 struct pass { /* of one thread over a tensor */
     const struct tensor *t;
     const struct param *param;
@@ -22,6 +24,8 @@ struct pass { /* of one thread over a tensor */
     struct settings settings;
     uint64_t squares; /* sum of squared updates so far, in grains */
     uint64_t grain;   /* in units */
+    int is_short;     /* whether the next tensor's memory is to be asked for, as far as it is as long as this one, */
+    int64_t next[OPERANDS]; /* which is so many bytes away */
 };
 
 /* carrier() of rms.py; of the mean square so far, and the units of a square of 1. */
@@ -35,7 +39,7 @@ static float carrier_of(double mean, double per_one) {
 
 static struct pass pass_over(const struct step *step, const struct tensor *t) {
     int kind = (int)((t->type[WEIGHT] * 4 + t->type[GRAD]) * 4 + t->type[MOMENT]);
-    struct pass p = {t, step->params + t->param, step->width, kind, step->settings[t->group], 0, 0};
+    struct pass p = {t, step->params + t->param, step->width, kind, step->settings[t->group], 0, 0, 0, {0}};
     struct settings *s = &p.settings;
     if (s->beta) { /* averaging() of param_groups.py */
         double new = (1 - s->beta) / (1 - pow(s->beta, (double)*p.param->step + 1));
@@ -64,6 +68,16 @@ static void finish(struct pass *p) {
 static char *start_of(const struct pass *p, int o) {
     if (o == GRAD) return p->param->grad;
     return o == MOMENT && p->t->moment ? p->t->moment : p->param->weight;
+}
+
+/* The processor's own looking ahead begins anew with each tensor, so of short ones most memory would be waited for. (Of 16-bit
+ * types what is asked for a page ahead is as good.) */
+static void look_ahead(struct pass *p, const struct step *step) {
+    const struct tensor *next = p->t + 1;
+    if (p->t->numel > SHORT || next == step->tensors + step->count || !step->params[next->param].grad) return;
+    struct pass after = {.t = next, .param = step->params + next->param};
+    for (int o = 0; o < OPERANDS; o++) p->next[o] = start_of(&after, o) - start_of(p, o);
+    p->is_short = 1;
 }
 
 /* Plain SM3 on n contiguous elements from element `at` of the local tensors (by operand) on. */
@@ -251,6 +265,7 @@ static void step_stretch(struct pass *p, const struct place *at, struct stretch 
                             type[MOMENT] == CODE || (p->t->rounds && type[MOMENT] == BFLOAT16)};
     int staged[OPERANDS], is_rounded = random[WEIGHT] || random[MOMENT], any = is_staged(p, at, staged);
     x->settings = &p->settings;
+    x->next = p->is_short ? p->next : 0;
     x->product = p->settings.product && p->t->block;
     x->squares = 0;
     for (int o = 0; o < OPERANDS; o++) x->noise[o] = 0;

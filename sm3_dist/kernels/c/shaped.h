@@ -18,6 +18,7 @@ struct stretch { /* contiguous elements, of one row or of some that lie alike */
     int64_t line[OPERANDS]; /* this far, in bytes, */
     int64_t entries;       /* so many covers, and tops, */
     int64_t halves;        /* and so much noise */
+    const int64_t *next;   /* bytes to the memory that is to be asked for meanwhile, by operand; null: to none */
     const struct settings *settings;
     uint64_t squares;      /* the sum of squared updates, in grains, is added to it */
 };
