@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from chaos import corpus
 from harness import Pool
 
 pytest.register_assert_rewrite("against_eager", "against_reference", "replicas", "steps")  # they assert for tests
@@ -69,7 +70,4 @@ def saved(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small corpus."""
-    root = tmp_path_factory.mktemp("text")
-    for number in range(40):
-        (root / f"{number}.txt").write_text(f"The {number}th file says: {number * number} is a square number.\n" * 40)
-    return root
+    return corpus(tmp_path_factory.mktemp("corpus") / "text")

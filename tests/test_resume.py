@@ -21,11 +21,6 @@ from launch.train import Run
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return corpus(tmp_path_factory.mktemp("corpus") / "text")
-
-
-@pytest.fixture(scope="module")
 def calm(workers: Pool, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoints of a run that nobody interrupted, on two ranks."""
     out = tmp_path_factory.mktemp("calm")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chaos import corpus, tensors
+from chaos import tensors
 from harness import Pool
 from jobs import flip_a_bit, job, same
 
@@ -15,11 +15,6 @@ from launch.job.world import UserError
 
 MODEL = "train.model."
 STANDING_STILL = "--lr 0 --steps 1 --checkpoint-every 1"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
 @pytest.fixture(scope="module")

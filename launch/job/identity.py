@@ -27,9 +27,8 @@ def identify(options: Options, settings: Settings, corpus: str, start: str | Non
     """
     names = ("model", "optimizer", "steps", "batch_size", "seq_len", "schedule", "seed", "dtype", "clip_value")
     given = {name: getattr(options, name) for name in names} | {"recipe": recipe.which(options)}
-    return (
-        given | asdict(settings) | {"clip": str(options.clip_norm), CORPUS: corpus, START: start}
-    )  # JSON knows no infinity
+    clip = str(options.clip_norm)  # JSON knows no infinity
+    return given | asdict(settings) | {"clip": clip, CORPUS: corpus, START: start}
 
 
 def of_version_1(saved: Identity) -> Identity:

@@ -139,6 +139,14 @@ def first_rms(group: Mapping[str, Any]) -> float:
     return 1.0 if group["bias_correction"] else float(1 / math.sqrt(1 - group["beta"]))
 
 
+AN_UPDATE_RMS = "greater than 0 and finite (or None)"
+
+
+def is_update_rms(rms: object) -> bool:
+    """Whether ``update_rms`` may be this: :data:`AN_UPDATE_RMS`."""
+    return rms is None or (isinstance(rms, Real) and 0.0 < float(rms) < math.inf)
+
+
 def validate(group: ParamGroup, number: int, momentum_dtype: torch.dtype | None = None) -> None:
     """Refuse hyperparameters out of range; names come in one order whatever they were given in.
 
@@ -212,8 +220,8 @@ def _validate(group: ParamGroup, momentum_dtype: torch.dtype | None) -> None:
     if not isinstance(wanted, bool) and not names:
         raise ValueError(f"orthogonalize must be True, False or names of tensors, but is {wanted!r}")
     rms, block = group["update_rms"], group["cover_block"]
-    if rms is not None and not (isinstance(rms, Real) and 0.0 < float(rms) < math.inf):
-        raise ValueError(f"update_rms must be greater than 0 and finite (or None), but is {rms!r}")
+    if not is_update_rms(rms):
+        raise ValueError(f"update_rms must be {AN_UPDATE_RMS}, but is {rms!r}")
     if rms is not None and float(rms) > 1 and group["momentum"] and momentum_dtype == torch.int8:
         raise ValueError(
             f"momentum_dtype=torch.int8 keeps momentum of up to {LONGEST}, which updates with update_rms={rms} would "

@@ -9,7 +9,7 @@ from numbers import Real
 
 from torch import Tensor
 
-from sm3_dist.step.param_groups import BOUNDS, ParamGroup
+from sm3_dist.step.param_groups import AN_UPDATE_RMS, BOUNDS, ParamGroup, is_update_rms
 
 
 def check_scheduled(groups: Sequence[ParamGroup]) -> None:
@@ -37,8 +37,8 @@ def check_scheduled(groups: Sequence[ParamGroup]) -> None:
                 limit = "finite" if bound == math.inf else f"less than {bound:g}"
                 _refuse(g, name, number if isinstance(value, Tensor) else value, f"at least 0 and {limit}")
         rms, wanted = group["update_rms"], group["orthogonalize"]
-        if rms is not None and not (isinstance(rms, Real) and 0.0 < float(rms) < math.inf):
-            _refuse(g, "update_rms", rms, "greater than 0 and finite (or None)")
+        if not is_update_rms(rms):
+            _refuse(g, "update_rms", rms, AN_UPDATE_RMS)
         if isinstance(wanted, str) or wanted is None:
             _refuse(g, "orthogonalize", wanted, "True, False or names of tensors")
 
