@@ -70,11 +70,12 @@ static char *start_of(const struct pass *p, int o) {
     return o == MOMENT && p->t->moment ? p->t->moment : p->param->weight;
 }
 
-/* The processor's own looking ahead begins anew with each tensor, so of short ones most memory would be waited for. (Of 16-bit
- * types what is asked for a page ahead is as good.) */
+/* The processor's own looking ahead begins anew with each tensor, so of short ones most memory would be waited for. (Those of
+ * one flat parameter follow one another; and of 16-bit types what is asked for a page ahead is as good.) */
 static void look_ahead(struct pass *p, const struct step *step) {
     const struct tensor *next = p->t + 1;
-    if (p->t->numel > SHORT || next == step->tensors + step->count || !step->params[next->param].grad) return;
+    if (p->t->numel > SHORT || next == step->tensors + step->count || next->param == p->t->param) return;
+    if (!step->params[next->param].grad) return;
     struct pass after = {.t = next, .param = step->params + next->param};
     for (int o = 0; o < OPERANDS; o++) p->next[o] = start_of(&after, o) - start_of(p, o);
     p->is_short = 1;
