@@ -317,7 +317,7 @@ class SM3(Optimizer):
         of the local parameter from which they follow exactly: what ``FSDP.optim_state_dict`` can gather and cut. What
         ``update_rms`` keeps of them is in the param groups, by the names of the original tensors.
         """
-        return self._keeper.without_flat_shapes(super().state_dict(), self.param_groups)
+        return self._keeper.to_hand_out(super().state_dict(), self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients; see :meth:`torch.optim.Optimizer.zero_grad`."""

@@ -272,9 +272,14 @@ def spoil(wrapped: Wrapped, weights_too: bool = True) -> None:
 
 def with_recipe(what: Callable[..., list[str]], *arguments: Any) -> list[str]:
     """What a function finds where SM3 is used as ``SM3.adamw_like`` does."""
+    return with_settings(RECIPE, what, *arguments)
+
+
+def with_settings(settings: dict[str, Any], what: Callable[..., list[str]], *arguments: Any) -> list[str]:
+    """What a function finds with other arguments for SM3."""
     usual = dict(SETTINGS)
     try:
-        SETTINGS.update(RECIPE)
+        SETTINGS.update(settings)
         return what(*arguments)
     finally:
         SETTINGS.clear()

@@ -138,6 +138,8 @@ class Canonical:
                         slots[name] = _absent(param, shard, group, self.optimizer.momentum_dtype, self.ranks)
         result: dict[str, dict[str, Tensor]] = {name: {} for name in slots}
         together = {(name, key): slot for name, mine in slots.items() for key, slot in mine.items()}
+        if self.optimizer.shard_covers:  # by which steps free their memory
+            together = {at: slot.copied() if "accumulator_" in at[1] else slot for at, slot in together.items()}
         for (name, key), value in values(together).items():
             result[name][key] = value
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -41,6 +41,10 @@ class Slot:
     whole: bool
     speaks: bool = True
     ranks: tuple[int, ...] = ()
+
+    def copied(self) -> Slot:
+        """A copy of what this rank holds."""
+        return replace(self, parts=[part.clone() for part in self.parts], tensor=self.tensor.clone())
 
 
 def values(slots: Mapping[Key, Slot]) -> dict[Key, Tensor]:

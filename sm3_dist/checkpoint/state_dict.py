@@ -41,9 +41,10 @@ def get_optimizer_state_dict(
         model: the wrapped root module.
         optimizers: one or more that train its parameters.
         submodules: not used, as in PyTorch.
-        options: see :class:`torch.distributed.checkpoint.state_dict.StateDictOptions`. By default values are live:
-            tensors, DTensors, and :class:`BoxedTensor` where a rank holds flat ranges; saving writes them chunk by
-            chunk, and loading writes into them. ``full_state_dict=True`` makes whole tensors, one after another.
+        options: see :class:`torch.distributed.checkpoint.state_dict.StateDictOptions`. By default values are live (but
+            for accumulators with ``shard_covers``): tensors, DTensors, and :class:`BoxedTensor` where a rank holds
+            flat ranges; saving writes them chunk by chunk, and loading writes into them. ``full_state_dict=True`` makes
+            whole tensors, one after another.
 
     Returns:
         ``{"state": {name: {"step", "accumulator_0", …, "momentum_buffer"}}, "param_groups": [{"params": names, …}]}``.

@@ -39,6 +39,7 @@ from sm3_dist.step.state import (
     mend_state,
     parameter_shaped,
     square_averages,
+    with_copies,
     with_square_averages,
 )
 from sm3_dist.step.watch import Watch
@@ -308,16 +309,19 @@ class PlanKeeper:
         adopted.update((key, value) for key, value in loaded["state"].items() if key not in params)
         return adopted, fitted
 
-    def without_flat_shapes(self, state_dict: dict[str, Any], groups: Sequence[ParamGroup]) -> dict[str, Any]:
-        """A state dict in which every tensor of a flattened parameter has its shape, as FSDP1 and fairscale want it."""
+    def to_hand_out(self, state_dict: dict[str, Any], groups: Sequence[ParamGroup]) -> dict[str, Any]:
+        """A state dict that lasts, and where tensors of flattened parameters have their shape, as FSDP1 wants it."""
         labelled = iter(enumerate(labelled_params(groups)))
         for saved in state_dict["param_groups"]:
             averages: dict[str, int] = {}
             for number, (param, label, group) in islice(labelled, len(saved["params"])):
-                if param in self.flattened and number in state_dict["state"]:
-                    state, shards = state_dict["state"][number], self.describe(param, label, group["cover_block"])
+                state = state_dict["state"].get(number)
+                if state is not None and param in self.flattened:
+                    shards = self.describe(param, label, group["cover_block"])
                     averages |= square_averages(state, shards, self.flattened.names(param))
                     state_dict["state"][number] = parameter_shaped(state, param, shards)
+                elif state is not None and self._shard_covers:
+                    state_dict["state"][number] = with_copies(state)
             if averages:
                 saved[SQUARE_AVERAGES] = averages
         return state_dict

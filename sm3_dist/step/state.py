@@ -220,6 +220,11 @@ def parameter_shaped(state: State, param: Tensor, shards: Sequence[LocalShard]) 
     return shaped
 
 
+def with_copies(state: State) -> State:
+    """A state whose accumulators are copies: those that ``shard_covers`` spreads have no memory between steps."""
+    return {key: value.clone() if key.startswith("accumulator_") else value for key, value in state.items()}
+
+
 def as_tensor(value: Tensor | float) -> Tensor:
     """A tensor as it is, a number as a tensor on the CPU that holds it exactly.
 
