@@ -20,6 +20,7 @@ from sm3_dist.step.param_groups import (
     adamw_like_options,
     inverse_of,
     label_of,
+    loaded_options,
     movable_params,
     refuse_options_of_adam,
     settings_of,
@@ -27,7 +28,6 @@ from sm3_dist.step.param_groups import (
 )
 from sm3_dist.step.plan import StepPlan
 from sm3_dist.step.scheduled import check_scheduled, warn_of_cycled_momentum
-from sm3_dist.step.state import SQUARE_AVERAGES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -357,8 +357,7 @@ class SM3(Optimizer):
             # raises before anything is changed
             states, fitted = self._keeper.adopt(loaded, self.param_groups, self.defaults["cover_block"])
             adopted.update(states=states, fitted=fitted)
-            kept = [{k: v for k, v in group.items() if k != SQUARE_AVERAGES} for group in loaded["param_groups"]]
-            return {**loaded, "state": {}, "param_groups": kept}
+            return {**loaded, "state": {}, "param_groups": loaded_options(loaded["param_groups"], self.param_groups)}
 
         def put_back(_: Optimizer) -> None:
             self._keeper.install(**adopted, groups=self.param_groups)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import SM3 as torch_sm3
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as by_torch
 
 from sm3_dist import SM3
 from sm3_dist.checkpoint import (
@@ -93,3 +96,50 @@ def test_foreign_states_that_are_not_what_they_should_be() -> None:
         from_adamw(sgd.state_dict(), names[:2])
     with pytest.raises(ValueError, match="by number; pass names="):
         from_adamw(sgd.state_dict())
+
+
+Make = Callable[[nn.Module], Any]
+
+
+def one_group(model: nn.Module) -> SM3:
+    return SM3.adamw_like(model.parameters())
+
+
+def two_groups(model: nn.Module) -> SM3:
+    matrix, *others = model.parameters()
+    return SM3([{"params": [matrix], "cover_block": 4}, {"params": others, "lr": 0.5}])
+
+
+OTHERS: dict[str, tuple[Make, Make]] = {
+    "SGD": (lambda model: torch.optim.SGD(model.parameters(), lr=0.1), one_group),
+    "SGD with momentum": (lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), one_group),
+    "Adagrad": (lambda model: torch.optim.Adagrad(model.parameters()), one_group),
+    "one group for two": (one_group, two_groups),
+    "two groups for one": (two_groups, one_group),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_is_of_another_optimizer_or_of_other_param_groups_is_refused(case: str) -> None:
+    """SGD's momentum was taken for SM3's; PyTorch's function leaves a group without options, or with another's."""
+    model, other = holder(), holder()
+    make, ours = OTHERS[case]
+    optimizer, mine = make(model), ours(other)
+    take_steps(optimizer, list(model.parameters()), 2)
+    take_steps(mine, list(other.parameters()), 1)
+    before = copy.deepcopy(mine.state_dict())
+    with pytest.raises(ValueError, match=r"no beta: it was saved by another|but this optimizer needs accumulator_0"):
+        by_torch.set_optimizer_state_dict(other, mine, by_torch.get_optimizer_state_dict(model, optimizer))
+    assert str(mine.state_dict()) == str(before)
+
+
+def test_parameters_in_another_order_are_refused() -> None:
+    model = holder()
+    first, second, third = model.named_parameters()
+    saved = SM3([first, second, third]).state_dict()
+    optimizer = SM3([first, third, second])
+    with pytest.raises(ValueError, match="number 1 of the parameters in param group 0 is 'c', but was 'b'"):
+        optimizer.load_state_dict(saved)
+    in_ddp = SM3((f"module.{name}", param) for name, param in (first, second, third))
+    in_ddp.load_state_dict(saved)
+    assert in_ddp.param_groups[0]["param_names"] == ["module.a", "module.b", "module.c"]

@@ -39,6 +39,8 @@ from sm3_dist.step.param_groups import validate
 from sm3_dist.step.state import accumulator_key, held_accumulators, step_device
 
 SCALAR = Box((), ())
+ADAMS = "exp_avg_sq"
+"""What Adam's state has and SM3's has not."""
 _OPTIONAL = {
     MOMENTUM_BUFFER: "momentum > 0",
     MOMENTUM_CODE: "momentum_dtype=torch.int8",
@@ -169,7 +171,7 @@ class Canonical:
         frozen = self.make_room(shapes)
         try:
             self._check(shapes, options, strict)
-        except ValueError:
+        except (TypeError, ValueError):
             self._give_up(frozen)
             raise
         for group, inner, new in zip(self.groups_of_all, self.optimizer.param_groups, options, strict=True):
@@ -237,6 +239,9 @@ class Canonical:
 
     def _check(self, shapes: Mapping[str, Mapping[str, Any]], changes: list[dict[str, Any]], strict: bool) -> None:
         """Raise unless the loaded state fits."""
+        for name in self.entries:
+            if ADAMS in shapes.get(name, ()):
+                raise ValueError(_missing_key(name, "accumulator_0", list(shapes[name])))
         missing = [name for name in self.entries if name not in shapes]
         if missing and strict:
             raise ValueError(_missing(missing, shapes))
@@ -342,7 +347,7 @@ def _missing(names: Sequence[str], found: Iterable[str]) -> str:
 
 
 def _missing_key(name: str, key: str, found: Sequence[str]) -> str:
-    if "exp_avg_sq" in found:
+    if ADAMS in found:
         hint = "This is the state of Adam; convert it with sm3_dist.checkpoint.from_adamw."
     elif key in _OPTIONAL:
         hint = f"It is needed for {_OPTIONAL[key]}: make the optimizer with the hyperparameters that it was saved with."

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from itertools import islice
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +24,21 @@ from sm3_dist.step.entry import Entry
 from sm3_dist.step.guard import Skipping
 from sm3_dist.step.kernel import Launcher
 from sm3_dist.step.lookout import Lookout
-from sm3_dist.step.param_groups import ParamGroup, can_move, label_of, labelled_params, layout_options
+from sm3_dist.step.param_groups import (
+    SQUARE_AVERAGES,
+    ParamGroup,
+    can_move,
+    label_of,
+    labelled_params,
+    layout_options,
+    which_can_move,
+)
 from sm3_dist.step.plan import StepPlan, agreement_lines, change
 from sm3_dist.step.state import (
-    SQUARE_AVERAGES,
     State,
     accumulator_keys,
     adopt_state,
+    check_accumulators,
     fill_state,
     held_accumulators,
     local_momentum,
@@ -47,7 +54,6 @@ from sm3_dist.step.watch import Watch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_REQUIRES_GRAD = attrgetter("requires_grad")
 PATIENCE = timedelta(seconds=25)
 """How long a rank that plans anew waits for ranks that it exchanges nothing with: they may never come."""
 _LOADED = "Its state was loaded, replaced or written into: do that on every rank, between the same two steps."
@@ -151,7 +157,7 @@ class PlanKeeper:
         return tuple(
             part
             for group in groups
-            for part in (layout_options(group), integers(map(id, group["params"])), _can_move(group["params"]))
+            for part in (layout_options(group), integers(map(id, group["params"])), which_can_move(group["params"]))
         )
 
     def _new_watch(self, plan: StepPlan) -> Watch:
@@ -283,19 +289,18 @@ class PlanKeeper:
             cover_block: that of loaded groups that do not say theirs.
 
         Raises:
-            ValueError: if a tensor does not have the shape that this rank stores.
+            ValueError: if it is of another optimizer, or a tensor does not have the shape that this rank stores.
         """
         if self._plan is not None:  # what is loaded may be what it works on
             self._plan.receive()
             self._plan.publish()
         adopted: defaultdict[Any, State] = defaultdict(dict)
         fitted: Fitted = {}
-        positions = [key for group in loaded["param_groups"] for key in group["params"]]
-        params = dict(zip(positions, labelled_params(groups), strict=False))  # the caller compares the lengths
+        loaded_groups = {key: group for group in loaded["param_groups"] for key in group["params"]}
+        params = dict(zip(loaded_groups, labelled_params(groups), strict=False))  # the caller compares the lengths
         if self.replicas is not None:
             self.replicas.include(self._active_params(groups))
             self.replicas.include(params[key][0] for key in loaded["state"] if key in params)
-        loaded_groups = {key: group for group in loaded["param_groups"] for key in group["params"]}
         for key, (param, label, _) in params.items():
             if key not in loaded["state"] and SQUARE_AVERAGES not in loaded_groups[key]:
                 continue  # nothing to adopt, of a model that is perhaps yet to be attached
@@ -305,6 +310,8 @@ class PlanKeeper:
                 value = with_square_averages(value, loaded_groups[key], shards, self.flattened.names(param), label)
             if value or key in loaded["state"]:
                 adopted[param] = adopt_state(value, param, shards, label, self._momentum_dtype)
+                if param not in self.flattened:
+                    check_accumulators(value, shards[0], label)
                 fitted[param] = (adopted[param], shards)
         adopted.update((key, value) for key, value in loaded["state"].items() if key not in params)
         return adopted, fitted
@@ -391,9 +398,3 @@ class PlanKeeper:
             for index, param in enumerate(group["params"])
             if param in self.states
         }
-
-
-def _can_move(params: Sequence[Tensor]) -> list[bool]:
-    """Of each parameter whether it can move; one answer, without a loop in Python, where all can."""
-    required = list(map(_REQUIRES_GRAD, params))
-    return [True] if all(required) else list(map(can_move, params))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,8 +33,13 @@ MATRIX = {"momentum": 0.95, "update_rms": None, "cover_block": None, "cover_prod
 BOUNDS = {"lr": math.inf, "momentum": 1.0, "beta": 1.0, "eps": math.inf, "weight_decay": math.inf}
 """The numbers in a param group, which are at least 0, and less than this."""
 
+SQUARE_AVERAGES = "update_square_averages"
+"""Key of the averages of squares of flattened parameters in the param groups of a state dict."""
+
 NEEDS = {"nesterov": "momentum", "bias_correction": "beta", "cover_product": "cover_block"}
 """Options that mean nothing without another."""
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 def adamw_like_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +81,12 @@ def layout_options(group: dict[str, Any]) -> tuple[Any, ...]:
 def can_move(param: Tensor) -> bool:
     """Whether a step may change it: whether it can have a gradient, or has one."""
     return param.requires_grad or param.grad is not None
+
+
+def which_can_move(params: Sequence[Tensor]) -> list[bool]:
+    """Of each parameter whether it can move; one answer, without a loop in Python, where all can."""
+    required = list(map(_REQUIRES_GRAD, params))
+    return [True] if all(required) else list(map(can_move, params))
 
 
 def movable_params(groups: Sequence[ParamGroup]) -> list[tuple[Tensor, str]]:
@@ -164,6 +176,37 @@ def validate(group: ParamGroup, number: int, momentum_dtype: torch.dtype | None 
         raise ValueError(f"{error} (in param group {number})" if number else str(error)) from None
     if not isinstance(group["orthogonalize"], bool):
         group["orthogonalize"] = tuple(sorted(group["orthogonalize"]))
+
+
+def loaded_options(loaded: Sequence[ParamGroup], groups: Sequence[ParamGroup]) -> list[ParamGroup]:
+    """Loaded param groups for these, of which there are perhaps more or fewer: what that is, the caller says.
+
+    Raises:
+        ValueError: if they cannot be the hyperparameters of these groups. (Where groups were cut otherwise, PyTorch's
+            ``set_optimizer_state_dict`` leaves some without any.)
+    """
+    result = []
+    for g, old in enumerate(loaded):
+        was, now = old.get("param_names", ()), groups[g].get("param_names", ()) if g < len(groups) else ()
+        if "beta" not in old:
+            has = ", ".join(str(key) for key in old if key not in ("params", "param_names")) or "no hyperparameters"
+            raise ValueError(
+                f"param group {g} of the loaded state has {has}, and no beta: it was saved by another optimizer, or by "
+                "an SM3 with other param groups. Make the optimizer with the recipe and the param groups of then, or "
+                "load with sm3_dist.checkpoint.set_optimizer_state_dict, which takes parameters out of any groups by "
+                "their names."
+            )
+        by_position = all(isinstance(key, int) for key in old["params"])
+        if by_position and list(was) != list(now) and sorted(was) == sorted(now):
+            at = next(k for k, (one, other) in enumerate(zip(was, now, strict=True)) if one != other)
+            raise ValueError(
+                f"number {at} of the parameters in param group {g} is {now[at]!r}, but was {was[at]!r} when the state "
+                "was saved, and it is loaded by position. Pass the parameters in the order of then, or save and load "
+                "with sm3_dist.checkpoint, which goes by name."
+            )
+        left_out = (SQUARE_AVERAGES, "param_names") if now else (SQUARE_AVERAGES,)
+        result.append({key: value for key, value in old.items() if key not in left_out})
+    return result
 
 
 OF_ADAM = {

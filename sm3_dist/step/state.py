@@ -21,10 +21,9 @@ from sm3_dist.maths.momentum_code import (
 )
 from sm3_dist.maths.rms import SquareSum, square_sum
 from sm3_dist.step.cover_minimum import read_minimum, write_minimum
+from sm3_dist.step.param_groups import SQUARE_AVERAGES
 
 State = dict[str, Any]
-SQUARE_AVERAGES = "update_square_averages"
-"""Key of the averages of squares of flattened parameters in the param groups of a state dict."""
 
 
 def accumulator_key(shard: LocalShard, i: int) -> str:
@@ -126,7 +125,7 @@ def adopt_state(
                 part = read_minimum(shard, minimum)[i].reshape(_local_shape(param, shard, i))
             elif key in loaded:
                 part = _adopt(loaded[key], _local_shape(param, shard, i), dtype, param, f"{key} of {label}")
-            elif shard.layout == WHOLE and accumulator_key(shard, 0) in loaded:
+            elif is_of_rows_alone(loaded, shard):
                 # The rows have covered everything so far: their maximum bounds the entries of the other dimensions.
                 rows = loaded[accumulator_key(shard, 0)]
                 top = rows.max() if rows.numel() else rows.new_zeros(())
@@ -148,6 +147,26 @@ def adopt_state(
             plain.copy_(converted(found, plain.dtype))
             state[momentum_key(plain.dtype)] = target
     return state
+
+
+def is_of_rows_alone(loaded: Mapping[str, Any], shard: LocalShard) -> bool:
+    """Whether a loaded state is that of sparse gradients, as torch-SM3 has it."""
+    keys = accumulator_keys(shard)
+    return shard.layout == WHOLE and shard.cover_block is None and [key for key in loaded if key in keys] == keys[:1]
+
+
+def check_accumulators(loaded: Mapping[str, Any], shard: LocalShard, label: str) -> None:
+    """Refuse a loaded state that has other accumulators, or some of them: of another optimizer, or other covers.
+
+    Raises:
+        ValueError: says which it has.
+    """
+    keys, found = accumulator_keys(shard), [key for key in loaded if key.startswith("accumulator_")]
+    if loaded and sorted(found) != keys and "cover_minimum" not in loaded and not is_of_rows_alone(loaded, shard):
+        raise ValueError(
+            f"the loaded state of {label} has {', '.join(loaded)}, but this optimizer needs {', '.join(keys)}. It was "
+            "saved by another optimizer, by another recipe, or with another cover_block."
+        )
 
 
 def mend_state(
