@@ -21,8 +21,10 @@ from sm3_dist.checkpoint import (
     StateDictOptions,
     TrainState,
     get_optimizer_state_dict,
+    get_state_dict,
     load,
     set_optimizer_state_dict,
+    set_state_dict,
 )
 from sm3_dist.checkpoint import train_state as train_state_module
 
@@ -115,3 +117,51 @@ def test_newer_format(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match=r"format version 2.*up to 1"):
         load({"train": state}, saved.with_name("newer"))
     assert all(bool((p == -5).all()) for p in state.model.parameters()), "something was loaded"
+
+
+def test_what_does_not_fit_one_of_several_optimizers_changes_none() -> None:
+    model, saved = single(1).model, trained()
+    embed, *others = model.parameters()
+    optimizers = [SM3([embed], momentum=0.9), SM3(others, momentum=0.9, cover_block=3)]
+    with pytest.raises(ValueError, match="cover_block=None, but this optimizer has cover_block=3"):
+        set_optimizer_state_dict(model, optimizers, get_optimizer_state_dict(*saved))
+    assert not optimizers[0].state[embed]["accumulator_0"].any()
+
+
+def test_weights_of_another_model_change_no_optimizer() -> None:
+    weights, state = get_state_dict(*trained())
+    model, optimizer = single(1)
+    model.register_buffer("more", torch.zeros(3))
+    frozen = model.get_parameter("embed.weight").requires_grad_(False)
+    with pytest.raises(RuntimeError, match="more"):
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    assert not optimizer.state[model.get_parameter("conv.weight")]["accumulator_0"].any()
+    assert frozen not in optimizer.state
+
+
+def rank_0_has_none(state: Any) -> None:
+    set_optimizer_state_dict(*single(1), state, options=StateDictOptions(True, broadcast_from_rank0=True))
+
+
+def test_what_rank_0_cannot_send_is_an_error_on_every_rank(workers: Pool) -> None:
+    for state in (None, {"state": {"embed.weight": {"momentum_buffer": None}}, "param_groups": []}):
+        workers(2).run_raises(ValueError, rank_0_has_none, state, match="rank 0 cannot send what is to be loaded")
+
+
+def test_frozen_parameters_may_be_missing() -> None:
+    model, optimizer = wrapped = trained()
+    frozen = model.get_parameter("embed.weight").requires_grad_(False)
+    options = StateDictOptions(ignore_frozen_params=True)
+    state = get_optimizer_state_dict(*wrapped, options=options)
+    assert "embed.weight" not in state["state"]
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+    assert optimizer.state[frozen]["accumulator_0"].all(), "it lost what it had"
+
+
+def test_a_learning_rate_that_is_a_tensor_is_copied() -> None:
+    model, optimizer = trained()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+    other = single(1)
+    set_optimizer_state_dict(*other, get_optimizer_state_dict(model, optimizer))
+    optimizer.param_groups[0]["lr"].fill_(0.5)
+    assert other.optimizer.param_groups[0]["lr"] == 0.25

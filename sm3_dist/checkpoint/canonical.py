@@ -9,6 +9,8 @@ for a flat range), so reading and writing state are the same for all of them.
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from sm3_dist.checkpoint.boxed import holders
 from sm3_dist.checkpoint.names import canonical_names
 from sm3_dist.checkpoint.slots import Reader, Slot, values
 from sm3_dist.layout.box import Box
@@ -34,7 +37,7 @@ from sm3_dist.maths.momentum_code import (
     refusal_of_old_codes,
 )
 from sm3_dist.optimizer import SM3
-from sm3_dist.step.entry import Entry
+from sm3_dist.step.entry import HYPERPARAMETERS, Entry
 from sm3_dist.step.param_groups import validate
 from sm3_dist.step.state import accumulator_key, held_accumulators, step_device
 
@@ -47,6 +50,9 @@ _OPTIONAL = {
     "update_square_average": "update_rms",
 }
 """What only some hyperparameters need."""
+_OF_THE_CLASS = set(inspect.signature(SM3.__init__).parameters) - set(HYPERPARAMETERS)
+"""Arguments of the optimizer as a whole, which wrappers of optimizers put into each of their param groups."""
+_NOT_SAVED = {"params", "param_names", *_OF_THE_CLASS}
 _MOMENTA = {MOMENTUM_BUFFER: MOMENTUM_CODE, MOMENTUM_CODE: MOMENTUM_BUFFER}
 """Each form of the momentum with the other, from which it can be made."""
 
@@ -70,8 +76,12 @@ class Canonical:
         # OSS knows all parameters; the optimizer in it has those of this rank, which nobody else has.
         self.groups_of_all = optimizer.param_groups
         self.apart = optimizer is not inner
-        self.ranks = tuple(dist.get_process_group_ranks(optimizer.group)) if self.apart else ()  # type: ignore[attr-defined]
+        # OSS, and PyTorch's ZeroRedundancyOptimizer
+        together = getattr(optimizer, "group", None) or getattr(optimizer, "process_group", None)
+        self.ranks = tuple(dist.get_process_group_ranks(together)) if self.apart else ()
         self._names = canonical_names(model)
+        self._room: list[Tensor] = []  # frozen parameters that were given state to be loaded
+        self._changes: list[dict[str, Any]] = []  # of the param groups, to be loaded
         self._refresh()
 
     def _refresh(self) -> None:
@@ -118,11 +128,13 @@ class Canonical:
             self._refresh()
         return found
 
-    def _give_up(self, params: Iterable[Tensor]) -> None:
-        """Take back what :meth:`make_room` did."""
-        for param in params:
+    def give_up(self) -> None:
+        """Take back what :meth:`prepare` did."""
+        for param in self._room:
             del self.optimizer._keeper.states[param]
-        self._refresh()
+        if self._room:
+            self._room = []
+            self._refresh()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The state by name: live tensors and DTensors, and for flat ranges BoxedTensors with views of the state."""
@@ -153,28 +165,52 @@ class Canonical:
             for names, group in zip(self.group_names(), self.groups_of_all, strict=True)
         ]
 
-    def load(
-        self, shapes: Mapping[str, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], loaded: Values, strict: bool
+    def prepare(
+        self,
+        shapes: Mapping[str, Mapping[str, Any]],
+        groups: Sequence[Mapping[str, Any]],
+        strict: bool,
+        spared: Collection[str] = (),
     ) -> None:
-        """Take over state by name. Everything is checked before anything is changed.
+        """Check state by name that is then to be taken over with :meth:`load`, or to be given up.
 
         Args:
             shapes: for each name and key something with the ``shape`` of the value.
             groups: the param groups, with names.
-            loaded: name, key and value, in the same order on every rank; whole tensors, DTensors or BoxedTensors.
             strict: whether every trained tensor must be there.
+            spared: names that need not.
 
         Raises:
             ValueError: names are missing, shapes or hyperparameters do not fit; the optimizer is then as it was.
         """
-        options = self._matching_options(groups, strict)
-        frozen = self.make_room(shapes)
+        error: Exception | None = None
         try:
-            self._check(shapes, options, strict)
-        except (TypeError, ValueError):
-            self._give_up(frozen)
-            raise
-        for group, inner, new in zip(self.groups_of_all, self.optimizer.param_groups, options, strict=True):
+            self._changes = self._matching_options(groups, strict, spared)
+            self._room = self.make_room(shapes)
+            self._check(shapes, self._changes, strict, spared)
+        except (TypeError, ValueError) as found:
+            error = found
+        if self.apart:
+            error = self._of_any_rank(error)
+        if error is not None:
+            self.give_up()
+            raise error
+
+    def _of_any_rank(self, error: Exception | None) -> Exception | None:
+        """The error of this rank or of the first that has one: each has other tensors. A collective."""
+        said: list[str | None] = [None] * len(self.ranks)
+        dist.all_gather_object(said, error and str(error), group=holders(self.ranks))
+        first = next((f"rank {rank}: {words}" for rank, words in zip(self.ranks, said, strict=True) if words), None)
+        return error or (None if first is None else ValueError(first))
+
+    def load(self, loaded: Values) -> None:
+        """Take over what was prepared.
+
+        Args:
+            loaded: name, key and value, in the same order on every rank; whole tensors, DTensors or BoxedTensors.
+        """
+        for group, inner, new in zip(self.groups_of_all, self.optimizer.param_groups, self._changes, strict=True):
+            new = copy.deepcopy(new)
             group.update(new)
             inner.update(new)
         self._refresh()
@@ -214,20 +250,19 @@ class Canonical:
             slots["update_square_average"] = Slot((), [SCALAR], [average], average, not flat, speaks, shard.ranks)
         return slots
 
-    def _matching_options(self, groups: Sequence[Mapping[str, Any]], strict: bool) -> list[dict[str, Any]]:
+    def _matching_options(
+        self, groups: Sequence[Mapping[str, Any]], strict: bool, spared: Collection[str]
+    ) -> list[dict[str, Any]]:
         """For each param group the hyperparameters under which its tensors were saved."""
         saved = {name: group for group in groups for name in group["params"]}
         result = []
         for names in self.group_names():
             found = {id(saved[name]): saved[name] for name in names if name in saved}
-            missing = [name for name in names if name not in saved and name in self.entries]
+            missing = [n for n in names if n not in saved and n in self.entries and n not in spared]
             if strict and missing:
                 raise ValueError(_missing(missing, saved))
-            options = [
-                # (Which tensors are made orthogonal is for each layout to say in its own way.)
-                {k: v for k, v in group.items() if k not in ("params", "param_names", "orthogonalize")}
-                for group in found.values()
-            ]
+            # (Which tensors are made orthogonal is for each layout to say in its own way.)
+            options = [{k: v for k, v in _options(group).items() if k != "orthogonalize"} for group in found.values()]
             for other in options[1:]:
                 if other != options[0]:
                     raise ValueError(
@@ -237,23 +272,29 @@ class Canonical:
             result.append(options[0] if options else {})
         return result
 
-    def _check(self, shapes: Mapping[str, Mapping[str, Any]], changes: list[dict[str, Any]], strict: bool) -> None:
+    def _check(
+        self,
+        shapes: Mapping[str, Mapping[str, Any]],
+        changes: list[dict[str, Any]],
+        strict: bool,
+        spared: Collection[str],
+    ) -> None:
         """Raise unless the loaded state fits."""
         for name in self.entries:
             if ADAMS in shapes.get(name, ()):
                 raise ValueError(_missing_key(name, "accumulator_0", list(shapes[name])))
-        missing = [name for name in self.entries if name not in shapes]
+        missing = [name for name in self.entries if name not in shapes and name not in spared]
         if missing and strict:
             raise ValueError(_missing(missing, shapes))
         new = {}
-        for group, change in zip(self.optimizer.param_groups, changes, strict=True):
+        for g, (group, change) in enumerate(zip(self.optimizer.param_groups, changes, strict=True)):
             new[id(group)] = {**group, **change}
             validate(new[id(group)], 0, self.optimizer.momentum_dtype)
             if new[id(group)]["cover_block"] != group["cover_block"]:
                 raise ValueError(
-                    f"the loaded state was saved with cover_block={change['cover_block']}, but this optimizer has "
-                    f"cover_block={group['cover_block']}, and accumulators of one cannot become those of the other. "
-                    f"Make the optimizer with cover_block={change['cover_block']}."
+                    f"the tensors of param group {g} were saved with cover_block={change['cover_block']}, but this "
+                    f"optimizer has cover_block={group['cover_block']}, and accumulators of one cannot become those of "
+                    f"the other. Make the optimizer with the recipe of then, and cover_block={change['cover_block']}."
                 )
         for name, entry in self.entries.items():
             if name not in shapes:
@@ -276,7 +317,8 @@ class Canonical:
                 if found != shape:
                     raise ValueError(
                         f"{key} of {name!r} has shape {found} in the loaded state, but this model needs {shape}. "
-                        "It is the checkpoint of another model."
+                        "It is the checkpoint of another model. To keep what the tensor has here, take its name out of "
+                        "the loaded state and pass StateDictOptions(strict=False)."
                     )
 
 
@@ -335,7 +377,7 @@ def _slot(
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    return {key: value for key, value in group.items() if key not in _NOT_SAVED}
 
 
 def _missing(names: Sequence[str], found: Iterable[str]) -> str:
@@ -356,31 +398,3 @@ def _missing_key(name: str, key: str, found: Sequence[str]) -> str:
     else:
         hint = "It is not the state of SM3."
     return f"the loaded state of {name!r} has no {key}, but {list(found)}. {hint}"
-
-
-def flatten(state: Mapping[str, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One flat dict, as ``StateDictOptions(flatten_optimizer_state_dict=True)`` asks for.
-
-    Example:
-        >>> flatten({"w": {"step": 3}}, [{"params": ["w"], "lr": 0.1}])
-        {'state.w.step': 3, 'param_groups.w.lr': 0.1}
-    """
-    flat = {f"state.{name}.{key}": value for name, values in state.items() for key, value in values.items()}
-    for group in groups:
-        for name in group["params"]:
-            flat |= {f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"}
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """The inverse of :func:`flatten`, with a param group for each name."""
-    state: dict[str, dict[str, Any]] = {}
-    groups: dict[str, dict[str, Any]] = {}
-    for path, value in flat.items():
-        kind, _, rest = path.partition(".")
-        name, _, key = rest.rpartition(".")
-        if kind == "state":
-            state.setdefault(name, {})[key] = value
-        else:
-            groups.setdefault(name, {"params": [name]})[key] = value
-    return state, list(groups.values())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
 from sm3_dist.checkpoint.boxed import BoxedTensor
-from sm3_dist.checkpoint.canonical import Canonical, flatten, sm3_within, unflatten
+from sm3_dist.checkpoint.canonical import Canonical, sm3_within
+from sm3_dist.checkpoint.flat_dict import flatten, unflatten
 from sm3_dist.checkpoint.model import is_flattened, load_model, model_slots
 from sm3_dist.checkpoint.names import canonical_names
 from sm3_dist.checkpoint.slots import values
@@ -110,18 +112,7 @@ def set_optimizer_state_dict(
     Raises:
         ValueError: if names are missing, or shapes or hyperparameters do not fit; nothing is then changed.
     """
-    options = _checked(options)
-    for optimizer in _several(optimizers):
-        if sm3_within(optimizer) is None:
-            torch_state_dict.set_optimizer_state_dict(model, optimizer, optim_state_dict, options=options)
-            continue
-        loaded = _Loaded.of(optim_state_dict)
-        if options.broadcast_from_rank0 and dist.is_initialized():
-            shared = _FromRank0.of(loaded, _device(p for group in optimizer.param_groups for p in group["params"]))
-            Canonical(model, optimizer).load(shared.shapes, shared.groups, shared.values(), options.strict)
-        else:
-            values = ((name, key, value) for name, each in loaded.state.items() for key, value in each.items())
-            Canonical(model, optimizer).load(loaded.state, loaded.groups, values, options.strict)
+    _Setting(model, _several(optimizers), optim_state_dict, _checked(options)).finish()
 
 
 def get_state_dict(
@@ -154,7 +145,7 @@ def set_state_dict(
     optim_state_dict: StateDict,
     options: StateDictOptions | None = None,
 ) -> _IncompatibleKeys:
-    """Load what :func:`get_state_dict` returned. The optimizers come first: what does not fit them changes nothing.
+    """Load what :func:`get_state_dict` returned. What does not fit the optimizers changes nothing.
 
     Args:
         model: the wrapped root module.
@@ -168,9 +159,18 @@ def set_state_dict(
 
     Raises:
         ValueError: as in :func:`set_optimizer_state_dict`.
+        RuntimeError: if the weights are those of another model; the optimizers are then as they were, and the model has
+            what fits, as after any ``load_state_dict`` of PyTorch.
     """
-    set_optimizer_state_dict(model, optimizers, optim_state_dict, options=options)
-    return _set_model_state(model, model_state_dict, _checked(options))
+    options = _checked(options)
+    setting = _Setting(model, _several(optimizers), optim_state_dict, options)
+    try:
+        keys = _set_model_state(model, model_state_dict, options)
+    except Exception:
+        setting.give_up()
+        raise
+    setting.finish()
+    return keys
 
 
 @torch.no_grad()
@@ -191,10 +191,66 @@ def _set_model_state(model: nn.Module, state_dict: StateDict, options: StateDict
     if not is_flattened(model):
         return torch_state_dict.set_model_state_dict(model, state_dict, options=options)
     if options.broadcast_from_rank0 and dist.is_initialized():
-        shared = _FromRank0.of(_Loaded({"": state_dict}, []), _device(model.parameters()))
+        shared = _FromRank0.of(lambda: _Loaded({"": state_dict}, []), _device(model.parameters()))
         loaded = ((name, value) for _, name, value in shared.values())
         return load_model(model, shared.shapes[""], loaded, options.strict)
     return load_model(model, state_dict, state_dict.items(), options.strict)
+
+
+class _Setting:
+    """State on its way to optimizers: all of it is checked when this is made, before anything is changed.
+
+    Args:
+        model: the wrapped root module.
+        optimizers: which train its parameters.
+        state_dict: the state.
+        options: as in :func:`set_optimizer_state_dict`.
+
+    Raises:
+        ValueError: if it does not fit one of them.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], state_dict: StateDict, options: StateDictOptions
+    ) -> None:
+        self._ours = [each for each in optimizers if sm3_within(each) is not None]
+        others = [each for each in optimizers if each not in self._ours]
+        self._set_others = [
+            partial(torch_state_dict.set_optimizer_state_dict, model, each, state_dict, options=options)
+            for each in others
+        ]
+        self._prepared: list[Canonical] = []
+        self._values: Callable[[], Iterable[tuple[str, str, Tensor]]] = tuple
+        if not self._ours:
+            return
+        shapes: Mapping[str, Mapping[str, Any]]
+        if options.broadcast_from_rank0 and dist.is_initialized():
+            device = _device(p for each in self._ours for group in each.param_groups for p in group["params"])
+            shared = _FromRank0.of(lambda: _Loaded.of(state_dict), device)
+            shapes, groups, self._values = shared.shapes, shared.groups, shared.values
+        else:
+            loaded = _Loaded.of(state_dict)
+            shapes, groups, self._values = loaded.state, loaded.groups, loaded.values
+        spared = _frozen(model) if options.ignore_frozen_params else ()
+        try:
+            for each in self._ours:
+                self._prepared.append(Canonical(model, each))
+                self._prepared[-1].prepare(shapes, groups, options.strict, spared)
+        except Exception:
+            self.give_up()
+            raise
+
+    def give_up(self) -> None:
+        """Leave the optimizers as they were."""
+        for canonical in self._prepared:
+            canonical.give_up()
+
+    def finish(self) -> None:
+        """Bring the state to the optimizers."""
+        for set_other in self._set_others:
+            set_other()
+        for canonical in self._prepared:
+            canonical.load(self._values())
 
 
 class _Loaded(NamedTuple):
@@ -211,6 +267,11 @@ class _Loaded(NamedTuple):
             state, groups = unflatten(state_dict)
         return cls({name: {k: as_tensor(v) for k, v in each.items()} for name, each in state.items()}, groups)
 
+    def values(self) -> Iterator[tuple[str, str, Tensor]]:
+        for name, each in self.state.items():
+            for key, value in each.items():
+                yield name, key, value
+
 
 class _Form(NamedTuple):
     shape: tuple[int, ...]
@@ -226,14 +287,29 @@ class _FromRank0(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, loaded: _Loaded, device: torch.device) -> _FromRank0:
-        forms = {
-            name: {key: _Form(tuple(value.shape), value.dtype) for key, value in values.items()}
-            for name, values in loaded.state.items()
-        }
-        sent: list[Any] = [forms, loaded.groups] if dist.get_rank() == 0 else [None, None]
+    def of(cls, read: Callable[[], _Loaded], device: torch.device) -> _FromRank0:
+        """What rank 0 reads. A collective.
+
+        Raises:
+            ValueError: on every rank, if rank 0 cannot.
+        """
+        loaded, reason = _Loaded({}, []), None
+        sent: list[Any] = [None, None, ""]
+        if dist.get_rank() == 0:
+            try:
+                loaded = read()
+                forms = {
+                    name: {key: _Form(tuple(value.shape), value.dtype) for key, value in values.items()}
+                    for name, values in loaded.state.items()
+                }
+                sent = [forms, loaded.groups, ""]
+            except Exception as error:
+                reason, sent = error, [None, None, f"{type(error).__name__}: {error}"]
         dist.broadcast_object_list(sent, src=0)
-        return cls(sent[0], sent[1], loaded.state, device)
+        shapes, groups, words = sent
+        if words:
+            raise ValueError(f"rank 0 cannot send what is to be loaded: {words}") from reason
+        return cls(shapes, groups, loaded.state, device)
 
     def values(self) -> Iterator[tuple[str, str, Tensor]]:
         for name, forms in self.shapes.items():

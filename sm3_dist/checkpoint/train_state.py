@@ -100,8 +100,9 @@ class TrainState(Stateful):
         """Take everything over. Call it on every rank.
 
         Raises:
-            ValueError: if a newer version of this package wrote it, or it does not fit; model and optimizer are then as
-                they were, unless ``torch.distributed.checkpoint.load``, which loads in place, has written into them.
+            ValueError: if a newer version of this package wrote it, or it does not fit the optimizers; these and the
+                model are then as they were, unless loading in place has written into them.
+            RuntimeError: if the weights are those of another model; the optimizers are as they were.
         """
         check_version(state_dict["format_version"])
         set_state_dict(
