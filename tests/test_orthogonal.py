@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
 
@@ -183,6 +184,52 @@ def one_rank_without_a_gradient(lag: int) -> None:
 @pytest.mark.parametrize("lag", [0, 2])  # on a GPU the host hears of it two steps later
 def test_a_gradient_on_some_ranks_alone_is_an_error_on_every_rank(workers: Pool, lag: int) -> None:
     workers(3).run(one_rank_without_a_gradient, lag)
+
+
+class Counted:
+    """A collective that knows whether somebody has waited for it."""
+
+    def __init__(self, work: dist.Work) -> None:
+        self.work, self.has_ended = work, False
+
+    def wait(self, *timeout: timedelta) -> None:
+        self.work.wait(*timeout)
+        self.has_ended = True
+
+    def is_completed(self) -> bool:
+        return self.work.is_completed()
+
+
+def an_error_while_others_travel() -> None:
+    """A library that still reads and writes must find memory; the next step goes on as if nothing had been sent."""
+    sent: list[tuple[Counted, Tensor, Tensor]] = []
+
+    def all_to_all_single(output: Tensor, given: Tensor, *sizes: Any, **options: Any) -> Counted:
+        sent.append((Counted(dist.distributed_c10d.all_to_all_single(output, given, *sizes, **options)), output, given))
+        return sent[-1][0]
+
+    model = LAYOUTS["fsdp2"].wrap(Tensors([(6, 4)] * 12))
+    optimizer = SM3(model.parameters(), **MUON)
+    params = list(model.parameters())
+    with SMALL_BUCKETS, patch.object(dist, "all_to_all_single", all_to_all_single):
+        buckets = [bucket.exchange for bucket in optimizer._current_plan().orthogonal.buckets]
+        for param in params:
+            give(param, torch.ones(param.shape))
+        params[0].grad = None if dist.get_rank() else params[0].grad
+        with pytest.raises(GradientMismatchError):
+            optimizer.step()
+        travelling = [tensors for work, *tensors in sent if not work.has_ended]
+        assert len(buckets) == 3
+        assert len(travelling) == 2
+        assert all(tensor.untyped_storage().nbytes() for pair in travelling for tensor in pair)
+        give(params[0], torch.ones(6, 4))
+        optimizer.step()
+    assert all(work.has_ended for work, *_ in sent)
+    assert not any(bucket._buffer.untyped_storage().nbytes() for bucket in buckets)
+
+
+def test_buckets_that_travel_keep_their_memory_when_a_step_ends_with_an_error(workers: Pool) -> None:
+    workers(2).run(an_error_while_others_travel)
 
 
 def memory_between_steps() -> None:

@@ -162,14 +162,15 @@ class MatrixExchange:
 
     def open(self) -> None:
         """Give the parts memory, and set them to 0."""
+        self._arrive()  # what a step that ended with an error left on its way
         self._buffer.untyped_storage().resize_(self._buffer.numel() * self._buffer.element_size())
         self._buffer.zero_()
 
     def close(self) -> None:
-        """Free the memory."""
-        self._work = None
-        self._whole = self._buffer
-        self._buffer.untyped_storage().resize_(0)
+        """Free the memory, unless something is on its way: after an error, and then a library writes into it yet."""
+        if self._work is None:
+            self._whole = self._buffer
+            self._buffer.untyped_storage().resize_(0)
 
     def send(self, present: Sequence[bool]) -> None:
         """Send the parts to the owners.
@@ -193,7 +194,7 @@ class MatrixExchange:
         if self.group is None:
             self._transform_parts(function)
             return
-        self._watch.wait([self._work], "the exchange of matrices", self._ranks, self._buffer.device.type == "cpu")
+        self._arrive()
         ends = list(accumulate((1 + self.matrices[m].numel(s) for s in self._ranks for m in self._mine), initial=0))
         pieces = [self._whole[a:b] for a, b in pairwise(ends)]
         parts = [pieces[k :: len(self._mine)] for k in range(len(self._mine))]
@@ -226,12 +227,17 @@ class MatrixExchange:
             group knows of them; of what came back for them nothing may be used. On a GPU the host does not wait to know
             of them, and they are those of some steps before.
         """
-        self._watch.wait([self._work], "the exchange of matrices", self._ranks, self._buffer.device.type == "cpu")
-        self._work, self._whole = None, self._buffer
+        self._arrive()
+        self._whole = self._buffer
         if self.group is None:
             return []
         self._mixed.add(torch.cat(self._words), None)
         return [m for words, _ in self._mixed.due() for m, mixed in enumerate(words.tolist()) if mixed]
+
+    def _arrive(self) -> None:
+        """Wait for what is on its way."""
+        self._watch.wait([self._work], "the exchange of matrices", self._ranks, self._buffer.device.type == "cpu")
+        self._work = None
 
     def _all_to_all(self, output: Tensor, given: Tensor, received: list[int], sent: list[int]) -> dist.Work | None:
         work: dist.Work | None = dist.all_to_all_single(output, given, received, sent, group=self.group, async_op=True)
