@@ -111,6 +111,7 @@ class PlanKeeper:
         self._older: StepPlan | None = None  # while there is no plan, the one before
         self._of_graphs: list[StepPlan] = []  # CUDA graphs refer to their tables by address
         self._fitted: Fitted = {}
+        self._changed: set[Tensor] = set()  # since the plan before, while one is made
         self._watch, self._held = Watch({}), Held([])
         self._unshared = False  # whether accumulators are yet to be made maxima over all ranks
         self._signature: tuple[Any, ...] = ()
@@ -184,6 +185,8 @@ class PlanKeeper:
         for param, label, group in labelled:
             if can_move(param) or param in self.states:
                 entries += self._entries(param, label, group, shards[param], numbers, working_copies)
+        self._fitted = {param: fitted for param, fitted in self._fitted.items() if param in self.states}
+        self._changed = set()
         self._remember_positions(groups)
         self._agree(entries)
         gatherer = None
@@ -379,11 +382,15 @@ class PlanKeeper:
         return state
 
     def _follow_exchanged_params(self, groups: Sequence[ParamGroup]) -> None:
-        """Hand on the state of parameters that somebody replaced in ``param_groups``, as accelerate does."""
+        """Hand on the state of parameters that somebody replaced in ``param_groups``, as accelerate does.
+
+        Where groups were removed, or their parameters, those behind them have moved up and are there yet.
+        """
+        there = {param for group in groups for param in group["params"]}
         for g, group in enumerate(groups):
             for index, param in enumerate(group["params"]):
                 old = self._positions.get((g, index))
-                if old is not None and old is not param and old in self.states and param not in self.states:
+                if old is not None and old in self.states and old not in there and param not in self.states:
                     label = label_of(group, g, index)
                     if self.replicas is not None:
                         self.replicas.exchange(old, param)

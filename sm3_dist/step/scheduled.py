@@ -57,11 +57,13 @@ def warn_of_cycled_momentum(groups: Sequence[ParamGroup], without: set[int]) -> 
         groups: the param groups.
         without: positions of groups that were made with ``momentum=0``; those that have momentum now are taken out.
     """
-    for g in [g for g in without if groups[g]["momentum"] > 0]:
+    for g, group in enumerate(groups):
+        if g not in without or not group["momentum"] > 0:
+            continue
         without.remove(g)
-        if "max_momentum" in groups[g]:  # both schedulers leave it there
+        if "max_momentum" in group:  # both schedulers leave it there
             warnings.warn(
-                f"OneCycleLR or CyclicLR set the momentum of param group {g} to {groups[g]['momentum']:g}, but SM3 was "
+                f"OneCycleLR or CyclicLR set the momentum of param group {g} to {group['momentum']:g}, but SM3 was "
                 "made with momentum=0: from now on it keeps one more value per element. Pass cycle_momentum=False to "
                 "the scheduler, or, if momentum is wanted, momentum=0.9 to SM3.",
                 stacklevel=2,
