@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress, repeat
 from operator import attrgetter, is_not
 from typing import Any
@@ -98,17 +98,17 @@ class Operands:
 
     Args:
         entries: the tensors.
-        retype: called with the index of a parameter and the type that its gradients now have.
 
     Attributes:
         params: the parameters of the tensors, each once.
         entries_of: the tensors of each.
         dtypes: the types of the gradients.
+        retyped: whether one of them is another in this step than in the one before.
         strides: the strides of the gradients.
         present: the parameters that have a gradient in this step.
     """
 
-    def __init__(self, entries: Sequence[Entry], retype: Callable[[int, torch.dtype], None]) -> None:
+    def __init__(self, entries: Sequence[Entry]) -> None:
         self.params = list({id(entry.param): entry.param for entry in entries}.values())
         self.index = {id(param): i for i, param in enumerate(self.params)}
         self.entries_of: list[list[Entry]] = [[] for _ in self.params]
@@ -116,7 +116,7 @@ class Operands:
             self.entries_of[self.index[id(entry.param)]].append(entry)
         self._without_elements = [entry for entry in entries if _leaves_maxima_of_nothing(entry)]
         self.present: list[Any] = []
-        self._retype = retype
+        self.retyped = False
         self._sharded = [i for i, param in enumerate(self.params) if is_dtensor(param)]
         self.survey()
 
@@ -150,6 +150,7 @@ class Operands:
             reduced just now; and the indices of the parameters that must be stepped in eager PyTorch: those with sparse
             gradients.
         """
+        self.retyped = False
         grads: list[Any] = list(map(_GRAD, self.params))
         for i in self._sharded:
             grad = grads[i]
@@ -179,20 +180,21 @@ class Operands:
             self._grads.turn_to([])
         eager = []
         for i in odd:
-            grad = grads[i]
-            assert grad is not None
-            if grad.layout is not strided:
+            if grads[i].layout is not strided:
                 eager.append(i)
-                continue
-            dtype = grad.dtype if grad.dtype == self._types[i] else torch.float32
-            if dtype != self.dtypes[i]:
-                self.dtypes[i] = dtype
-                self._retype(i, dtype)
-            if grad.dtype != dtype or grad.stride() != self.strides[i]:
-                grad = torch.empty_strided(grad.shape, self.strides[i], dtype=dtype, device=grad.device).copy_(grad)
-                grads[i] = grad
-            addresses[i] = address_of(grad) or EMPTY
+            else:
+                grads[i] = self._as_surveyed(i, grads[i])
+                addresses[i] = address_of(grads[i]) or EMPTY
         return integers(addresses), grads, eager
+
+    def _as_surveyed(self, i: int, grad: Tensor) -> Tensor:
+        """A gradient of the weight's type or float32, laid out as surveyed; a copy where it was not."""
+        dtype = grad.dtype if grad.dtype == self._types[i] else torch.float32
+        if dtype != self.dtypes[i]:
+            self.dtypes[i], self.retyped = dtype, True
+        if grad.dtype == dtype and grad.stride() == self.strides[i]:
+            return grad
+        return torch.empty_strided(grad.shape, self.strides[i], dtype=dtype, device=grad.device).copy_(grad)
 
     def step_in_eager(self, params: Iterable[int], settings: Mapping[int, Settings]) -> None:
         """Take what the kernels leave of a step: tensors without elements, of which no kernel clears accumulators, too.

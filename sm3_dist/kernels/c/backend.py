@@ -33,7 +33,7 @@ from sm3_dist.step.param_groups import first_rms
 
 WEIGHT, GRAD, MOMENT, OPERANDS = 0, 1, 2, 3
 PARAM_FIELDS = 3
-"""Of struct param, 64 bits each."""
+"""Of struct param, 64 bits each: weight, grad, step. Their table is an array of integers, which is faster to fill."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 4}
 MOMENT_TYPES = (torch.float32, torch.bfloat16, torch.int8)
 NO_MOMENTUM = 3
@@ -104,10 +104,6 @@ class _Tensor(ctypes.Structure):
     )
 
 
-class _Param(ctypes.Structure):  # the table of these is an array of integers, which is faster to fill
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("weight", "grad", "step"))
-
-
 def unavailable() -> str | None:
     """Why the compiled library cannot be used; ``None`` if it can."""
     found = library()
@@ -168,7 +164,7 @@ class CKernel:
         self._width = names.index(width) if width is not None else len(names) - 1
         self._groups = list({id(entry.group): entry.group for entry in entries}.values())
         self._group_settings = (_Settings * len(self._groups))()
-        self._operands = Operands(entries, self._retype)
+        self._operands = Operands(entries)
         first = [entries[0] for entries in self._operands.entries_of]
         self._table = array("q", bytes(8 * PARAM_FIELDS * len(first)))
         self._table[2::PARAM_FIELDS] = array("q", [entry.step.data_ptr() for entry in first])
@@ -256,11 +252,6 @@ class CKernel:
             found.append(target)
         return found
 
-    def _retype(self, param: int, dtype: torch.dtype) -> None:
-        for tensor in self._tensors:
-            if tensor.param == param:
-                tensor.type[GRAD] = TYPES[dtype]
-
     def update(self, settings: Mapping[int, Settings]) -> Sequence[Tensor]:
         """Take one step of every tensor that has a gradient, and count it; see :class:`sm3_dist.kernels.Kernel`."""
         operands = self._operands
@@ -271,6 +262,8 @@ class CKernel:
         self._table[0::PARAM_FIELDS] = addresses
         addresses, kept, eager = operands.grads()
         self._table[1::PARAM_FIELDS] = addresses
+        for tensor in self._tensors if operands.retyped else ():
+            tensor.type[GRAD] = TYPES[operands.dtypes[tensor.param]]
         for tensor, entry in self._released:
             _point(tensor, entry)
         for target, group in zip(self._group_settings, self._groups, strict=True):

@@ -60,7 +60,7 @@ class TritonKernel:
         self._device = local_tensor(entries[0].param).device
         self._groups = list({id(entry.group): entry.group for entry in entries}.values())
         self._stale = True
-        self._operands = Operands(entries, self._retype)
+        self._operands = Operands(entries)
         self._unaligned: frozenset[int] = frozenset()
         self._flags: list[Flags] = []
         self._seen: list[int] = []
@@ -77,9 +77,6 @@ class TritonKernel:
         self._numbers: list[float] = []  # made of the options of each group
         self._begin, self._end = Launcher(), Launcher()
         self._write_counters()
-
-    def _retype(self, param: int, dtype: torch.dtype) -> None:
-        self._stale = True
 
     def _write_counters(self) -> None:
         """Write down where steps are counted, and what averages of squares there are."""
@@ -109,6 +106,7 @@ class TritonKernel:
         if not as_surveyed:
             operands.survey()
         grads, kept, eager = operands.grads()
+        self._stale |= operands.retyped
         self._keep_list([*weights], [*grads], of_groups, as_surveyed)
         work = self._work
         if capture.capturing(self._device):
