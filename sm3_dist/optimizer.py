@@ -304,7 +304,7 @@ class SM3(Optimizer):
     @property
     def state(self) -> States:
         """The state of each parameter. Reading it waits for the maxima that are still on their way."""
-        return self._keeper.received(self.param_groups)
+        return self._keeper.received()
 
     @state.setter
     def state(self, value: States) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sm3_dist import SM3
+from sm3_dist.ranks.bucket import MaxBucket
 from sm3_dist.step.param_groups import ADAMW_LIKE
+from sm3_dist.step.plan import StepPlan
 
 OPTIONS: dict[str, dict[str, Any]] = {"paper": {"momentum": 0.9}, "recipe": ADAMW_LIKE}
 SHAPES = [(100, 70), (4, 3, 3, 3), (70,)]
@@ -194,3 +198,28 @@ def sharded(way: str, backend: str) -> list[str]:
 @pytest.mark.parametrize("way", ["in place", "replaced", "moved here", "read"])
 def test_sharded(workers: Pool, way: str) -> None:
     assert workers(3).run(sharded, way, "auto") == [[]] * 3
+
+
+def replaced_while_maxima_travel() -> tuple[list[bool], list[str]]:
+    """And with another layout, of which the buckets in which they travel tell the other ranks next."""
+    under_way: list[bool] = []
+    tell = StepPlan.tell
+
+    def noted(plan: StepPlan, event: str, words: str) -> None:
+        under_way.extend(bucket.pending for bucket in plan.buckets if isinstance(bucket, MaxBucket))
+        tell(plan, event, words)
+
+    optimizers = []
+    for model in (fully_shard(Tensors([(6, 4)] * 3)), Tensors([(6, 4)] * 3)):
+        *early, late = model.parameters()
+        optimizers.append(SM3(early))
+        train(optimizers[-1], range(2))
+        optimizers[-1].state = defaultdict(dict)
+        optimizers[-1].param_groups[0]["params"].append(late)
+        with patch.object(StepPlan, "tell", noted):
+            train(optimizers[-1], range(2, 4))
+    return under_way, differences(*optimizers)
+
+
+def test_a_state_that_is_replaced_while_maxima_travel(workers: Pool) -> None:
+    assert workers(2).run(replaced_while_maxima_travel) == [([False], [])] * 2

@@ -92,10 +92,6 @@ class PlanKeeper:
         skipping: Skipping,
         unscales: bool,
     ) -> None:
-        if momentum_dtype not in (None, torch.float32, torch.bfloat16, torch.int8):
-            raise ValueError(
-                f"momentum_dtype must be torch.float32, torch.bfloat16, torch.int8 or None, but is {momentum_dtype}"
-            )
         self.flattened = flattened
         self.replicas = replicas
         self.states: States = defaultdict(dict)
@@ -261,7 +257,7 @@ class PlanKeeper:
 
     # ---------------------------------------------------------------------------------------------- the states
 
-    def received(self, groups: Sequence[ParamGroup]) -> States:
+    def received(self) -> States:
         """The states, with the maxima that were on their way."""
         if self._plan is not None:
             self._plan.receive()
@@ -275,9 +271,11 @@ class PlanKeeper:
         self.current(groups)
 
     def replace(self, states: States) -> None:
-        """Take other states, of which nothing is known. The plan that was made of the old ones goes."""
+        """Take other states, of which nothing is known. The plan of the old ones goes, when what it sent has arrived."""
+        if self._plan is not None:
+            self._plan.receive()
+            self._older, self._plan = self._plan, None
         self.states = states
-        self._older, self._plan = self._plan or self._older, None
         self._fitted = {}
         self._watch = Watch({})
 
@@ -294,9 +292,7 @@ class PlanKeeper:
         Raises:
             ValueError: if it is of another optimizer, or a tensor does not have the shape that this rank stores.
         """
-        if self._plan is not None:  # what is loaded may be what it works on
-            self._plan.receive()
-            self._plan.publish()
+        self.received()  # what is loaded may be what the plan works on
         adopted: defaultdict[Any, State] = defaultdict(dict)
         fitted: Fitted = {}
         loaded_groups = {key: group for group in loaded["param_groups"] for key in group["params"]}
