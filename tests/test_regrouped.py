@@ -1,4 +1,4 @@
-"""Parameters, groups and optimizers that are removed: what stays keeps its state, and what goes its memory no longer."""
+"""Parameters, groups and optimizers that are removed: what stays keeps its state, and what goes frees its memory."""
 
 from __future__ import annotations
 

@@ -22,8 +22,6 @@ from sm3_dist.planner.sharding import Sharding
 from sm3_dist.ranks.fingerprint import FIELDS
 from sm3_dist.step.param_groups import ADAMW_LIKE, MATRIX, validate
 
-MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, torch.int8)
-
 IN_BACKWARD = ("none", "fsdp2", "hsdp", "tp")
 """Wrappers with which steps may be taken during backward."""
 
@@ -251,9 +249,6 @@ def check_options(
     Raises:
         ValueError: says which option, its value and what to do.
     """
-    if momentum_dtype not in MOMENTUM_DTYPES:
-        raise ValueError(
-            f"momentum_dtype must be one of {', '.join(map(str, MOMENTUM_DTYPES))}, but is {momentum_dtype}"
-        )
     usual = {name: parameter.default for name, parameter in inspect.signature(SM3).parameters.items()}
-    validate({**usual, "params": [], "momentum": momentum, "update_rms": update_rms, "cover_block": cover_block}, 0)
+    given = {"momentum": momentum, "update_rms": update_rms, "cover_block": cover_block}
+    validate({**usual, **given, "params": []}, 0, momentum_dtype)

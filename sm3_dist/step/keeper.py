@@ -271,7 +271,7 @@ class PlanKeeper:
         self.current(groups)
 
     def replace(self, states: States) -> None:
-        """Take other states, of which nothing is known. The plan of the old ones goes, when what it sent has arrived."""
+        """Take other states, of which nothing is known. The plan of the old ones goes when what it sent is here."""
         if self._plan is not None:
             self._plan.receive()
             self._older, self._plan = self._plan, None

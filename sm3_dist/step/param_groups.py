@@ -237,6 +237,10 @@ def refuse_options_of_adam(names: Iterable[str]) -> None:
 
 def _validate(group: ParamGroup, momentum_dtype: torch.dtype | None) -> None:
     refuse_options_of_adam(set(group) & {"betas"})
+    if momentum_dtype not in (None, torch.float32, torch.bfloat16, torch.int8):
+        raise ValueError(
+            f"momentum_dtype must be torch.float32, torch.bfloat16, torch.int8 or None, but is {momentum_dtype}"
+        )
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a float or a tensor of one element, not a tensor of shape {tuple(lr.shape)}")
