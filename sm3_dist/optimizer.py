@@ -389,7 +389,7 @@ class SM3(Optimizer):
         for group in self.param_groups:
             group.update({**self.defaults, **group})
         if states is not None:
-            self._keeper.install_unpickled(states, self.param_groups)
+            self._keeper.install(states, {}, self.param_groups)
 
     def _new_keeper(self, flattened: Flattened, replicas: Replicas | None) -> PlanKeeper:
         common = (flattened, replicas, self.momentum_dtype, self.shard_covers, kernels.Launcher(self.backend))

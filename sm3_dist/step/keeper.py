@@ -333,15 +333,10 @@ class PlanKeeper:
         return state_dict
 
     def install(self, states: States, fitted: Fitted, groups: Sequence[ParamGroup]) -> None:
-        """Take the states that :meth:`adopt` made."""
+        """Take the states that :meth:`adopt` made, or that came with a copy of an optimizer."""
         self.replace(states)
         self._fitted = fitted
         self._unshared = any(param in self.flattened for param, _, _ in labelled_params(groups))
-        self._remember_positions(groups)
-
-    def install_unpickled(self, states: States, groups: Sequence[ParamGroup]) -> None:
-        """Take the states that came with a copy of an optimizer."""
-        self.replace(states)
         self._remember_positions(groups)
 
     def check_copyable(self, groups: Sequence[ParamGroup]) -> None:
