@@ -44,6 +44,15 @@ def test_c_alone_says_why_it_cannot_take_a_tensor():
         SM3([weight], backend="c").step()
 
 
+def test_a_kernel_has_the_tensors_of_one_device(monkeypatch):
+    """A model may lie on several GPUs, and what runs on one has no memory of another."""
+    given = []
+    monkeypatch.setattr(kernels, "_FUSED", [("triton", lambda entry: None, given.append)])
+    params = [nn.Parameter(torch.ones(2, device=device)) for device in ("cpu", "meta", "cpu")]
+    SM3(params, backend="triton")._current_plan()
+    assert [[entry.param.device.type for entry in entries] for entries in given] == [["cpu", "cpu"], ["meta"]]
+
+
 def test_one_warning_names_all_that_a_gpu_leaves_to_eager(monkeypatch):
     def told(backend):
         with warnings.catch_warnings(record=True) as caught:

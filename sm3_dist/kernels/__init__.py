@@ -74,10 +74,12 @@ def launch_list(entries: Sequence[Entry], backend: str) -> list[Kernel]:
                 f"backend={name!r} cannot step {entry.label} of shape {entry.shard.shape}: {refused[id(entry.param)]} "
                 "Use backend='auto', which steps such tensors in eager PyTorch."
             )
-        mine = [entry for entry in entries if id(entry.param) not in refused]
+        mine: dict[torch.device, list[Entry]] = {}
+        for entry in entries:
+            if id(entry.param) not in refused:
+                mine.setdefault(local_tensor(entry.param).device, []).append(entry)
         entries = [entry for entry in entries if id(entry.param) in refused]
-        if mine:
-            taken.append(kernel(mine))
+        taken += map(kernel, mine.values())
     return [*taken, EagerKernel(entries)] if entries else taken
 
 
