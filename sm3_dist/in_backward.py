@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -84,11 +87,12 @@ class StepInBackward:
         self._of_graphs: list[Any] = []  # CUDA graphs refer to their tables by address
         self._stepped: dict[Tensor, None] = {}
         self._nonfinite: dict[Tensor, str] = {}
+        self._turn = threading.Lock()  # autograd has a thread for each device
         # a GradScaler then leaves the gradients, which are gone, to step(), where it is refused
         self._unscaled_in_step, optimizer._step_supports_amp_scaling = optimizer._step_supports_amp_scaling, True
         optimizer._current_plan()  # compared across ranks here, and not in the midst of backward
         params = [param for param in _params(optimizer) if param.requires_grad]
-        self._handles: list[Any] = [param.register_post_accumulate_grad_hook(self._step) for param in params]
+        self._handles: list[Any] = [param.register_post_accumulate_grad_hook(_weakly(self._step)) for param in params]
         self._handles.append(optimizer.register_step_pre_hook(self._refuse_scaler))
         self._handles.append(optimizer.register_step_pre_hook(self._clip_what_is_left))
         self._handles.append(optimizer.register_step_post_hook(self._end))
@@ -111,11 +115,14 @@ class StepInBackward:
         """Undo it."""
         self.remove()
 
-    @torch.no_grad()
     def _step(self, param: Tensor) -> None:
         """A gradient is there."""
-        if param.grad is None:
-            return
+        with self._turn, torch.no_grad():
+            if param.grad is not None:
+                self._use_gradient(param)
+
+    def _use_gradient(self, param: Tensor) -> None:
+        """Take the parameter's step, and free the gradient."""
         if param in self._stepped:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} got a second gradient before optimizer.step(), but its "
@@ -128,9 +135,11 @@ class StepInBackward:
             )
         if not self._stepped:
             self._begin()
+        if param not in self._kernels:  # nor in the optimizer any more
+            return
         self._clip(param)
         if self._finite(param):
-            for kernel in self._kernels.get(param, ()):
+            for kernel in self._kernels[param]:
                 kernel.update(self._settings)
             mark_changed([param])
         self._stepped[param] = None
@@ -232,6 +241,21 @@ def _refuse(model: nn.Module, optimizer: SM3) -> None:
             "send one another in the midst of backward, among the collectives of the model, and in the order in which "
             "each has its gradients. Step after backward instead, or leave orthogonalize out."
         )
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that calls a method as long as its object lives.
+
+    Python's collector does not see what hooks of a tensor hold. One that held the optimizer would keep all of its
+    tensors, and so itself, for ever.
+    """
+    known = WeakMethod(method)
+
+    def hook(param: Tensor) -> None:
+        if (call := known()) is not None:
+            call(param)
+
+    return hook
 
 
 def _params(optimizer: SM3) -> list[Tensor]:

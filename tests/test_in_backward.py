@@ -1,6 +1,10 @@
 """Steps during backward: the bits of a step after it, one gradient alive at a time, one all-reduce after the last."""
 
+import gc
+import time
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from sm3_dist import SM3, step_in_backward
+from sm3_dist import SM3, kernels, step_in_backward
 from sm3_dist.ranks.bucket import MaxBucket
 
 STEPS = 4
@@ -240,6 +244,50 @@ def test_a_layer_frozen_after_backward_changes_no_bit() -> None:
         results.append([*net.parameters(), *(value for each in state for value in each.values())])
     assert len(results[0]) == len(results[1])
     assert all(map(torch.equal, *results))
+
+
+def test_gradients_of_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autograd has them for the devices of a model: none is there before the kernels of all are made."""
+    make = kernels.launch_list
+
+    def made_slowly(*arguments: Any) -> list[kernels.Kernel]:
+        time.sleep(0.05)
+        return make(*arguments)
+
+    monkeypatch.setattr(kernels, "launch_list", made_slowly)
+    layers = [nn.Linear(3, 3) for _ in range(4)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    optimizer = SM3([param for layer in layers for param in layer.parameters()], lr=0.1)
+    with step_in_backward(nn.ModuleList(layers), optimizer), ThreadPoolExecutor(len(layers)) as threads:
+        losses = [layer(torch.ones(1, 3)).square().sum() for layer in layers]
+        list(threads.map(torch.Tensor.backward, losses))
+        optimizer.step()
+    assert not any(map(torch.equal, before, [layer.weight for layer in layers]))
+
+
+def test_gradients_of_removed_parameters_are_left_where_they_are() -> None:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    optimizer = SM3([{"params": first.parameters()}, {"params": second.parameters()}], lr=0.1)
+    before = [layer.weight.detach().clone() for layer in (first, second)]
+    step_in_backward(nn.Sequential(first, second), optimizer)
+    del optimizer.param_groups[1]
+    second(first(torch.ones(2, 3))).square().sum().backward()
+    assert second.weight.grad is not None
+    assert torch.equal(second.weight, before[1])
+    assert first.weight.grad is None
+    assert not torch.equal(first.weight, before[0])
+
+
+def test_it_does_not_keep_the_optimizer_alive() -> None:
+    net = Net()
+    optimizer = SM3(net.parameters(), momentum=0.9)
+    step_in_backward(net, optimizer)
+    net(torch.ones(2, 6), 0).backward()
+    optimizer.step()
+    known = [*map(weakref.ref, net.parameters()), weakref.ref(optimizer)]
+    del net, optimizer
+    gc.collect()
+    assert all(each() is None for each in known)
 
 
 def test_it_can_be_undone() -> None:
