@@ -18,6 +18,7 @@ from sm3_dist.step.guard import Skipping
 from sm3_dist.step.keeper import PlanKeeper, States
 from sm3_dist.step.param_groups import (
     adamw_like_options,
+    in_order,
     inverse_of,
     label_of,
     loaded_options,
@@ -183,7 +184,7 @@ class SM3(Optimizer):
             "update_rms": update_rms,
             "cover_block": cover_block,
             "cover_product": cover_product,
-            "orthogonalize": orthogonalize,
+            "orthogonalize": in_order(orthogonalize),
             "stochastic_rounding": stochastic_rounding,
             "rounding_seed": rounding_seed,
         }

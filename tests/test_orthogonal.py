@@ -317,6 +317,12 @@ def test_what_is_not_names_is_refused(wanted: Any) -> None:
         SM3([torch.nn.Parameter(torch.ones(2, 2))], orthogonalize=wanted)
 
 
+def test_names_may_come_from_what_is_gone_through_once() -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2, 2))]} for _ in range(2)]
+    optimizer = SM3(groups, orthogonalize=(name for name in ("second", "first")))
+    assert [group["orthogonalize"] for group in optimizer.param_groups] == [("first", "second")] * 2
+
+
 def test_sparse_gradients_are_refused() -> None:
     table = torch.nn.Embedding(5, 4, sparse=True)
     optimizer = SM3(table.parameters(), orthogonalize=True)

@@ -160,7 +160,7 @@ def is_update_rms(rms: object) -> bool:
 
 
 def validate(group: ParamGroup, number: int, momentum_dtype: torch.dtype | None = None) -> None:
-    """Refuse hyperparameters out of range; names come in one order whatever they were given in.
+    """Refuse hyperparameters out of range; names come as :func:`in_order` has them.
 
     Args:
         group: the param group.
@@ -170,12 +170,23 @@ def validate(group: ParamGroup, number: int, momentum_dtype: torch.dtype | None 
     Raises:
         ValueError: says which, its value and what to do.
     """
+    group["orthogonalize"] = in_order(group["orthogonalize"])
     try:
         _validate(group, momentum_dtype)
     except ValueError as error:
         raise ValueError(f"{error} (in param group {number})" if number else str(error)) from None
-    if not isinstance(group["orthogonalize"], bool):
-        group["orthogonalize"] = tuple(sorted(group["orthogonalize"]))
+
+
+def in_order(orthogonalize: object) -> object:
+    """Names as a tuple, in one order; whatever else it may be as it is. What they are given in may be gone after once.
+
+    Example:
+        >>> in_order(name for name in ("b", "a")), in_order(True)
+        (('a', 'b'), True)
+    """
+    if isinstance(orthogonalize, str) or not isinstance(orthogonalize, Iterable):
+        return orthogonalize
+    return tuple(sorted(orthogonalize, key=str))
 
 
 def loaded_options(loaded: Sequence[ParamGroup], groups: Sequence[ParamGroup]) -> list[ParamGroup]:
@@ -263,8 +274,7 @@ def _validate(group: ParamGroup, momentum_dtype: torch.dtype | None) -> None:
     if group["cover_product"] and group["cover_block"] is None:
         raise ValueError("cover_product=True is for block covers. Set cover_block, to 64 say, or pass it as False")
     wanted = group["orthogonalize"]
-    names = isinstance(wanted, Iterable) and not isinstance(wanted, str) and all(isinstance(n, str) for n in wanted)
-    if not isinstance(wanted, bool) and not names:
+    if not isinstance(wanted, bool) and not (isinstance(wanted, tuple) and all(isinstance(n, str) for n in wanted)):
         raise ValueError(f"orthogonalize must be True, False or names of tensors, but is {wanted!r}")
     rms, block = group["update_rms"], group["cover_block"]
     if not is_update_rms(rms):
