@@ -1,6 +1,7 @@
 """ZeRO-1: replicated parameters, each rank updating a range, must train as one process does, to the last bit."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from launch.benchmarks.zero1 import bytes_sent
 from sm3_dist import SM3
 from sm3_dist.layout.shard import LocalShard
+from sm3_dist.ranks import weight_gather
 
 
 def trained(bucketing: dict[str, Any], options: dict[str, Any]) -> str:
@@ -63,6 +65,45 @@ def mixed_types(bucketing: dict[str, Any]) -> str:
 @pytest.mark.sampled("world_size, bucketing", crossed([2, 3], BUCKETING))
 def test_types_mix(workers: Pool, world_size: int, bucketing: str) -> None:
     assert_replicas(workers(world_size).run(mixed_types, BUCKETING[bucketing]))
+
+
+def converted(bucketing: dict[str, Any]) -> str:
+    """Some are of another type from the third step on, though they were cut together."""
+    params, whole = params_of(), params_of()
+    sharded, alone = SM3(params, momentum=0.9, shard_over=dist.group.WORLD), SM3(whole, momentum=0.9)
+    with patch.multiple(weight_gather, **bucketing):
+        for step in range(5):
+            for side, optimizer in ((params, sharded), (whole, alone)):
+                for param in side[::2] if step == 2 else ():
+                    param.data = param.data.bfloat16()
+                give(side, step)
+                optimizer.step()
+            assert_same(params, whole, sharded, alone, where=step)
+    return digest(params)
+
+
+@pytest.mark.sampled("world_size, bucketing", crossed([2, 3], BUCKETING))
+def test_types_may_change(workers: Pool, world_size: int, bucketing: str) -> None:
+    assert_replicas(workers(world_size).run(converted, BUCKETING[bucketing]))
+
+
+def removed() -> int:
+    """How many of the parameters are sent after two of them have left the optimizer."""
+    params = params_of([(5, 7), (3, 8), (4, 6)])
+    optimizer = SM3([{"params": [param]} for param in params], shard_over=dist.group.WORLD)
+    give(params, 0)
+    optimizer.step()
+    for param in params[::2]:
+        del optimizer.param_groups[-1 if param is params[2] else 0], optimizer.state[param]
+    give(params, 1)
+    optimizer.step()
+    gatherer = optimizer._current_plan().gatherer
+    assert gatherer is not None
+    return len({segment.param for bucket in gatherer.buckets for part in bucket for segment in part})
+
+
+def test_what_was_removed_is_not_sent(workers: Pool) -> None:
+    assert workers(2).run(removed) == [1, 1]
 
 
 def strided(bucketing: dict[str, Any]) -> str:

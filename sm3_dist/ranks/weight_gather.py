@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -158,7 +158,7 @@ class WeightGatherer:
     Args:
         group: the ranks over which the parameters are replicated.
         partitions: which range of which parameters each of them updates.
-        moving: whether a parameter's weights can change in this plan.
+        moving: the parameters whose weights can change in this plan.
         watch: this rank's view of the others.
     """
 
@@ -166,12 +166,12 @@ class WeightGatherer:
         self,
         group: ProcessGroup,
         partitions: Sequence[Partition],
-        moving: Callable[[Tensor], bool],
+        moving: Collection[Tensor],
         watch: RankWatch,
     ) -> None:
         self.group = group
         self._watch = watch
-        self.buckets = [bucket for partition in partitions for bucket in _buckets(partition, moving)]
+        self.buckets = [b for partition in partitions for parts in _alike(partition, moving) for b in _buckets(parts)]
         self._in_flight: deque[Gather | Broadcasts] = deque()
 
     def waits_for(self, bucket: Parts) -> set[Tensor]:
@@ -199,18 +199,25 @@ class WeightGatherer:
         first.unpack()
 
 
-def _buckets(partition: Partition, moving: Callable[[Tensor], bool]) -> list[Parts]:
-    """Cut every rank's range into the same number of parts; those that need the least updating come first."""
-    parts: Parts = [[] for _ in partition.cuts[1:]]
+def _alike(partition: Partition, moving: Collection[Tensor]) -> Iterable[Parts]:
+    """What each rank sends, of one type and device at a time: they may be others than when the partition was cut."""
+    found: dict[tuple[torch.dtype, torch.device], Parts] = {}
     for index, param in enumerate(partition.params):
-        if moving(param):
+        if param in moving:
+            parts = found.setdefault((param.dtype, param.device), [[] for _ in partition.cuts[1:]])
             for part, (start, stop) in zip(parts, partition.ranges(index), strict=True):
                 if start < stop:
                     part.append(Segment(param, start, stop))
+    return found.values()
+
+
+def _buckets(parts: Parts) -> list[Parts]:
+    """Cut what each rank sends into the same number of parts; those that need the least updating come first."""
     largest = max(sum(segment.numel for segment in part) for part in parts)
     if largest == 0 or len(parts) == 1:
         return []
-    limit = max(1, BUCKET_BYTES // (len(parts) * partition.params[0].element_size()))
+    itemsize = next(segment.param.element_size() for part in parts for segment in part)
+    limit = max(1, BUCKET_BYTES // (len(parts) * itemsize))
     size = math.ceil(largest / math.ceil(largest / limit))  # no more buckets than with the limit, but all alike
     pieces = [_pieces(part, math.ceil(largest / size), size) for part in parts]
     owned = [{segment.param: segment.numel for segment in part} for part in parts]

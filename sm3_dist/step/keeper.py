@@ -187,7 +187,8 @@ class PlanKeeper:
         self._agree(entries)
         gatherer = None
         if self.replicas is not None:
-            gatherer = WeightGatherer(self.replicas.group, self.replicas.partitions, can_move, self.watch)
+            moving = {entry.param for entry in entries if can_move(entry.param)}
+            gatherer = WeightGatherer(self.replicas.group, self.replicas.partitions, moving, self.watch)
         plan = StepPlan(entries, self._launch_list, self._shard_covers, self._process_groups, self._lookout, gatherer)
         self._launch_list.review(entries)
         return plan
