@@ -31,10 +31,11 @@ from launch.job.leaving import leave, stop_agent
 from launch.job.model import GPT, PRESETS, cross_entropy
 from launch.job.options import Options
 from launch.job.parallel import clip, parallelize, reduce_gradients, strategy
-from launch.job.report import Bar, Stopwatch, most_allocated, size, table
+from launch.job.report import Bar, Stopwatch, most_allocated, table
 from launch.job.start import Start
 from launch.job.world import UserError, World, join
 from sm3_dist.checkpoint import TrainState
+from sm3_dist.planner.tables import size
 
 
 def main(arguments: list[str]) -> int:

@@ -10,9 +10,9 @@ import torch
 from launch.job.options import Options
 from launch.job.parallel import WRAPPED_WHOLE, ranks_per_copy, strategy
 from launch.job.recipe import chosen
-from launch.job.report import size
 from launch.job.settings import Settings
 from launch.job.world import UserError, World
+from sm3_dist.planner.tables import size
 
 # The limit of a container, and what it uses but for the files that the kernel keeps; control groups 2 and 1.
 LIMITS = (

@@ -99,16 +99,3 @@ def table(title: str, rows: dict[str, str]) -> Table:
     for name, value in rows.items():
         result.add_row(name, value)
     return result
-
-
-def size(count: float) -> str:
-    """Write a number of bytes for people.
-
-    Example:
-        >>> size(980), size(3_370_000), size(2.5e9)
-        ('980 B', '3.37 MB', '2.50 GB')
-    """
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count:.0f} B"

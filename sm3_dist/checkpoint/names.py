@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-_INNER = ("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_orig_mod")
-"""Attributes under which wrappers keep the wrapped module: FSDP1 and fairscale, activation checkpointing, compile."""
+from sm3_dist.layout.flat_metadata import INNER
 
 
 def canonical_names(model: nn.Module) -> dict[Tensor, str]:
@@ -39,7 +38,7 @@ def canonical_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str
 
 
 def _wraps(module: nn.Module, name: str) -> bool:
-    if name in _INNER:
+    if name in INNER:
         return True
     replicates = isinstance(module, (DataParallel, DistributedDataParallel))
     return name == "module" and (replicates or type(module).__name__ == "ShardedDataParallel")

@@ -17,7 +17,7 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 
-from sm3_dist.layout.box import Box
+from sm3_dist.layout.box import Box, place
 from sm3_dist.layout.cover import blocks, split
 from sm3_dist.layout.shard import LocalShard
 
@@ -155,22 +155,14 @@ def _runs(
         counts = [-(-extent.stop[e] // lengths[e]) - extent.start[e] // lengths[e] for e in dims]
         yield Run(
             box.shape[d] * inner,
-            _place(first, extent.shape[dims.start : dims.stop]),
-            _place(block, counts),
+            place(first, extent.shape[dims.start : dims.stop]),
+            place(block, counts),
             lengths[d] * inner if d == spanned else ENDLESS,
             box.start[d] % lengths[d] * inner if d == spanned else 0,
-            _place(at, shape[dims.start : dims.stop]),
+            place(at, shape[dims.start : dims.stop]),
             index,
             range(d, dims.stop),
         )
-
-
-def _place(index: Sequence[int], shape: Sequence[int]) -> int:
-    """Place of an index in row-major order."""
-    place = 0
-    for i, n in zip(index, shape, strict=True):
-        place = place * n + i
-    return place
 
 
 def _step(dims: range, shape: Sequence[int], strides: Sequence[int]) -> int | None:

@@ -94,6 +94,19 @@ class Box:
             yield from self.along(dim, start, start + rows).chunks(limit)
 
 
+def place(index: Sequence[int], shape: Sequence[int]) -> int:
+    """The place of an element of a tensor, counted in row-major order.
+
+    Example:
+        >>> place((1, 2), (4, 5)), place((), ())
+        (7, 0)
+    """
+    found = 0
+    for i, n in zip(index, shape, strict=True):
+        found = found * n + i
+    return found
+
+
 def bounding(boxes: Sequence[Box], ndim: int) -> Box:
     """The smallest box that contains all ``boxes``; an empty one at the origin where there are none."""
     if not boxes:

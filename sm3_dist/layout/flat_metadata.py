@@ -42,8 +42,8 @@ _FAIRSCALE_MODULE = ("params", "process_group", "_num_flatten_params", "_param_n
 _FAIRSCALE_PARAM = ("_is_sharded", "_orig_size")
 _FAIRSCALE_ORIGINALS = ("_param_infos", "_param_shapes", "_shared_param_infos")
 
-_WRAPPERS = ("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_orig_mod")
-"""Names under which a wrapper holds the module that it wraps."""
+INNER = ("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_orig_mod")
+"""Names under which wrappers hold what they wrap: FSDP1 and fairscale, activation checkpointing, compile."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _check(holder: Any, names: Sequence[str], package: str) -> Any:
 
 def clean(name: str) -> str:
     """A module's or parameter's name without the wrappers on the way."""
-    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
+    return ".".join(word for word in name.split(".") if word not in INNER)
 
 
 def _join(*names: str) -> str:

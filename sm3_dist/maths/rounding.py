@@ -25,7 +25,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sm3_dist.layout.box import Box
+from sm3_dist.layout.box import Box, place
 from sm3_dist.layout.cover import split
 from sm3_dist.maths.momentum_code import encode
 
@@ -128,7 +128,7 @@ class Noise:
         s = split(r.shape)
         rows = _places(r.shape[:s], box.start[:s], box.stop[:s], device)
         columns = _places(r.shape[s:], box.start[s:], box.stop[s:], device)
-        first, last = (_place(r.shape[s:], at[s:]) // LANES for at in (box.start, [b - 1 for b in box.stop]))
+        first, last = (place(at[s:], r.shape[s:]) // LANES for at in (box.start, [b - 1 for b in box.stop]))
         groups = torch.arange(first, last + 1, dtype=torch.int64, device=device)
         counter = (groups & _WORD, rows.view(-1, 1) & _WORD, r.number & _WORD, r.step & _WORD)
         words = philox(counter, (r.seed & _WORD, r.seed >> 32 & _WORD))
@@ -156,13 +156,6 @@ def _places(shape: Sequence[int], start: Sequence[int], stop: Sequence[int], dev
     for n, a, b in zip(shape, start, stop, strict=True):
         places = (places * n).unsqueeze(-1) + torch.arange(a, b, dtype=torch.int64, device=device)
     return places.flatten()
-
-
-def _place(shape: Sequence[int], index: Sequence[int]) -> int:
-    place = 0
-    for n, i in zip(shape, index, strict=True):
-        place = place * n + i
-    return place
 
 
 def round_to_bfloat16(values: Tensor, noise: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sm3_dist.layout.box import Box
+from sm3_dist.layout.box import Box, place
 from sm3_dist.layout.describe import local_tensor
-from sm3_dist.layout.shard import LocalShard, unflattened
+from sm3_dist.layout.shard import unflattened
 from sm3_dist.maths.orthogonal import TYPE, move_along, orthogonalized_together, work
 from sm3_dist.maths.update import Settings
 from sm3_dist.ranks.matrix_exchange import Matrix, MatrixExchange, bucketed, owners
@@ -122,7 +122,7 @@ class _Part:
         shard, momentum = entry.shard, entry.momentum_buffer
         numel = shard.numel
         if shard.replicated:
-            start = _place(shard) if numel else 0
+            start = place(shard.boxes[0].start, shard.shape) if numel else 0
             within = replace(shard, replicated=False, flat_start=0, flat_numel=numel)
             take: Callable[[Tensor], Tensor] = lambda grad: grad.reshape(-1).narrow(0, start, numel)  # noqa: E731
         elif shard.flat_start is not None:
@@ -268,11 +268,3 @@ def _order(entry: Entry) -> tuple[int, ...] | None:
     stride = entry.param.stride()
     order = tuple(sorted(range(len(stride)), key=lambda d: -stride[d]))
     return None if order == tuple(range(len(stride))) else order
-
-
-def _place(shard: LocalShard) -> int:
-    """Where the elements of a replicated tensor that this rank updates begin, counted in row-major order."""
-    place = 0
-    for n, a in zip(shard.shape, shard.boxes[0].start, strict=True):
-        place = place * n + a
-    return place
