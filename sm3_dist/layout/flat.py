@@ -51,7 +51,7 @@ class Flattened:
 
     def names(self, param: Tensor) -> list[str]:
         """The names of the original tensors of a flattened parameter, in the order of its shards."""
-        return [original.name for original in self._found[param][1]]
+        return [original.name for original in self.originals(param)]
 
     def originals(self, param: Tensor) -> tuple[Original, ...]:
         """The original tensors in a parameter that a wrapper flattened, or that stands for one of those."""
@@ -142,21 +142,20 @@ def shard_of(tensor: FlatTensor, original: Original, cover_block: int | None = N
             f"{original.name} is itself the shard of a DTensor, flattened by {tensor.wrapper}. Combine tensor "
             "parallelism with FSDP2 (torch.distributed.fsdp.fully_shard) instead."
         )
-    shape, separate = original.shape or (1,), original.param is not None
+    shape, separate = _shape(original), original.param is not None
     if tensor.peers is None and separate:
         return LocalShard(shape, (Box.whole(shape),), cover_block=cover_block)
     ranks = tensor.peers.ranks if tensor.peers is not None else ()
-    order = original.order or tuple(range(len(shape)))
-    start, stop = held(original, tensor.part, tensor.rank)
+    boxes = _boxes(tensor, original, tensor.rank)
     everywhere = [held(original, tensor.part, rank) for rank in _holders(tensor, original)]
     cut = tensor.peers if len(everywhere) > 1 else None
     return LocalShard(
         shape,
-        tuple(reordered(box, order) for box in flat_boxes([shape[d] for d in order], start, stop)),
+        boxes,
         flat_start=0 if separate else max(0, original.start - tensor.rank * tensor.part),
-        flat_numel=stop - start if separate else tensor.part,
+        flat_numel=sum(box.numel for box in boxes) if separate else tensor.part,
         order=original.order,
-        shared=shared_entries(shape, everywhere, cut, cover_block, order) if cut is not None else (),
+        shared=shared_entries(shape, everywhere, cut, cover_block, original.order) if cut is not None else (),
         ranks=ranks,
         layout=f"at {original.start} of a flat tensor in parts of {tensor.part} over ranks {in_words(ranks)}",
         name="" if separate else original.name,
@@ -170,12 +169,20 @@ def shard_of(tensor: FlatTensor, original: Original, cover_block: int | None = N
 def _holdings(tensor: FlatTensor, original: Original) -> dict[int, tuple[Box, ...]]:
     """What each rank holds of an original tensor."""
     assert tensor.peers is not None
-    order = original.order or tuple(range(len(original.shape or (1,))))
-    lengths = [(original.shape or (1,))[d] for d in order]
-    return {
-        rank: tuple(reordered(box, order) for box in flat_boxes(lengths, *held(original, tensor.part, number)))
-        for number, rank in enumerate(tensor.peers.ranks)
-    }
+    return {rank: _boxes(tensor, original, number) for number, rank in enumerate(tensor.peers.ranks)}
+
+
+def _boxes(tensor: FlatTensor, original: Original, number: int) -> tuple[Box, ...]:
+    """What a part of a flat tensor holds of an original tensor."""
+    shape = _shape(original)
+    order = original.order or range(len(shape))
+    boxes = flat_boxes([shape[d] for d in order], *held(original, tensor.part, number))
+    return tuple(reordered(box, order) for box in boxes)
+
+
+def _shape(original: Original) -> tuple[int, ...]:
+    """A scalar counts as a vector."""
+    return original.shape or (1,)
 
 
 def _holders(tensor: FlatTensor, original: Original) -> range:
