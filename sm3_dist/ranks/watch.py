@@ -131,13 +131,14 @@ class RankWatch:
         Raises:
             PlanMismatchError: they have not all come within ``PATIENCE``.
         """
-        store, stopped = store_of_world() if self.tokens else None, self.call - 1
+        if not self.tokens:
+            return
+        store, stopped = store_of_world(), self.call - 1
         places = [(ranks, f"{token}/goes on/{stopped}") for ranks, token in self.tokens.items()]
         for ranks, place in places:
-            if store is not None and store.add(place, 1) == len(ranks):
+            if store.add(place, 1) == len(ranks):
                 store.set(f"{place}/all", "")
         for ranks, place in places:
-            assert store is not None
             if not wait_for_key(store, f"{place}/all", PATIENCE, self.look):
                 raise PlanMismatchError(
                     f"rank {dist.get_rank()} stopped in its step number {stopped} of SM3 with {self._error}\nand went "
@@ -247,9 +248,7 @@ class RankWatch:
             after = time.monotonic() - started
             try:
                 self.look()
-            except CollectiveError as found:
-                raise found from error
-            except PlanMismatchError as found:
+            except (PlanMismatchError, CollectiveError) as found:
                 raise found from error
             except Exception:  # the store is gone too
                 pass

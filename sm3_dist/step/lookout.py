@@ -53,8 +53,7 @@ class Lookout:
             circle = self._circle(ranks)
             if circle is not None:
                 known = before.get(ranks)
-                kept = known is not None and known.token == circle.token
-                self._checks[ranks] = known if kept and known is not None else SpotCheck(circle)
+                self._checks[ranks] = SpotCheck(circle) if known is None or known.token != circle.token else known
 
     @property
     def unsealed(self) -> list[Ranks]:
