@@ -77,9 +77,7 @@ def main(arguments: Sequence[str] | None = None, version: str = "") -> None:
     given = parser.parse_args(arguments)
     try:
         run(given)
-    except (
-        BrokenPipeError
-    ):  # whoever reads has enough; what is left in the buffer must not be written at the end either
+    except BrokenPipeError:  # whoever reads has enough: what is left in the buffer is not written at the end either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, ImportError, AttributeError) as error:
         command.error(str(error))

@@ -88,11 +88,7 @@ def _extents(shape: tuple[int, ...], ends: tuple[int, ...]) -> list[Interval]:
     for n in shape:
         row //= max(1, n)
         start, stop = first // max(1, row), last // max(1, row) + 1
-        several = torch.where(
-            first <= last,
-            torch.tensor(n, dtype=torch.int64, device="cpu"),
-            torch.tensor(0, dtype=torch.int64, device="cpu"),
-        )
+        several = (first <= last) * n
         result.append((torch.where(inside, start, 0), torch.where(inside, stop, several)))
         inside = inside & (stop - start == 1)
         first, last = torch.where(inside, first - start * row, first), torch.where(inside, last - start * row, last)
@@ -117,9 +113,6 @@ def _shared(shape: tuple[int, ...], ends: tuple[int, ...], cells: Cell) -> tuple
     regions = overlaps(boxes)
     inside = torch.zeros(len(boxes), dtype=torch.bool, device="cpu")
     for region in regions:
-        begins, ends_before = (
-            starts >= torch.tensor(region.start, dtype=torch.int64, device="cpu"),
-            stops <= torch.tensor(region.stop, dtype=torch.int64, device="cpu"),
-        )
-        inside |= begins.all(1) & ends_before.all(1)
+        start, stop = torch.tensor([region.start, region.stop], dtype=torch.int64, device="cpu")
+        inside |= (starts >= start).all(1) & (stops <= stop).all(1)
     return sum(region.numel for region in regions), inside

@@ -207,12 +207,10 @@ def _flat(kinds: Sequence[Kind], ranks: int, separate: bool) -> Iterator[Holding
     cuts = torch.arange(ranks + 1, dtype=torch.int64, device="cpu") * length
     parts = [_between(original.shape, original.start, cuts) for original in originals]
     for k, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
-        last, padding = k == len(kinds) - 1, None
+        last, padding = k == len(kinds) - 1, torch.zeros(ranks, dtype=torch.int64, device="cpu")
         if last and not separate:
-            padding = length - sum(
-                (each.numel() for each in parts), start=torch.zeros(ranks, dtype=torch.int64, device="cpu")
-            )
-        yield Holding(kind, part, counted=separate or last, padding=0 if padding is None else padding)
+            padding = length - sum((each.numel() for each in parts), start=padding)
+        yield Holding(kind, part, counted=separate or last, padding=padding)
 
 
 def _between(shape: tuple[int, ...], start: int, cuts: Tensor) -> FlatParts:
@@ -229,9 +227,8 @@ def _by_unit(sharding: Sharding) -> list[list[nn.Parameter]]:
     seen: set[nn.Parameter] = set()
     module, wrapped = sharding.module, set(sharding.units)
     result = []
-    for unit in [each for each in reversed(list(module.modules())) if each in wrapped and each is not module] + [
-        module
-    ]:
+    inner = [each for each in reversed(list(module.modules())) if each in wrapped and each is not module]
+    for unit in [*inner, module]:
         fresh = [param for param in unit.parameters() if param not in seen]
         seen.update(fresh)
         if fresh:
