@@ -92,20 +92,24 @@ def test_the_loops_of_the_kernel_take_few_instructions(
 @needs_gcc
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize(
-    ("name", "asked"),
+    ("name", "instruction", "lines", "places"),
     [
-        ("recipe, float32, float32 momentum", {"prefetcht1": 2 * 3 * 4}),
-        ("recipe, bfloat16, bfloat16 momentum", {"prefetcht0": 3 * 2}),
+        ("recipe, float32, float32 momentum", "prefetcht1", 3 * 4, 2),
+        ("recipe, bfloat16, bfloat16 momentum", "prefetcht0", 3 * 2, 1),
     ],
 )
 def test_memory_is_asked_for_ahead(
-    name: str, asked: dict[str, int], width: str, monkeypatch: pytest.MonkeyPatch
+    name: str, instruction: str, lines: int, places: int, width: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All cache lines of a group: of float32 in wide rows, or in short tensors of the next, and not into the cache that
-    wide rows overflow."""
+    wide rows overflow. (GCC 16 makes several loops of one, each with all of them.)"""
     monkeypatch.setenv("CC", "gcc")
     found = Counter(each.name for each in function(name, width, command()).instructions)
-    assert {each: count for each, count in found.items() if each.startswith("prefetch")} == asked
+    asked = {each: divmod(count, lines) for each, count in found.items() if each.startswith("prefetch")}
+    assert asked.keys() == {instruction}
+    times, rest = asked[instruction]
+    assert times >= places
+    assert rest == 0
 
 
 @needs_gcc

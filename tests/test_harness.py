@@ -7,6 +7,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from pickle import PicklingError
 
 import harness
 import pytest
@@ -142,7 +143,7 @@ def test_exception_that_cannot_be_pickled_is_named(workers):
 
 def test_function_that_cannot_be_sent_harms_nothing(workers):
     pids = workers(2).run(process_id)
-    with pytest.raises((AttributeError, TypeError), match=r"(?i)pickle|local object"):
+    with pytest.raises((AttributeError, TypeError, PicklingError), match=r"(?i)pickle|local object"):
         workers(2).run(lambda: None)
     assert workers(2).run(process_id) == pids
 
