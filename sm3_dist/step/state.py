@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -119,21 +119,8 @@ def adopt_state(
         plain = local_tensor(_zeros(param, shards, dtype))
         minimum = _adopt(minimum, tuple(plain.shape), dtype, param, f"cover_minimum of {label}")
     for shard in shards:
-        for i in range(shard.accumulator_count):
-            key = accumulator_key(shard, i)
-            if minimum is not None:
-                part = read_minimum(shard, minimum)[i].reshape(_local_shape(param, shard, i))
-            elif key in loaded:
-                part = _adopt(loaded[key], _local_shape(param, shard, i), dtype, param, f"{key} of {label}")
-            elif is_of_rows_alone(loaded, shard):
-                # The rows have covered everything so far: their maximum bounds the entries of the other dimensions.
-                rows = loaded[accumulator_key(shard, 0)]
-                top = rows.max() if rows.numel() else rows.new_zeros(())
-                shape = _local_shape(param, shard, i)
-                part = _adopt(top.expand(shape), shape, dtype, param, key)
-            else:
-                continue
-            state[key] = as_state_tensor(param, part, shard, i)
+        for i, part in _adopted_accumulators(loaded, param, shard, minimum, label):
+            state[accumulator_key(shard, i)] = as_state_tensor(param, part, shard, i)
         average = loaded.get(square_average_key(shard))
         if average is not None:
             average = as_tensor(average).detach()
@@ -147,6 +134,26 @@ def adopt_state(
             plain.copy_(converted(found, plain.dtype))
             state[momentum_key(plain.dtype)] = target
     return state
+
+
+def _adopted_accumulators(
+    loaded: Mapping[str, Any], param: Tensor, shard: LocalShard, minimum: Tensor | None, label: str
+) -> Iterator[tuple[int, Tensor]]:
+    """Copies of the accumulators of a loaded state, or those that follow from their minimum, each with its number."""
+    shapes = [_local_shape(param, shard, i) for i in range(shard.accumulator_count)]
+    if minimum is not None:
+        for i, part in enumerate(read_minimum(shard, minimum)):
+            yield i, part.reshape(shapes[i])
+        return
+    first, rows_alone = accumulator_key(shard, 0), is_of_rows_alone(loaded, shard)
+    for i, (key, shape) in enumerate(zip(accumulator_keys(shard), shapes, strict=True)):
+        value = loaded.get(key)
+        if value is None and rows_alone:
+            # The rows have covered everything so far: their maximum bounds the entries of the other dimensions.
+            rows = loaded[first]
+            value = (rows.max() if rows.numel() else rows.new_zeros(())).expand(shape)
+        if value is not None:
+            yield i, _adopt(value, shape, accumulator_dtype(param.dtype), param, f"{key} of {label}")
 
 
 def is_of_rows_alone(loaded: Mapping[str, Any], shard: LocalShard) -> bool:
