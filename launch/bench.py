@@ -14,6 +14,7 @@ from launch.benchmarks import scale as bench_scale
 from launch.benchmarks import sharded as bench_sharded
 from launch.benchmarks import step as bench_step
 from launch.benchmarks import zero1 as bench_zero1
+from launch.job.stopping import run
 from launch.job.world import UserError
 
 # One module for each benchmark: its `add_arguments(parser)` describes the options, its `run(options)` prints a table.
@@ -27,8 +28,8 @@ BENCHMARKS = {
 }
 
 
-def main(arguments: list[str]) -> None:
-    """Run the command line."""
+def main(arguments: list[str]) -> int:
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="benchmark")
     for name, module in BENCHMARKS.items():
@@ -41,7 +42,8 @@ def main(arguments: list[str]) -> None:
         options.run(options)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run(main))

@@ -25,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from launch.comparison.comparison import FEWER_BYTES, Comparison, Contestant
 from launch.comparison.standings import TABLE, draw, table
+from launch.job.alone import alone
 from launch.job.command_line import Parser
 from launch.job.model import PRESETS
+from launch.job.stopping import run
 from launch.job.world import UserError
 
 
@@ -70,18 +72,19 @@ def main(arguments: list[str]) -> int:
         for contestant in contestants:
             _ = contestant.arguments  # raises before anything is run
         sweep, around = not options.no_sweep, options.seeds_around
-        comparison = Comparison(options.out, contestants, options.seeds, common, sweep, around)
-        comparison.run_all(options.jobs, console)
-        standings = table(comparison)
-        console.print(standings)
-        with (options.out / TABLE).open("w") as file:
-            Console(file=file, width=120).print(standings)
-        draw(comparison)
-    except UserError as error:
+        with alone(options.out):
+            comparison = Comparison(options.out, contestants, options.seeds, common, sweep, around)
+            comparison.run_all(options.jobs, console)
+            standings = table(comparison)
+            console.print(standings)
+            with (options.out / TABLE).open("w") as file:
+                Console(file=file, width=120).print(standings)
+            draw(comparison)
+    except (UserError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(main))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 from launch.footprint.bars import draw_bars
 from launch.footprint.footprint import WAYS, ways_on
 from launch.footprint.meters import METERS
+from launch.job import records
+from launch.job.alone import alone
 from launch.job.command_line import Parser
 from launch.job.model import PRESETS
+from launch.job.stopping import output, run
 from launch.job.world import UserError
 
 MODELS = {"cpu": ["125m", "350m", "760m", "1.3b"], "cuda": ["1.3b", "6.7b", "13b", "20b"]}
@@ -60,8 +62,7 @@ class Measurements:
         self.out, self.ways, self.models, self.ranks, self.most = out, ways, models, ranks, most
         self.device = device
         out.mkdir(parents=True, exist_ok=True)
-        lines = (out / RESULTS).read_text().splitlines() if (out / RESULTS).exists() else []
-        made = [each for each in map(json.loads, lines) if len(each["bytes"]) == ranks]
+        made = [each for each in records.read(out / RESULTS) if len(each["bytes"]) == ranks]
         made = [each for each in made if each.get("device", "cpu") == device]
         self.records: dict[Key, dict[str, Any]] = {(each["way"], each["model"]): each for each in made}
 
@@ -73,8 +74,7 @@ class Measurements:
                     continue
                 record = self.measure(way, model)
                 self.records[way, model] = record
-                with (self.out / RESULTS).open("a") as results:
-                    results.write(json.dumps(record) + "\n")
+                records.append(self.out / RESULTS, record)
                 said = f"{model} {way}: {sum(record['bytes']):,} bytes, {per_parameter(record):.2f} per parameter"
                 console.print(said, highlight=False, soft_wrap=True)
 
@@ -92,7 +92,7 @@ class Measurements:
         command += [str(Path(__file__).with_name("footprint") / "footprint.py"), "--way", way, "--model", model]
         command += ["--device", self.device]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | ALLOCATOR
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = output(command, environment)
         if done.returncode:
             raise UserError(f"{' '.join(command[1:])} failed:\n{done.stderr.strip()}")
         record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -107,8 +107,8 @@ class Measurements:
         for model in self.models:
             table.add_column(f"{PRESETS[model].count(seq_len=1) / 1e6:,.0f} M", justify="right")
         for way in self.ways:
-            records = [self.records.get((way, model)) for model in self.models]
-            cells = [f"{per_parameter(record):.2f}" if record else "" for record in records]
+            made = [self.records.get((way, model)) for model in self.models]
+            cells = [f"{per_parameter(record):.2f}" if record else "" for record in made]
             table.add_row(WAYS[way].label, f"{WAYS[way].held}", *cells)
         return table
 
@@ -166,17 +166,19 @@ def main(arguments: list[str]) -> int:
         if ranks < 1:
             raise UserError(f"--ranks {ranks} must be at least 1")
         ways, models = given.ways or ways_on(given.device), given.models or MODELS[given.device]
-        measurements = Measurements(given.out, ways, models, ranks, 12.5e9 if most is None else most, given.device)
-        measurements.make_all(console)
-        console.print(measurements.table())
-        with (given.out / TABLE).open("w") as file:
-            Console(file=file, width=120).print(measurements.table())
-        measurements.draw()
-    except UserError as error:
+        with alone(given.out):
+            most = 12.5e9 if most is None else most
+            measurements = Measurements(given.out, ways, models, ranks, most, given.device)
+            measurements.make_all(console)
+            console.print(measurements.table())
+            with (given.out / TABLE).open("w") as file:
+                Console(file=file, width=120).print(measurements.table())
+            measurements.draw()
+    except (UserError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(main))

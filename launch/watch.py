@@ -26,8 +26,10 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from launch.footprint.resident import resident
+from launch.job import records
 from launch.job.command_line import parse
 from launch.job.folder import CONFIG, METRICS
+from launch.job.stopping import child, run
 from launch.job.world import UserError
 
 SAMPLES, PICTURE = "memory.jsonl", "memory.png"
@@ -52,15 +54,15 @@ def main(arguments: list[str]) -> int:
     command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments]
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     before = occupied_on_gpu() if on_gpu else 0
-    process = subprocess.Popen(command, env=os.environ | ALLOCATOR)
-    samples = watch(process, (lambda: occupied_on_gpu() - before) if on_gpu else lambda: resident(process.pid))
+    with child(command, env=os.environ | ALLOCATOR) as process:
+        samples = watch(process, (lambda: occupied_on_gpu() - before) if on_gpu else lambda: resident(process.pid))
     if process.returncode == 0:
         with (out / SAMPLES).open("w") as file:
             file.writelines(json.dumps(sample) + "\n" for sample in samples)
         counted = "occupied on the GPU" if on_gpu else "resident"
         draw(out, samples, counted)
         print(f"most {counted}: {max(size for _, size in samples):,} bytes")
-    return process.returncode
+    return int(process.returncode)
 
 
 def occupied_on_gpu() -> int:
@@ -87,8 +89,8 @@ def draw(out: Path, samples: list[Sample], counted: str) -> None:
 
     config: dict[str, Any] = json.loads((out / CONFIG).read_text())
     weights = config["parameters"] * {"bfloat16": 2, "float32": 4}[config["dtype"]]
-    records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    losses = [(each["step"], each["train_bits_per_byte"]) for each in records if "train_bits_per_byte" in each]
+    logged = records.read(out / METRICS)
+    losses = [(each["step"], each["train_bits_per_byte"]) for each in logged if "train_bits_per_byte" in each]
     figure, (memory, loss) = pyplot.subplots(1, 2, figsize=(11, 4.5), width_ratios=(2, 1), layout="constrained")
     memory.plot([seconds for seconds, _ in samples], [size / 1e9 for _, size in samples], linewidth=0.8)
     label = f"{config['dtype']} weights: {config['parameters'] / 1e9:.2f} B, {weights / 1e9:.2f} GB"
@@ -103,4 +105,4 @@ def draw(out: Path, samples: list[Sample], counted: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(main))

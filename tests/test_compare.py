@@ -153,6 +153,30 @@ def test_a_run_that_fails_is_an_error(tmp_path: Path) -> None:
     assert comparison.results(SM3) == {}
 
 
+class Failing(Simulated):
+    """Every run of AdamW fails."""
+
+    def run(self, contestant: Contestant, trial: Trial) -> dict[str, Any]:
+        if contestant is ADAMW:
+            raise UserError("failed")
+        return super().run(contestant, trial)
+
+
+def test_runs_beside_one_that_fails_are_kept(tmp_path: Path) -> None:
+    comparison = Failing(tmp_path, [ADAMW, SM3], 1, ["--steps", "20"], sweep=False)
+    with pytest.raises(UserError, match="failed"):
+        comparison.run_all(2, Console(quiet=True))
+    assert len(Simulated(tmp_path, [SM3], 1, ["--steps", "20"], sweep=False).results(SM3)) == 1
+
+
+def test_a_line_that_was_cut_off_is_made_anew(tmp_path: Path) -> None:
+    simulate(tmp_path, seeds=1)
+    lines = (tmp_path / RESULTS).read_text()
+    (tmp_path / RESULTS).write_text(lines[:-10])
+    assert len(simulate(tmp_path, seeds=1).made) == 1
+    assert simulate(tmp_path, seeds=1).made == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,7 @@ def test_on_a_gpu_the_driver_says_what_is_occupied(
 
     free = iter((900, 700, 300))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 1000))
-    monkeypatch.setattr(watch.subprocess, "Popen", lambda *_, **__: Training())
+    monkeypatch.setattr(watch, "child", lambda *_, **__: nullcontext(Training()))
     drawn: list[object] = []
     monkeypatch.setattr(watch, "draw", lambda *arguments: drawn.append(arguments))
     assert watch.main(["--device", "cuda", "--out", str(tmp_path)]) == 0

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -18,8 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from launch.job import records
 from launch.job.folder import CONFIG, METRICS
 from launch.job.recipe import OPTIMIZERS, RECIPES
+from launch.job.stopping import output
 from launch.job.world import UserError
 
 RESULTS = "results.jsonl"
@@ -158,8 +159,7 @@ class Comparison:
         self.out, self.contestants, self.seeds, self.common = out, contestants, seeds, tuple(common)
         self.sweep, self.seeds_around = sweep, seeds_around
         out.mkdir(parents=True, exist_ok=True)
-        lines = (out / RESULTS).read_text().splitlines() if (out / RESULTS).exists() else []
-        self.records: dict[str, dict[str, Any]] = {each["run"]: each for each in map(json.loads, lines)}
+        self.records: dict[str, dict[str, Any]] = {each["run"]: each for each in records.read(out / RESULTS)}
 
     def arguments(self, contestant: Contestant, trial: Trial) -> tuple[str, ...]:
         """The arguments of `launch/train.py` for one run."""
@@ -173,8 +173,8 @@ class Comparison:
     def results(self, contestant: Contestant) -> dict[Trial, float]:
         """The final losses of a contestant, in bits per byte."""
         trials = ((k, seed) for k in range(-20, 21) for seed in range(self.seeds))
-        records = ((trial, self.record(contestant, trial)) for trial in trials)
-        return {trial: math.inf if r["bits"] is None else r["bits"] for trial, r in records if r is not None}
+        made = ((trial, self.record(contestant, trial)) for trial in trials)
+        return {trial: math.inf if r["bits"] is None else r["bits"] for trial, r in made if r is not None}
 
     def wanted(self, contestant: Contestant) -> list[Trial]:
         """Which of its runs are still to be made."""
@@ -196,10 +196,10 @@ class Comparison:
         command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), *arguments]
         command += ["--out", str(folder), "--overwrite"]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = output(command, environment)
         record = {"run": " ".join(arguments), "bits": None, "bytes_per_parameter": None}
         if done.returncode == 0:
-            final = json.loads((folder / METRICS).read_text().splitlines()[-1])
+            final = records.read(folder / METRICS)[-1]
             parameters = json.loads((folder / CONFIG).read_text())["parameters"]
             record["bits"] = final["validation_bits_per_byte"]
             record["bytes_per_parameter"] = final["state_bytes_per_rank"] / parameters
@@ -208,7 +208,11 @@ class Comparison:
         return record
 
     def run_all(self, jobs: int, console: Console) -> None:
-        """Make all runs that are wanted, ``jobs`` at a time."""
+        """Make all runs that are wanted, ``jobs`` at a time.
+
+        Raises:
+            UserError, OSError: one failed, or could not be kept. No more are begun then; what comes of others is kept.
+        """
         progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -220,25 +224,31 @@ class Comparison:
         with ThreadPoolExecutor(jobs) as pool, progress:
             bar = progress.add_task("runs", total=None)
             running: dict[Future[dict[str, Any]], tuple[Contestant, Trial]] = {}
+            failed: Exception | None = None
             while True:
                 todo = [(c, trial) for c in self.contestants for trial in self.wanted(c)]
-                for job in todo:
+                for job in todo if failed is None else ():
                     if job not in running.values() and len(running) < jobs:
                         running[pool.submit(self.run, *job)] = job
                 made = sum(len(self.results(c)) for c in self.contestants)
                 progress.update(bar, completed=made, total=made + len(todo))
                 if not running:
-                    return
+                    break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    contestant, (k, seed) = running.pop(future)
-                    self.keep(future.result())
-                    console.print(self.line(contestant, (k, seed)), highlight=False, soft_wrap=True)
+                    job = running.pop(future)
+                    try:
+                        self.keep(future.result())
+                    except (UserError, OSError) as error:
+                        failed = failed or error
+                        continue
+                    console.print(self.line(*job), highlight=False, soft_wrap=True)
+        if failed is not None:
+            raise failed
 
     def keep(self, record: dict[str, Any]) -> None:
         """Remember what came of a run, here and in the directory."""
         self.records[record["run"]] = record
-        with (self.out / RESULTS).open("a") as results:
-            results.write(json.dumps(record) + "\n")
+        records.append(self.out / RESULTS, record)
 
     def line(self, contestant: Contestant, trial: Trial) -> str:
         """One run in a line."""
@@ -269,5 +279,4 @@ class Comparison:
 
 def trained(folder: Path) -> list[dict[str, Any]]:
     """The logged steps of one run."""
-    records = map(json.loads, (folder / METRICS).read_text().splitlines())
-    return [record for record in records if "train_bits_per_byte" in record]
+    return [record for record in records.read(folder / METRICS) if "train_bits_per_byte" in record]
