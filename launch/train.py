@@ -9,19 +9,24 @@ matrices orthogonal. `--help` lists the options.
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from launch.job import baselines, capacity, corpus, recipe
+from launch.job.alone import alone
 from launch.job.batches import IGNORED, Batches, Passage, check_length
 from launch.job.checkpointing import Checkpoints
 from launch.job.command_line import parse
@@ -33,6 +38,7 @@ from launch.job.options import Options
 from launch.job.parallel import clip, parallelize, reduce_gradients, strategy
 from launch.job.report import Bar, Stopwatch, most_allocated, table
 from launch.job.start import Start
+from launch.job.stopping import say_stopped
 from launch.job.world import UserError, World, join
 from sm3_dist.checkpoint import TrainState
 from sm3_dist.planner.tables import size
@@ -40,9 +46,11 @@ from sm3_dist.planner.tables import size
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
-    with join() as world:
+    with join() as world, ExitStack() as held:
         try:
-            run = Run(parse(arguments), world, Console(quiet=not world.leads))
+            options = parse(arguments)
+            world.agreed(lambda: held.enter_context(alone(options.out if world.leads else None)))
+            run = Run(options, world, Console(quiet=not world.leads))
             run.learn()
             run.conclude(run.judge())
         except UserError as error:
@@ -67,6 +75,7 @@ class Run:
 
     def __init__(self, options: Options, world: World, console: Console) -> None:
         self.options, self.world, self.console = options, world, console
+        self.say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         self.settings = recipe.settings(options)
         self.device = world.agreed(lambda: world.device(options.device))
         self.text = world.agreed(lambda: corpus.load(options.data, options.held_out_bytes))
@@ -102,26 +111,25 @@ class Run:
         """Say what is about to happen, before anything takes time or memory."""
         options, text = self.options, self.text
         source = options.data or f"the source files of Python's standard library, in {corpus.standard_library()}"
-        say = partial(self.console.print, markup=False, highlight=False, soft_wrap=True)
-        say(
+        self.say(
             f"text: {source}: {len(text.train):,} bytes of {len(text.train_files):,} file(s) to learn from, "
             f"{len(text.held_out):,} held out"
         )
-        say(
+        self.say(
             f"{recipe.title(options)} trains {options.model}, {self.parameters:,} parameters: "
             f"{strategy(options, self.world)}, {self.world.size} process(es) on {self.device.type}"
         )
         if self.start is not None:
-            say(f"its weights are those of {self.start.path}")
+            self.say(f"its weights are those of {self.start.path}")
 
     def claim_folder(self) -> Folder:
         """Claim `--out` on rank 0; the others write nothing."""
         if self.options.out is None or not self.world.leads:
             return Folder()
         if self.options.resume == "auto":
-            folder = Folder.go_on(self.options.out, self.state.step)
+            folder = Folder.go_on(self.options.out, self.state.step, self.say)
         else:
-            folder = Folder.claim(self.options.out, self.options.overwrite)
+            folder = Folder.claim(self.options.out, self.options.overwrite, self.say)
         folder.configure(
             self.options.as_json()
             | asdict(self.settings)
@@ -136,8 +144,7 @@ class Run:
         path = self.options.out / CHECKPOINTS if self.options.out is not None else None
         start = self.start.digest if self.start is not None else None
         identity = identify(self.options, self.settings, self.text.digest, start)
-        say = partial(self.console.print, markup=False, highlight=False, soft_wrap=True)
-        return Checkpoints(path, self.state, self.world, identity, self.options.keep, say)
+        return Checkpoints(path, self.state, self.world, identity, self.options.keep, self.say)
 
     def learn(self) -> None:
         """Take all the steps."""
@@ -155,10 +162,27 @@ class Run:
                 self.state.step = step + 1
                 every = self.options.checkpoint_every
                 if every is not None and (step + 1) % every == 0:
-                    self.checkpoints.save()
+                    self.save()
         if self.options.checkpoint_every is not None:
-            self.checkpoints.save()
+            self.save()
             self.checkpoints.close()
+
+    def save(self) -> None:
+        """Save a checkpoint, unless the weights have come to nothing: older ones are removed for it.
+
+        Raises:
+            UserError: on every rank, if they have.
+        """
+        local = (each.to_local() if isinstance(each, DTensor) else each for each in self.model.parameters())
+        bad = sum(int((~each.detach().isfinite()).sum()) for each in local)
+        if self.world.sum(torch.tensor(bad)):
+            self.come_to_nothing("the weights are not finite", self.state.step)
+        self.checkpoints.save()
+
+    def come_to_nothing(self, why: str, step: int) -> NoReturn:
+        """End a run that is not worth going on with. The last checkpoint that was good is written to its end."""
+        self.checkpoints.finish()
+        raise UserError(f"{why} after step {step}; pass a lower --lr than {self.settings.lr}")
 
     def take_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Learn from one batch; return its loss on this rank."""
@@ -179,7 +203,7 @@ class Run:
         """
         loss = self.world.sum(torch.stack(losses).mean()).item() / self.world.size
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} after step {step}; pass a lower --lr than {self.settings.lr}")
+            self.come_to_nothing(f"the loss is {loss}", step)
         seconds = sum(self.whole_steps.seconds[-len(losses) :])
         return {
             "step": step,
@@ -226,7 +250,6 @@ class Run:
         if most:
             figures["most_allocated_bytes_per_rank"] = most
         self.folder.log(figures)
-        self.folder.draw(bits, compared)
         rows = {"validation loss": f"{loss:.3f} nats per byte", "validation": f"{bits:.3f} bits per byte"}
         rows |= {f"  {name}": f"{value:.3f} bits per byte" for name, value in compared.items()}
         rows |= {"optimizer state per rank": size(state), "  AdamW would hold": size(adamw)}
@@ -237,12 +260,16 @@ class Run:
             rows["most allocated per rank"] = f"{size(most)}, {most / self.parameters:.2f} bytes per parameter"
         rows |= {"time of all steps": f"{figures['seconds']:.0f} s"}
         self.console.print(table(f"{recipe.title(self.options)} after {self.options.steps} steps", rows))
+        self.world.agreed(lambda: self.folder.finish(bits, compared))
         out = self.options.out
         kept = f"{CONFIG}, {METRICS} and {PICTURE}"
-        written = f"{kept} are in {out}" if out else f"pass --out DIRECTORY to get {kept}"
-        self.console.print(written, markup=False, highlight=False, soft_wrap=True)
+        self.say(f"{kept} are in {out}" if out else f"pass --out DIRECTORY to get {kept}")
         return figures
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+    except KeyboardInterrupt:  # ranks are not together any more: each leaves at once
+        status = say_stopped(signal.SIGINT) if os.environ.get("RANK", "0") == "0" else 1
+    leave(status)

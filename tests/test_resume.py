@@ -268,6 +268,31 @@ def test_full_disk_costs_nothing_that_is_saved(workers: Pool, text: Path, calm: 
     assert same(calm, tmp_path)
 
 
+def come_to_nothing(text: Path, out: Path) -> None:
+    """The weights are no numbers any more when step 6 is to be saved."""
+
+    def watch(run: Run) -> None:
+        save = run.save
+
+        def save_nothing() -> None:
+            if run.state.step == 6 and run.world.leads:
+                with torch.no_grad():
+                    next(run.model.parameters()).to_local()[0, 0] = torch.nan  # type: ignore[operator]
+            save()
+
+        run.save = save_nothing  # type: ignore[method-assign]
+
+    job("--checkpoint-every 3 --keep 1", text, out, None, watch)
+
+
+def test_weights_that_are_no_numbers_do_not_take_the_place_of_good_ones(
+    workers: Pool, text: Path, tmp_path: Path
+) -> None:
+    match = "the weights are not finite after step 6; pass a lower --lr than 0.01"
+    workers(2).run_raises(UserError, come_to_nothing, text, tmp_path, match=match)
+    assert saved_steps(tmp_path) == ["step-00000003"]
+
+
 def test_run_that_is_over_takes_no_more_steps(workers: Pool, text: Path, calm: Path) -> None:
     assert "at step 8" in workers(2).run(job, "--resume auto", text, calm)[0]
 

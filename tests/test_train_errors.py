@@ -13,6 +13,7 @@ from harness import Pool
 from training import FAST, TRAIN, figures, torchrun
 
 from launch.job import capacity
+from launch.job.alone import alone
 from launch.job.command_line import parse
 from launch.job.recipe import settings
 from launch.job.world import UserError, World
@@ -54,6 +55,8 @@ def test_a_process_leaves_without_finalizing_the_interpreter() -> None:
         ("--optimizer adafactor --momentum 0.5", "--optimizer adafactor has no momentum"),
         ("--optimizer adafactor --parallel fsdp2", "cannot update sharded tensors"),
         ("--data /nowhere/at/all", "--data /nowhere/at/all: no such file or directory"),
+        ("--data /dev/null", "--data /dev/null: is neither a file nor a directory"),
+        ("--batch-size 1000000000000", "for what the model says of each next byte, and "),
         ("--seq-len 3000", "--seq-len 3000 needs at least 3001 bytes to hold out, and there are 3000"),
         ("--parallel hsdp --replicas 2", "1 is not a multiple of 2"),
         ("--parallel tp --tp-size 2", "--tp-size 2 does not divide the 1 ranks"),
@@ -97,7 +100,7 @@ def test_mistakes_are_explained(arguments: str, message: str, text: Path, capsys
     ],
 )
 def test_memory_is_asked_for_before_anything_is_built(arguments: str, world: World, expected: tuple[int, ...]) -> None:
-    options = parse(arguments.split())
+    options = parse([*arguments.split(), "--batch-size", "1", "--seq-len", "1"])
     assert tuple(capacity.least_bytes(options, settings(options), world, 1000).values()) == expected
     needed = world.local_size * sum(expected)
     with patch.object(capacity, "available", lambda device: needed):
@@ -158,6 +161,25 @@ def test_a_mistake_elsewhere_leaves_an_old_run_alone(text: Path, tmp_path: Path)
     assert main([*arguments, "--data", str(text), "--seq-len", "5000"]) == 2
     assert main([*arguments, "--data", str(text / "lost")]) == 2
     assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
+def test_one_run_at_a_time_writes_to_a_folder(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = [*FAST.split(), "--data", str(text), "--out", str(out)]
+    with alone(out):
+        for how in ("--overwrite", "--resume=auto"):
+            assert main([*arguments, how]) == 2
+            assert f"another run is writing to --out {out} at this moment" in capsys.readouterr().err
+        assert list(out.iterdir()) == []
+    assert not out.exists(), "nothing was put into it"
+    with pytest.raises(UserError, match="cannot be written to: Not a directory"), alone(text / "1.txt" / "run"):
+        pass
+
+
+def test_a_run_does_not_learn_from_what_it_writes(text: Path) -> None:
+    with pytest.raises(UserError, match=r"is within --data .* name a directory outside"):
+        parse(["--data", str(text), "--out", str(text / "runs" / "one")])
+    assert parse(["--data", str(text), "--out", str(text / ".runs" / "one")]).out == text / ".runs" / "one"
 
 
 def test_no_cuda_device_is_an_error_where_one_is_asked_for() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from launch.job.model import PRESETS
 from launch.job.options import Options
 from launch.job.parallel import WRAPPED_WHOLE, ranks_per_copy, strategy
 from launch.job.recipe import chosen
@@ -26,7 +28,8 @@ def check(options: Options, settings: Settings, world: World, device: torch.devi
     """Compare what this machine's ranks will hold with what is free.
 
     Weights, gradients and what the optimizer keeps for each element are counted; activations, gathered weights and the
-    rest come on top, so what passes here may still be too large.
+    rest come on top, so what passes here may still be too large. Of activations only the last are looked at: the scores
+    of all bytes that may come next.
 
     Raises:
         UserError: it cannot fit.
@@ -42,6 +45,13 @@ def check(options: Options, settings: Settings, world: World, device: torch.devi
             f"({', '.join(f'{name} {size(count)}' for name, count in parts.items())}), and {size(free)} are free; pass "
             "a smaller --model, add machines, or hold less per parameter: --dtype bfloat16 --momentum-dtype int8 "
             "--step-in-backward"
+        )
+    scores = PRESETS[options.model].vocabulary * options.seq_len * BYTES[options.dtype]  # of a sequence
+    scores *= math.ceil(options.batch_size / world.size) * ranks
+    if free is not None and scores > free:
+        raise UserError(
+            f"--batch-size {options.batch_size} with --seq-len {options.seq_len} needs at least {size(scores)} on this "
+            f"machine for what the model says of each next byte, and {size(free)} are free; pass a smaller one"
         )
 
 

@@ -67,7 +67,8 @@ def read_all(path: Path | None) -> Corpus:
         return split(file for file in path.rglob("*") if not is_hidden(file.relative_to(path)))
     if path.is_file():
         return cut(path)
-    raise UserError(f"--data {path}: no such file or directory")
+    missing = "is neither a file nor a directory" if path.exists() else "no such file or directory"
+    raise UserError(f"--data {path}: {missing}")
 
 
 def standard_library() -> Path:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch.job import records
 from launch.job.world import UserError
 
 CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
@@ -18,19 +20,22 @@ class Folder:
 
     Args:
         path: the directory, or ``None``.
+        say: tells the user something.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None = None, say: Callable[[str], None] = print) -> None:
+        self.path, self.say = path, say
         self.records: list[dict[str, Any]] = []
+        self._unwritten: list[dict[str, Any]] = []
 
     @classmethod
-    def claim(cls, path: Path, overwrite: bool) -> Folder:
+    def claim(cls, path: Path, overwrite: bool, say: Callable[[str], None] = print) -> Folder:
         """Make the directory ready for a new run. Nothing is touched unless everything is in order.
 
         Args:
             path: the directory, which may exist.
             overwrite: whether to remove the run that it holds; other files in it always stay.
+            say: tells the user something.
 
         Raises:
             UserError: it holds a run and ``overwrite`` is false, it cannot be written to, or matplotlib is missing.
@@ -48,24 +53,30 @@ class Folder:
             (path / METRICS).touch()
         except OSError as error:
             raise UserError(f"--out {path} cannot be written to: {error.strerror}") from error
-        return cls(path)
+        return cls(path, say)
 
     @classmethod
-    def go_on(cls, path: Path, step: int) -> Folder:
+    def go_on(cls, path: Path, step: int, say: Callable[[str], None] = print) -> Folder:
         """Go on with the run that the directory holds, from ``step``: what it wrote of later steps is forgotten.
 
         Args:
             path: the directory, which may exist.
             step: number of steps taken; 0 for a new run.
+            say: tells the user something.
 
         Raises:
-            UserError: it cannot be written to.
+            UserError: it cannot be written to, or holds a run that has ended and left no checkpoint.
         """
-        folder = cls(path)
+        folder = cls(path, say)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lines = (path / METRICS).read_text().splitlines() if (path / METRICS).exists() else []
-            folder.records = [record for record in map(parse, lines) if record and record["step"] <= step]
+            held = records.read(path / METRICS)
+            if step == 0 and any("validation_bits_per_byte" in record for record in held):
+                raise UserError(
+                    f"--out {path} holds a run that has ended and left no checkpoint to go on from; choose another, "
+                    "or pass --overwrite in place of --resume"
+                )
+            folder.records = [each for each in held if "train_bits_per_byte" in each and each["step"] <= step]
             kept = "".join(json.dumps(record) + "\n" for record in folder.records)
             (path / METRICS).with_suffix(".new").write_text(kept)
             (path / METRICS).with_suffix(".new").replace(path / METRICS)
@@ -74,16 +85,41 @@ class Folder:
         return folder
 
     def configure(self, config: dict[str, Any]) -> None:
-        """Write the configuration."""
+        """Write the configuration.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         if self.path:
-            (self.path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            try:
+                (self.path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            except OSError as error:
+                raise UserError(f"--out {self.path} cannot be written to: {error.strerror}") from error
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to the metrics."""
+        """Append one line to the metrics. If that cannot be, say so, and write it together with the next one."""
         self.records.append(record)
         if self.path:
-            with (self.path / METRICS).open("a") as metrics:
-                metrics.write(json.dumps(record) + "\n")
+            self._unwritten.append(record)
+            try:
+                records.append(self.path / METRICS, *self._unwritten)
+                self._unwritten.clear()
+            except OSError as error:
+                if len(self._unwritten) == 1:
+                    self.say(f"{self.path / METRICS} cannot be written to, training goes on: {error.strerror}")
+
+    def finish(self, validation: float, baselines: dict[str, float]) -> None:
+        """Draw the picture.
+
+        Raises:
+            UserError: it could not be written, or the metrics not all.
+        """
+        try:
+            self.draw(validation, baselines)
+        except OSError as error:
+            raise UserError(f"{PICTURE} could not be written to --out {self.path}: {error.strerror}") from error
+        if self._unwritten:
+            raise UserError(f"{METRICS} in --out {self.path} lacks the last {len(self._unwritten)} line(s)")
 
     def draw(self, validation: float, baselines: dict[str, float]) -> None:
         """Draw the logged training loss, the final validation and the baselines, all in bits per byte."""
@@ -105,12 +141,3 @@ class Folder:
         axes.legend()
         figure.savefig(self.path / PICTURE, dpi=120)
         pyplot.close(figure)
-
-
-def parse(line: str) -> dict[str, Any] | None:
-    """Return a line of the metrics; ``None`` if it was cut off, or is the end of a run."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if "train_bits_per_byte" in record else None

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.job.corpus import is_hidden
 from launch.job.world import UserError
 
 
@@ -107,6 +108,11 @@ class Options:
                 not same, f"--start-from {self.start_from} is --out: name another directory for what this run writes"
             )
         require(
+            not self._reads_what_it_writes,
+            f"--out {self.out} is within --data {self.data}: what this run writes would be text of the next, and of "
+            "itself when it is resumed; name a directory outside, or one with a dot before its name, which is not read",
+        )
+        require(
             self.clip is None or self.clip > 0,
             f"--clip {self.clip} must be greater than 0; pass inf to switch clipping off",
         )
@@ -120,6 +126,13 @@ class Options:
             self.clip_value is None or (self.step_in_backward and self.clip_value > 0),
             f"--clip-value {self.clip_value} must be greater than 0, and is for --step-in-backward",
         )
+
+    @property
+    def _reads_what_it_writes(self) -> bool:
+        if self.data is None or self.out is None:
+            return False
+        data, out = self.data.resolve(), self.out.resolve()
+        return out.is_relative_to(data) and not is_hidden(out.relative_to(data))
 
     @property
     def clip_norm(self) -> float:
