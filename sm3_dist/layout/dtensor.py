@@ -58,14 +58,7 @@ def describe(param: Tensor, label: str, cover_block: int | None) -> tuple[LocalS
                 f"dimension {dim}. SM3 takes contiguous shards; redistribute the parameter to Shard placements."
             )
     box = _box(cut, tuple(here))
-    local = tuple(param.to_local().shape) if param.dim() else box.shape
-    # (What is cut along two dimensions, and along one of them into nothing, torch may leave with other zeros in it.)
-    if local != box.shape and (box.numel or param.to_local().numel()):
-        raise ValueError(
-            f"{label}: the local tensor has shape {local}, but placements {cut.placements} on "
-            f"a mesh of shape {cut.sizes} give this rank {box.shape} of {cut.shape}. Make the DTensor with the shape "
-            "and stride of the whole tensor (DTensor.from_local(..., shape=, stride=))."
-        )
+    _check_local(param, cut, box, label)
     mesh = param.device_mesh
     sharding = cut.dims_that_shard(lambda dim: True)
     count = accumulator_count(cut.shape, cover_block)
@@ -84,6 +77,18 @@ def describe(param: Tensor, label: str, cover_block: int | None) -> tuple[LocalS
             replicas=_members(mesh, tuple(d for d in range(mesh.ndim) if d not in sharding), tuple(here)),
         ),
     )
+
+
+def _check_local(param: DTensor, cut: _Cut, box: Box, label: str) -> None:
+    """Raise unless the local tensor has the shape that the placements give this rank."""
+    local = tuple(param.to_local().shape) if param.dim() else box.shape
+    # (What is cut along two dimensions, and along one of them into nothing, torch may leave with other zeros in it.)
+    if local != box.shape and (box.numel or param.to_local().numel()):
+        raise ValueError(
+            f"{label}: the local tensor has shape {local}, but placements {cut.placements} on "
+            f"a mesh of shape {cut.sizes} give this rank {box.shape} of {cut.shape}. Make the DTensor with the shape "
+            "and stride of the whole tensor (DTensor.from_local(..., shape=, stride=))."
+        )
 
 
 def _holdings(cut: _Cut, mesh: DeviceMesh, dims: tuple[int, ...]) -> dict[int, tuple[Box, ...]]:

@@ -129,13 +129,21 @@ def _of_torch(path: str, module: FullyShardedDataParallel) -> Iterator[FlatTenso
         return
     flat: Any = _check(handle, _TORCH_HANDLE, "torch").flat_param
     _check(flat, (*_TORCH_FLAT_TENSOR, *_TORCH_ORIGINALS), "torch")
-    separate = handle._use_orig_params
+    originals = _originals_of_torch(path, flat, handle._use_orig_params)
+    part = flat._sharded_size.numel()
+    peers, rank = _place(handle.process_group if handle.uses_sharded_strategy else None)
+    _check_reckoning(originals, flat._shard_param_infos, part, rank)
+    yield FlatTensor(flat, originals, part, peers, rank, "FullyShardedDataParallel of torch")
+
+
+def _originals_of_torch(path: str, flat: Any, separate: bool) -> tuple[Original, ...]:
+    """What a flat parameter consists of; ``separate``: whether the optimizer sees a parameter for each."""
     starts, position = [], 0
     for numel, is_padding in zip(flat._numels_with_padding, flat._is_padding_mask, strict=True):
         if not is_padding:
             starts.append(position)
         position += numel
-    originals = tuple(
+    return tuple(
         Original(
             _join(path, name),
             tuple(flat._shapes[i]),
@@ -151,9 +159,11 @@ def _of_torch(path: str, module: FullyShardedDataParallel) -> Iterator[FlatTenso
         )
         for i, name in enumerate(flat._fqns)
     )
-    part = flat._sharded_size.numel()
-    peers, rank = _place(handle.process_group if handle.uses_sharded_strategy else None)
-    for original, info in zip(originals, flat._shard_param_infos, strict=True):
+
+
+def _check_reckoning(originals: Sequence[Original], infos: Sequence[Any], part: int, rank: int) -> None:
+    """Raise unless torch says that part number ``rank`` holds of each original tensor what :func:`held` says."""
+    for original, info in zip(originals, infos, strict=True):
         _check(info, _TORCH_INFO, "torch")
         expected = held(original, part, rank)
         if info.in_shard and original.numel:
@@ -166,7 +176,6 @@ def _of_torch(path: str, module: FullyShardedDataParallel) -> Iterator[FlatTenso
                 f"torch {metadata.version('torch')} says that rank {rank} holds elements {kept} of {original.name}, "
                 f"and sm3_dist reckons {expected}: this version lays out flat parameters in a way not known here."
             )
-    yield FlatTensor(flat, originals, part, peers, rank, "FullyShardedDataParallel of torch")
 
 
 def _of_fairscale(path: str, module: Any) -> Iterator[FlatTensor]:
