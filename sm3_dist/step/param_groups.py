@@ -252,27 +252,8 @@ def _validate(group: ParamGroup, momentum_dtype: torch.dtype | None) -> None:
         raise ValueError(
             f"momentum_dtype must be torch.float32, torch.bfloat16, torch.int8 or None, but is {momentum_dtype}"
         )
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a float or a tensor of one element, not a tensor of shape {tuple(lr.shape)}")
-    for name, bound in BOUNDS.items():
-        if not isinstance(group[name], (Real, Tensor)):
-            raise TypeError(
-                f"{name} must be a number, but is the {type(group[name]).__name__} {group[name]!r}. (YAML reads 1e-3 "
-                "as a string: write 1.0e-3.)"
-            )
-        if not 0.0 <= float(group[name]) < bound:
-            raise ValueError(f"{name} must be at least 0 and less than {bound}, but is {float(group[name])}")
-    if group["bias_correction"] and not group["beta"]:
-        raise ValueError(
-            "bias_correction=True corrects the moving average of beta > 0, but beta is 0. Pass it as False"
-        )
-    if group["nesterov"] and not group["momentum"]:
-        raise ValueError(
-            "nesterov=True looks ahead along the momentum, but momentum is 0. Set it, to 0.9 say, or pass it as False"
-        )
-    if group["cover_product"] and group["cover_block"] is None:
-        raise ValueError("cover_product=True is for block covers. Set cover_block, to 64 say, or pass it as False")
+    _check_numbers(group)
+    _check_needs(group)
     wanted = group["orthogonalize"]
     if not isinstance(wanted, bool) and not (isinstance(wanted, tuple) and all(isinstance(n, str) for n in wanted)):
         raise ValueError(f"orthogonalize must be True, False or names of tensors, but is {wanted!r}")
@@ -294,3 +275,31 @@ def _validate(group: ParamGroup, momentum_dtype: torch.dtype | None) -> None:
         )
     if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
         raise ValueError(f"cover_block must be an integer of at least 1 (or None), but is {block!r}")
+
+
+def _check_numbers(group: ParamGroup) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a float or a tensor of one element, not a tensor of shape {tuple(lr.shape)}")
+    for name, bound in BOUNDS.items():
+        if not isinstance(group[name], (Real, Tensor)):
+            raise TypeError(
+                f"{name} must be a number, but is the {type(group[name]).__name__} {group[name]!r}. (YAML reads 1e-3 "
+                "as a string: write 1.0e-3.)"
+            )
+        if not 0.0 <= float(group[name]) < bound:
+            raise ValueError(f"{name} must be at least 0 and less than {bound}, but is {float(group[name])}")
+
+
+def _check_needs(group: ParamGroup) -> None:
+    """Options that mean nothing without another: :data:`NEEDS`, and what to do."""
+    if group["bias_correction"] and not group["beta"]:
+        raise ValueError(
+            "bias_correction=True corrects the moving average of beta > 0, but beta is 0. Pass it as False"
+        )
+    if group["nesterov"] and not group["momentum"]:
+        raise ValueError(
+            "nesterov=True looks ahead along the momentum, but momentum is 0. Set it, to 0.9 say, or pass it as False"
+        )
+    if group["cover_product"] and group["cover_block"] is None:
+        raise ValueError("cover_product=True is for block covers. Set cover_block, to 64 say, or pass it as False")
