@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except UserError as error:
+    except (UserError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     return 0
 

@@ -47,6 +47,7 @@ def step_in_backward(model: nn.Module, optimizer: SM3, *, clip_value: float | No
         A handle whose ``remove()`` undoes it; so does leaving its ``with`` block.
 
     Raises:
+        TypeError: for an optimizer that is not SM3, or has another around it.
         ValueError: for DistributedDataParallel, FSDP1, fairscale, ``shard_over=``, ``shard_covers=True``,
             ``orthogonalize`` and ``skip_nonfinite`` where other ranks have a word in it, with the reason; for a
             ``clip_value`` that is not greater than 0.
@@ -201,6 +202,11 @@ class StepInBackward:
 
 def _refuse(model: nn.Module, optimizer: SM3) -> None:
     """Raise where a gradient is not final when backward leaves it, or a step is more than its parameters' steps."""
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, SM3):
+        raise TypeError(
+            "step_in_backward(model, optimizer) takes a module and SM3 itself, without what a framework wrapped around "
+            f"it, but got {type(model).__name__} and {type(optimizer).__name__}"
+        )
     instead = "Step after backward instead, or shard the model with FSDP2 (torch.distributed.fsdp.fully_shard)."
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel) or type(module).__name__ == "ShardedDataParallel":

@@ -20,6 +20,8 @@ from sm3_dist import SM3, AdamWLikeSM3, step_in_backward
         ({"momentun": 0.9}, "no argument momentun"),
         ({"lr": "1e-3"}, "lr must be a number, but is the str '1e-3'"),
         ({"weight_decay": None}, "weight_decay must be a number"),
+        ({"maximize": "false"}, "maximize must be True or False, but is the str 'false'"),
+        ({"stochastic_rounding": "no"}, "stochastic_rounding must be True or False, but is the str 'no'"),
     ],
 )
 def test_arguments_of_other_optimizers(make: Any, options: dict[str, Any], message: str) -> None:
@@ -39,6 +41,13 @@ def test_the_state_of_adam() -> None:
     adamw.step()
     with pytest.raises(ValueError, match=r"is that of Adam .*from_adamw"):
         optimizer.load_state_dict(adamw.state_dict())
+
+
+def test_a_step_in_backward_of_another_optimizer() -> None:
+    model = nn.Linear(4, 3)
+    for arguments in ((model, torch.optim.AdamW(model.parameters())), (SM3(model.parameters()), model)):
+        with pytest.raises(TypeError, match=r"takes a module and SM3 itself, .* but got"):
+            step_in_backward(*arguments)  # type: ignore[arg-type]
 
 
 def test_an_aborted_backward_pass_under_step_in_backward() -> None:

@@ -46,6 +46,22 @@ def test_all_contenders_stand_in_the_table_and_in_the_file(tmp_path: Path, capsy
     assert adamw["state_bytes"] == 2 * 2 * numel + 4 * 3  # two moments in bfloat16; counts of steps
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("step --threads 0", "argument --threads: 0 must be at least 1"),
+        ("sharded --ranks 0", "argument --ranks: 0 must be at least 1"),
+        ("step --json /dev/null/times.json", "error: [Errno 20] Not a directory: '/dev/null/times.json'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(arguments.split())
+    assert message in capsys.readouterr().err
+
+
 def test_only_some_contenders_are_made() -> None:
     names = list(contenders("cpu", torch.float32, ["recipe, eager"]))
     assert names[:2] == ["SGD(fused)", "AdamW(fused)"]

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import sm3_dist
-from sm3_dist.compiled.library import library
+from sm3_dist.compiled.library import COMPILE, library
 
 ROOT = Path(sm3_dist.__file__).parent.parent
 
@@ -90,6 +90,12 @@ def test_a_release_ties_the_kernel_to_no_new_c_library():
     named = re.findall(r"\.symver (\w+),", (ROOT / "release" / "old_glibc.h").read_text())
     assert {"memcpy", "pthread_create"} <= {name for _, name in symbols}
     assert new <= set(named)
+
+
+def test_the_command_that_compiles_the_kernel_takes_no_wheel():
+    """Neither the one for every platform, nor the one that pip made and kept when there was no compiler."""
+    assert {"--no-binary", "--no-cache-dir", "--force-reinstall"} <= set(COMPILE.split())
+    assert COMPILE in " ".join((ROOT / "docs" / "faq.md").read_text().split())
 
 
 @needs_c

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.optim import Muon
 
+from launch.benchmarks.arguments import count
 from launch.job.leaving import leave
 from sm3_dist import SM3
 from sm3_dist.step.param_groups import ADAMW_LIKE, MATRIX
@@ -31,10 +32,10 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options."""
-    parser.add_argument("--layers", type=int, default=2, help="default: 2")
-    parser.add_argument("--width", type=int, default=512, help="default: 512")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="default: 1 2 4")
-    parser.add_argument("--steps", type=int, default=9, help="steps of each kind (default: 9)")
+    parser.add_argument("--layers", type=count, default=2, help="default: 2")
+    parser.add_argument("--width", type=count, default=512, help="default: 512")
+    parser.add_argument("--ranks", type=count, nargs="+", default=[1, 2, 4], help="default: 1 2 4")
+    parser.add_argument("--steps", type=count, default=9, help="steps of each kind (default: 9)")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from launch.benchmarks.arguments import count
 from sm3_dist import SM3
 from sm3_dist.ranks.bucket import MaxBucket
 
@@ -38,7 +39,7 @@ MODELS = {"7b": llama(32, 4096, 4096, 11008), "70b": llama(80, 8192, 1024, 28672
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options."""
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="default: all")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096], help="default: 8 64 512 4096")
+    parser.add_argument("--ranks", type=count, nargs="+", default=[8, 64, 512, 4096], help="default: 8 64 512 4096")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.multiprocessing.spawn import spawn
 from torch.optim import AdamW, Optimizer
 
+from launch.benchmarks.arguments import count
 from launch.job.leaving import leave
 from launch.job.model import GPT, PRESETS, Block
 from sm3_dist import SM3
@@ -81,8 +82,8 @@ class Network:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options."""
     parser.add_argument("--model", default="small", choices=list(PRESETS), help="default: small")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
-    parser.add_argument("--steps", type=int, default=15, help="iterations of each kind (default: 15)")
+    parser.add_argument("--ranks", type=count, nargs="+", default=[2, 4], help="default: 2 4")
+    parser.add_argument("--steps", type=count, default=15, help="iterations of each kind (default: 15)")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from launch.benchmarks.arguments import count
 from launch.benchmarks.clocks import CLOCKS, Clock, Step, Times, bandwidth, name_of
 from launch.benchmarks.contenders import LR, REFERENCES, Make, contenders, state_bytes
 from launch.benchmarks.shapes import MODELS, Shape
@@ -64,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
     parser.add_argument("--models", nargs="+", default=usual, choices=list(MODELS), help=f"default: {' '.join(usual)}")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES), help="default: float32")
-    parser.add_argument("--threads", type=int, nargs="+", default=[2], help="default: 2")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each contender (default: 15)")
+    parser.add_argument("--threads", type=count, nargs="+", default=[2], help="default: 2")
+    parser.add_argument("--rounds", type=count, default=15, help="steps of each contender (default: 15)")
     parser.add_argument("--only", nargs="+", help="contenders whose name begins so; the first three are always there")
     parser.add_argument(
         "--clock",
@@ -79,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, and print Markdown tables."""
+    if options.json:
+        options.json.write_text("[]")  # that it cannot be written is known before anything is measured
     clock = CLOCKS["gpu" if options.device == "cuda" else options.clock]()
     speed = bandwidth(clock, options.device)
     print(f"{name_of(options.device)}, PyTorch {torch.__version__}; a copy moves {speed / 1e9:.0f} GB/s", flush=True)

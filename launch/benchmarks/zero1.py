@@ -27,6 +27,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.multiprocessing.spawn import spawn
 from torch.optim import AdamW, Optimizer
 
+from launch.benchmarks.arguments import count
 from launch.job.leaving import leave
 from launch.job.model import GPT, PRESETS
 from launch.job.recipe import count_bytes
@@ -74,8 +75,8 @@ class Figures:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options."""
     parser.add_argument("--model", default="gpt2", choices=list(PRESETS), help="whose parameters (default: gpt2)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of gloo ranks (default: 2 4)")
-    parser.add_argument("--steps", type=int, default=10, help="steps of each contender (default: 10)")
+    parser.add_argument("--ranks", type=count, nargs="+", default=[2, 4], help="numbers of gloo ranks (default: 2 4)")
+    parser.add_argument("--steps", type=count, default=10, help="steps of each contender (default: 10)")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -41,6 +41,8 @@ _NUMBERS = ("device_type_cpu", "dtype_float32", "dtype_bfloat16", "dtype_float16
 MAX_THREADS = 256
 """Most that work at one time, as in ``threads.h``."""
 _IMPORTED_BY = os.getpid()
+COMPILE = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary sm3_dist -v sm3_dist"
+"""pip would take a wheel without the kernel otherwise: one for every platform, or the one that it made and kept."""
 NEXT_OF_DICT = ctypes.cast(ctypes.pythonapi.PyDict_Next, _pointer)
 
 
@@ -51,8 +53,8 @@ def library() -> ctypes.CDLL | str:
     if not built:
         return (
             f"the C kernel was not compiled for this Python: none lies in {FOLDER}. Install a C compiler (gcc or "
-            "clang) and install sm3_dist again: pip install --force-reinstall --no-deps -v sm3_dist, or in a checkout "
-            "pip install -v -e ., show what the compiler says."
+            f"clang) and install sm3_dist again: {COMPILE}, or in a checkout pip install -v -e ., show what the "
+            "compiler says."
         )
     try:
         found = ctypes.CDLL(str(built[0]))

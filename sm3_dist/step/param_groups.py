@@ -36,6 +36,9 @@ BOUNDS = {"lr": math.inf, "momentum": 1.0, "beta": 1.0, "eps": math.inf, "weight
 SQUARE_AVERAGES = "update_square_averages"
 """Key of the averages of squares of flattened parameters in the param groups of a state dict."""
 
+FLAGS = ("maximize", "bias_correction", "nesterov", "cover_product", "stochastic_rounding")
+"""What is on or off in a param group; that "false" is neither would go unnoticed."""
+
 NEEDS = {"nesterov": "momentum", "bias_correction": "beta", "cover_product": "cover_block"}
 """Options that mean nothing without another."""
 
@@ -250,7 +253,7 @@ def _validate(group: ParamGroup, momentum_dtype: torch.dtype | None) -> None:
     refuse_options_of_adam(set(group) & {"betas"})
     if momentum_dtype not in (None, torch.float32, torch.bfloat16, torch.int8):
         raise ValueError(
-            f"momentum_dtype must be torch.float32, torch.bfloat16, torch.int8 or None, but is {momentum_dtype}"
+            f"momentum_dtype must be torch.float32, torch.bfloat16, torch.int8 or None, but is {momentum_dtype!r}"
         )
     _check_numbers(group)
     _check_needs(group)
@@ -293,6 +296,9 @@ def _check_numbers(group: ParamGroup) -> None:
 
 def _check_needs(group: ParamGroup) -> None:
     """Options that mean nothing without another: :data:`NEEDS`, and what to do."""
+    for name in FLAGS:
+        if group[name] not in (True, False):
+            raise TypeError(f"{name} must be True or False, but is the {type(group[name]).__name__} {group[name]!r}")
     if group["bias_correction"] and not group["beta"]:
         raise ValueError(
             "bias_correction=True corrects the moving average of beta > 0, but beta is 0. Pass it as False"
