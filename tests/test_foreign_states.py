@@ -93,9 +93,18 @@ def test_foreign_states_that_are_not_what_they_should_be() -> None:
     with pytest.raises(ValueError, match="no accumulator_0"):
         from_torch_sm3(sgd.state_dict(), names)
     with pytest.raises(ValueError, match="2 names for 3 parameters"):
-        from_adamw(sgd.state_dict(), names[:2])
+        from_adamw(sgd.state_dict(), iter(names[:2]))
     with pytest.raises(ValueError, match="by number; pass names="):
         from_adamw(sgd.state_dict())
+
+
+@pytest.mark.parametrize("make", [SM3.adamw_like, torch.optim.AdamW])
+def test_state_by_position_is_not_taken_for_one_by_name(make: Callable[..., Any]) -> None:
+    model = holder()
+    optimizer = make(model.parameters())
+    take_steps(optimizer, list(model.parameters()), 1)
+    with pytest.raises(ValueError, match=r"by position, as optimizer.state_dict\(\) has it, .*from_adamw does"):
+        set_optimizer_state_dict(model, SM3(model.parameters()), optimizer.state_dict())
 
 
 Make = Callable[[nn.Module], Any]

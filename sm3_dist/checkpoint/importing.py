@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from sm3_dist.step.state import as_tensor
 StateDict = dict[str, Any]
 
 
-def from_torch_sm3(state_dict: Mapping[str, Any], names: Sequence[str] | None = None) -> StateDict:
+def from_torch_sm3(state_dict: Mapping[str, Any], names: Iterable[str] | None = None) -> StateDict:
     """What the package torch-SM3 saved, for :func:`set_optimizer_state_dict` under any wrapper.
 
     In one process ``SM3.load_state_dict`` takes such a state dict as it is.
@@ -71,7 +71,7 @@ def from_torch_sm3(state_dict: Mapping[str, Any], names: Sequence[str] | None = 
 
 def from_adamw(
     state_dict: Mapping[str, Any],
-    names: Sequence[str] | None = None,
+    names: Iterable[str] | None = None,
     *,
     sums: bool = False,
     cover_block: int | None = None,
@@ -134,12 +134,13 @@ def from_adamw(
 
 def _convert(
     state_dict: Mapping[str, Any],
-    names: Sequence[str] | None,
+    names: Iterable[str] | None,
     convert: Callable[[Mapping[str, Any]], dict[str, Tensor]],
     keep_options: bool,
 ) -> StateDict:
     groups = state_dict["param_groups"]
     keys = [key for group in groups for key in group["params"]]
+    names = None if names is None else list(names)
     if names is None and not all(isinstance(key, str) for key in keys):
         raise ValueError("this state dict is by number; pass names=[name for name, _ in model.named_parameters()]")
     if names is not None and len(names) != len(keys):

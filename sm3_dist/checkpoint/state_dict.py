@@ -265,6 +265,12 @@ class _Loaded(NamedTuple):
             state, groups = state_dict.get("state", {}), state_dict.get("param_groups", [])
         else:
             state, groups = unflatten(state_dict)
+        if not all(isinstance(name, str) for name in state):
+            raise ValueError(
+                "the loaded state is by position, as optimizer.state_dict() has it, and goes by name here. Load it "
+                "with optimizer.load_state_dict(), under the layout that saved it; or give it names: "
+                "sm3_dist.checkpoint.from_adamw does, of Adam's, and from_torch_sm3"
+            )
         return cls({name: {k: as_tensor(v) for k, v in each.items()} for name, each in state.items()}, groups)
 
     def values(self) -> Iterator[tuple[str, str, Tensor]]:

@@ -256,6 +256,9 @@ def _validate(group: ParamGroup, momentum_dtype: torch.dtype | None) -> None:
             f"momentum_dtype must be torch.float32, torch.bfloat16, torch.int8 or None, but is {momentum_dtype!r}"
         )
     _check_numbers(group)
+    for name in FLAGS:
+        if group[name] not in (True, False):
+            raise TypeError(f"{name} must be True or False, but is the {type(group[name]).__name__} {group[name]!r}")
     _check_needs(group)
     wanted = group["orthogonalize"]
     if not isinstance(wanted, bool) and not (isinstance(wanted, tuple) and all(isinstance(n, str) for n in wanted)):
@@ -296,9 +299,6 @@ def _check_numbers(group: ParamGroup) -> None:
 
 def _check_needs(group: ParamGroup) -> None:
     """Options that mean nothing without another: :data:`NEEDS`, and what to do."""
-    for name in FLAGS:
-        if group[name] not in (True, False):
-            raise TypeError(f"{name} must be True or False, but is the {type(group[name]).__name__} {group[name]!r}")
     if group["bias_correction"] and not group["beta"]:
         raise ValueError(
             "bias_correction=True corrects the moving average of beta > 0, but beta is 0. Pass it as False"
