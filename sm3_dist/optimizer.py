@@ -337,6 +337,7 @@ class SM3(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        self._keeper.positions.expect(group)
         if not group["momentum"]:
             self._without_momentum.add(len(self.param_groups) - 1)
 
@@ -352,16 +353,15 @@ class SM3(Optimizer):
         Raises:
             ValueError: if param groups or shapes differ; the optimizer is then as it was.
         """
-        adopted: dict[str, Any] = {}
+        adopted: list[Any] = []  # states, and what they fit
 
         def keep_aside(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             # raises before anything is changed
-            states, fitted = self._keeper.adopt(loaded, self.param_groups, self.defaults["cover_block"])
-            adopted.update(states=states, fitted=fitted)
+            adopted[:] = self._keeper.adopt(loaded, self.param_groups, self.defaults["cover_block"])
             return {**loaded, "state": {}, "param_groups": loaded_options(loaded["param_groups"], self.param_groups)}
 
         def put_back(_: Optimizer) -> None:
-            self._keeper.install(**adopted, groups=self.param_groups)
+            self._keeper.install(adopted[0], adopted[1], self.param_groups)
 
         hooks = (
             self.register_load_state_dict_pre_hook(keep_aside),

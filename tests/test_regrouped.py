@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -44,6 +44,36 @@ def test_what_is_behind_a_removed_group_keeps_its_state(momentum: float) -> None
     for param, other in ((second, alone), (third, fresh)):
         (twin,) = other.param_groups[0]["params"]
         assert all(map(torch.equal, of(optimizer, param), of(other, twin)))
+
+
+def grouped_anew(optimizer: SM3) -> None:
+    last = optimizer.param_groups[-1]["params"][-1]
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": [last]})
+
+
+LEAVING: dict[str, tuple[bool, Callable[[SM3], object]]] = {  # whether both are in one group, and how the first leaves
+    "group": (False, lambda optimizer: optimizer.param_groups.pop(0)),
+    "parameter": (True, lambda optimizer: optimizer.param_groups[0]["params"].pop(0)),
+    "all groups": (False, grouped_anew),
+}
+
+
+@pytest.mark.parametrize("what", LEAVING)
+def test_what_was_frozen_takes_nobodys_state(what: str) -> None:
+    """Of a head that was trained first and then leaves: the rest is in its place, and has no state yet."""
+    together, leave = LEAVING[what]
+    head, rest = matrix(0), matrix(1)
+    optimizer = SM3([{"params": [head, rest]}] if together else [{"params": [each]} for each in (head, rest)])
+    alone = SM3([matrix(1)])
+    rest.requires_grad_(False)
+    head.grad = torch.ones(4, 3)
+    optimizer.step()
+    leave(optimizer)
+    rest.requires_grad_(True)
+    train(optimizer, 2)
+    train(alone, 2)
+    assert all(map(torch.equal, of(optimizer, rest), of(alone, *alone.param_groups[0]["params"])))
 
 
 @pytest.mark.parametrize("way", ["removed", "exchanged"])

@@ -34,6 +34,7 @@ from sm3_dist.step.param_groups import (
     which_can_move,
 )
 from sm3_dist.step.plan import StepPlan, agreement_lines, change
+from sm3_dist.step.positions import Positions
 from sm3_dist.step.state import (
     State,
     accumulator_keys,
@@ -80,6 +81,7 @@ class PlanKeeper:
     Attributes:
         states: the state of each parameter, as far as it has one. Maxima may still be on their way to it: who looks at
             values asks :meth:`received`.
+        positions: where parameters stood in the param groups when it last made a plan.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class PlanKeeper:
         self.flattened = flattened
         self.replicas = replicas
         self.states: States = defaultdict(dict)
+        self.positions = Positions()
         self._momentum_dtype = momentum_dtype
         self._shard_covers = shard_covers
         self._launch_list = launch_list
@@ -112,7 +115,6 @@ class PlanKeeper:
         self._unshared = False  # whether accumulators are yet to be made maxima over all ranks
         self._signature: tuple[Any, ...] = ()
         self._process_groups: dict[tuple[int, ...], ProcessGroup] = {}
-        self._positions: dict[tuple[int, int], Tensor] = {}
 
     def attach(self, model: nn.Module) -> None:
         """Read flattened parameters in this model from now on, and plan anew."""
@@ -183,7 +185,7 @@ class PlanKeeper:
                 entries += self._entries(param, label, group, shards[param], numbers, working_copies)
         self._fitted = {param: fitted for param, fitted in self._fitted.items() if param in self.states}
         self._changed = set()
-        self._remember_positions(groups)
+        self.positions.remember(groups)
         self._agree(entries)
         gatherer = None
         if self.replicas is not None:
@@ -338,7 +340,7 @@ class PlanKeeper:
         self.replace(states)
         self._fitted = fitted
         self._unshared = any(param in self.flattened for param, _, _ in labelled_params(groups))
-        self._remember_positions(groups)
+        self.positions.remember(groups)
 
     def check_copyable(self, groups: Sequence[ParamGroup]) -> None:
         """Refuse to copy or pickle what belongs to a process group or to a model.
@@ -374,26 +376,13 @@ class PlanKeeper:
         return state
 
     def _follow_exchanged_params(self, groups: Sequence[ParamGroup]) -> None:
-        """Hand on the state of parameters that somebody replaced in ``param_groups``, as accelerate does.
-
-        Where groups were removed, or their parameters, those behind them have moved up and are there yet.
-        """
-        there = {param for group in groups for param in group["params"]}
-        for g, group in enumerate(groups):
-            for index, param in enumerate(group["params"]):
-                old = self._positions.get((g, index))
-                if old is not None and old in self.states and old not in there and param not in self.states:
-                    label = label_of(group, g, index)
-                    if self.replicas is not None:
-                        self.replicas.exchange(old, param)
-                    shards = self.describe(param, label, group["cover_block"])
-                    self.states[param] = adopt_state(self.states[old], param, shards, label, self._momentum_dtype)
-                    del self.states[old]
-
-    def _remember_positions(self, groups: Sequence[ParamGroup]) -> None:
-        self._positions = {
-            (g, index): param
-            for g, group in enumerate(groups)
-            for index, param in enumerate(group["params"])
-            if param in self.states
-        }
+        """Hand on the state of parameters that somebody replaced in ``param_groups``."""
+        for old, g, index in self.positions.exchanged(groups):
+            param = groups[g]["params"][index]
+            if old in self.states and param not in self.states:
+                label = label_of(groups[g], g, index)
+                if self.replicas is not None:
+                    self.replicas.exchange(old, param)
+                shards = self.describe(param, label, groups[g]["cover_block"])
+                self.states[param] = adopt_state(self.states[old], param, shards, label, self._momentum_dtype)
+                del self.states[old]
