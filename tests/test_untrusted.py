@@ -133,6 +133,16 @@ def test_metadata_with_a_path_of_another_python_or_system(saved: Path, module: s
     load({"train": fresh()}, saved)
 
 
+def test_metadata_of_a_later_pytorch(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may say more of a tensor, as 2.15 does, whose strides earlier ones do not know."""
+    metadata = FileSystemReader(saved).read_metadata()
+    pickled = TensorProperties.__getstate__
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorProperties, "__getstate__", lambda self: (*pickled(self), (1, 2), "later"))
+        (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    load({"train": fresh()}, saved)
+
+
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(_MEM_FORMAT_ENCODING, "mro"), (_MEM_FORMAT_ENCODING, "__class__"), (TensorProperties, "TORCH_CONTIGUOUS_FORMAT")],

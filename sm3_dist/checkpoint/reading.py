@@ -28,12 +28,21 @@ from sm3_dist.checkpoint.train_state import TrainState, check_version
 from sm3_dist.maths.momentum_code import OLD_CODE, refusal_of_old_codes
 
 _MEMORY_FORMATS: Any = metadata._MEM_FORMAT_ENCODING
+_FIELDS = len(metadata.TensorProperties().__getstate__())
+
+
+class _Properties(metadata.TensorProperties):
+    """Of a tensor, without what later releases of PyTorch say besides: 2.15 adds the strides of what was saved."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        super().__setstate__(state[:_FIELDS])
+
+
 _CLASSES = (
     metadata.Metadata,
     metadata.TensorStorageMetadata,
     metadata.ChunkStorageMetadata,
     metadata.BytesStorageMetadata,
-    metadata.TensorProperties,
     metadata.MetadataIndex,
     metadata.StorageMeta,
     _MEMORY_FORMATS,
@@ -46,6 +55,7 @@ _PATHS = {cls.__name__.removeprefix(prefix): cls for cls in (PurePosixPath, Pure
 """What stands for paths, which are not used: one of another system could not be made."""
 _KNOWN: dict[tuple[str, str], Any] = {
     **{(cls.__module__, cls.__name__): cls for cls in _CLASSES},
+    (metadata.TensorProperties.__module__, metadata.TensorProperties.__name__): _Properties,
     # Python 3.13 says where it defines them.
     **{(module, name): cls for module in ("pathlib", "pathlib._local") for name, cls in _PATHS.items()},
     **{
