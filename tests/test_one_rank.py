@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from sm3_dist import SM3, PlanMismatchError
-from sm3_dist.ranks import fingerprint
+from sm3_dist.checkpoint import get_optimizer_state_dict
+from sm3_dist.ranks import fingerprint, spot_check
 from sm3_dist.ranks.bucket import MaxBucket, SumBucket
 from sm3_dist.ranks.difference import Facts, facts_from, facts_to, in_which_they_differ
 
@@ -127,6 +129,35 @@ def thin_shards() -> None:
 
 def test_a_rank_that_tensor_parallelism_leaves_nothing(workers: Pool) -> None:
     workers(4).run(thin_shards)
+
+
+def frozen_after_a_step() -> None:
+    """Replicas that send nothing: one has frozen a tensor and saves, while the other is in the step before yet."""
+    model = fully_shard(Tensors([(3, 5), (8, 4)]), mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("r", "s")))
+    optimizer, (first, second) = SM3(model.parameters(), lr=0.1), model.parameters()
+    store, watch = dist.group.WORLD.get_group_store(), optimizer._keeper.watch
+    first_steps = spot_check.FIRST  # in which they wait for one another
+
+    def come_late() -> float:
+        if dist.get_rank() == 1 and watch.call > first_steps:
+            store.wait([f"{token}/anew" for token in watch.tokens.values()])
+        return 0.0
+
+    with patch.object(spot_check, "SECONDS", 0.0):
+        for _ in range(first_steps + 1):
+            for param in (first, second):
+                give(param, torch.ones(param.shape))
+            optimizer.step(come_late)
+        second.requires_grad_(False)
+        get_optimizer_state_dict(model, optimizer)
+        give(first, torch.ones(first.shape))
+        second.grad = None
+        optimizer.step()
+    assert (optimizer.state[first]["step"], optimizer.state[second]["step"]) == (first_steps + 2, first_steps + 1)
+
+
+def test_a_plan_made_anew_between_steps_belongs_to_the_next(workers: Pool) -> None:
+    workers(2).run(frozen_after_a_step)
 
 
 def learning_rates_as_on_a_gpu(kind: str) -> None:

@@ -85,6 +85,7 @@ class RankWatch:
         self._planned: set[int] = set()  # calls in which it made its plan anew
         self._past_planning = 0  # the last call in which it has its plan
         self._error = ""  # with which it stopped in its last call
+        self._in_step = False
 
     def follow(self, tokens: Mapping[tuple[int, ...], str]) -> None:
         """Look for the notes of these sets of ranks from now on."""
@@ -94,6 +95,7 @@ class RankWatch:
     def step(self) -> Iterator[None]:
         """Count a call of ``step()``, and let the others know of an error in it."""
         self.call += 1
+        self._in_step = True
         try:
             if self._error:
                 self._go_on_together()
@@ -104,7 +106,7 @@ class RankWatch:
             self.leave_note(error)
             raise
         finally:
-            self.used = True
+            self.used, self._in_step = True, False
 
     def drop_gradients(self, params: Iterable[Tensor]) -> None:
         """Note that gradients are about to be set to ``None``: whether a step has used them."""
@@ -161,9 +163,10 @@ class RankWatch:
         self._past_planning = self.call
 
     def plan_anew(self, words: str) -> None:
-        """Let the others know that this rank makes its plan anew in the present call, and why."""
-        self._planned.add(self.call)
-        note = {"call": self.call, "rank": dist.get_rank(), "words": words[:10_000]}
+        """Let the others know that this rank makes its plan anew in the present call, or for the next, and why."""
+        call = self.call if self._in_step else self.call + 1  # others may be in the present one yet
+        self._planned.add(call)
+        note = {"call": call, "rank": dist.get_rank(), "words": words[:10_000]}
         for token in self.tokens.values():
             store_of_world().set(f"{token}/anew", json.dumps(note))
 
