@@ -2,12 +2,14 @@
 
 from unittest.mock import patch
 
+import moving
 import pytest
 import torch
 import torch.distributed as dist
 from harness import Pool
 from replicas import give, params_of
 from torch import nn
+from torch.distributed.checkpoint import state_dict as by_torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
@@ -72,3 +74,15 @@ def sparse() -> None:
 
 def test_sparse_gradients_are_refused_on_every_rank(workers: Pool) -> None:
     workers(2).run_raises(NotImplementedError, sparse, match="sparse=False")
+
+
+def state_dict_by_torch(layout: str) -> None:
+    by_torch.get_optimizer_state_dict(*moving.build(layout, dist.get_world_size()))
+
+
+@pytest.mark.parametrize("layout", ["zero", "fairscale"])
+def test_state_dicts_that_would_have_a_part_are_refused(workers: Pool, layout: str) -> None:
+    """PyTorch saved that of one rank for all, and loaded it on all of them."""
+    workers(1).run(state_dict_by_torch, layout)
+    match = r"each rank has a part.*sm3_dist\.checkpoint"
+    workers(2).run_raises(NotImplementedError, state_dict_by_torch, layout, match=match)

@@ -49,6 +49,11 @@ class Flattened:
         """Whether a wrapper flattened ``param``, or it stands for a part of what one flattened."""
         return param in self._found
 
+    @property
+    def by_fairscale(self) -> bool:
+        """Whether ranks have parts that fairscale cut, which PyTorch takes for the same on every rank."""
+        return any("fairscale" in tensor.wrapper and tensor.peers is not None for tensor in self._tensors)
+
     def names(self, param: Tensor) -> list[str]:
         """The names of the original tensors of a flattened parameter, in the order of its shards."""
         return [original.name for original in self.originals(param)]
