@@ -149,6 +149,22 @@ def test_param_groups_are_matched_by_name() -> None:
     assert [group["weight_decay"] for group in second.param_groups] == [0.0, 0.5]
 
 
+def test_param_groups_are_matched_by_name_in_place_too(tmp_path: Path) -> None:
+    """Other groups than were saved, of which one has a learning rate that was a tensor, and one that is one."""
+    model = single(1).model
+    bias, others = model.get_parameter("block.0.bias"), [p for n, p in model.named_parameters() if n != "block.0.bias"]
+    saved = SM3([{"params": others}, {"params": [bias], "lr": torch.tensor(0.75)}], lr=0.25)
+    save({"train": TrainState(model, saved)}, checkpoint_id=tmp_path, no_dist=True)
+    rate = torch.tensor(5.0)
+    optimizer = SM3([{"params": [bias], "lr": rate}, {"params": others[:2]}, {"params": others[2:]}])
+    load({"train": TrainState(model, optimizer)}, tmp_path)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.75, 0.25, 0.25]
+    assert optimizer.param_groups[0]["lr"] is rate, "a CUDA graph may have its address"
+    another = SM3([{"params": [bias]}, {"params": others}])
+    load({"train": TrainState(model, another)}, tmp_path)
+    assert [group["lr"] for group in another.param_groups] == [0.75, 0.25]
+
+
 def test_several_optimizers_of_which_one_is_not_sm3() -> None:
     model = single(1).model
     by_name = dict(model.named_parameters())

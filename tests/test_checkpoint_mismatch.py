@@ -108,6 +108,28 @@ def test_checkpoint_of_other_settings(workers: Pool, saved: Path) -> None:
     workers(2).run_raises(CheckpointError, other_settings, saved, 2, match="update_square_average.*other settings")
 
 
+OVERWRITTEN = {
+    # what was found when all had been loaded in place: settings of the checkpoint, those of the optimizer, words
+    "momentum": ({"momentum": 0.9}, {}, "momentum_buffer too, .* saved with momentum > 0"),
+    "update_rms": ({"update_rms": 0.5}, {}, "update_square_average too, .* saved with update_rms"),
+    "covers": ({"cover_block": 64}, {"cover_block": 128}, "cover_block=64, but this optimizer has cover_block=128"),
+}
+
+
+@pytest.mark.parametrize("case", [*OVERWRITTEN, "param groups"])
+def test_what_a_checkpoint_has_more_is_found_before_anything_is_loaded(tmp_path: Path, case: str) -> None:
+    first, second = single(1).model, single(1).model
+    then, now, words = OVERWRITTEN.get(case, ({}, {}, "different hyperparameters: lr of 0.5 and of 0.1"))
+    embed, *others = first.parameters()
+    groups = [{"params": [embed], "lr": 0.5}, {"params": others}] if case == "param groups" else [*first.parameters()]
+    save({"train": TrainState(first, SM3(groups, **then))}, checkpoint_id=tmp_path, no_dist=True)  # type: ignore[arg-type]
+    wrapped = Wrapped(second, SM3(second.parameters(), **now))
+    spoil(wrapped)
+    with pytest.raises(CheckpointError, match=words):
+        load({"train": TrainState(*wrapped)}, tmp_path)
+    assert all(bool((p == -5).all()) for p in second.parameters()), "something was loaded"
+
+
 def test_newer_format(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_state_module, "FORMAT_VERSION", 2)
     save({"train": TrainState(*trained())}, checkpoint_id=saved.with_name("newer"), no_dist=True)

@@ -9,8 +9,6 @@ for a flat range), so reading and writing state are the same for all of them.
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,38 +21,26 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sm3_dist.checkpoint.boxed import holders
+from sm3_dist.checkpoint.keys import ADAMS, MOMENTA, OPTIONAL, missing_key, surplus
+from sm3_dist.checkpoint.keys import missing as missing_names
 from sm3_dist.checkpoint.names import canonical_names
+from sm3_dist.checkpoint.options import saved_options, take_over
 from sm3_dist.checkpoint.slots import Reader, Slot, values
 from sm3_dist.layout.box import Box
 from sm3_dist.layout.cover import grid
 from sm3_dist.layout.shard import WHOLE, LocalShard, accumulator_dtype
 from sm3_dist.maths.momentum_code import (
-    MOMENTUM_BUFFER,
-    MOMENTUM_CODE,
     OLD_CODE,
     converted,
     momentum_key,
     refusal_of_old_codes,
 )
 from sm3_dist.optimizer import SM3
-from sm3_dist.step.entry import HYPERPARAMETERS, Entry
+from sm3_dist.step.entry import Entry
 from sm3_dist.step.param_groups import validate
 from sm3_dist.step.state import accumulator_key, held_accumulators, step_device
 
 SCALAR = Box((), ())
-ADAMS = "exp_avg_sq"
-"""What Adam's state has and SM3's has not."""
-_OPTIONAL = {
-    MOMENTUM_BUFFER: "momentum > 0",
-    MOMENTUM_CODE: "momentum_dtype=torch.int8",
-    "update_square_average": "update_rms",
-}
-"""What only some hyperparameters need."""
-_OF_THE_CLASS = set(inspect.signature(SM3.__init__).parameters) - set(HYPERPARAMETERS)
-"""Arguments of the optimizer as a whole, which wrappers of optimizers put into each of their param groups."""
-_NOT_SAVED = {"params", "param_names", *_OF_THE_CLASS}
-_MOMENTA = {MOMENTUM_BUFFER: MOMENTUM_CODE, MOMENTUM_CODE: MOMENTUM_BUFFER}
-"""Each form of the momentum with the other, from which it can be made."""
 
 
 class Canonical:
@@ -128,6 +114,30 @@ class Canonical:
             self._refresh()
         return found
 
+    def check_ahead(self, keys: Mapping[str, Sequence[str]], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Find what :meth:`prepare` would, before a checkpoint is loaded in place. What it lacks shows there.
+
+        Args:
+            keys: those of each tensor that the checkpoint has.
+            groups: its param groups, with names; empty where they are not known.
+
+        Raises:
+            ValueError: its groups do not fit, or there is no place for something of it.
+        """
+        error: Exception | None = None
+        try:
+            self._changed_groups(self._matching_options(groups, strict=False, spared=()))
+            for name, entry in self.entries.items():
+                mine = self.slots(entry)
+                more = [key for key in keys.get(name, ()) if key not in mine]
+                if more and mine.keys() <= set(keys[name]):
+                    raise ValueError(surplus(name, more))
+        except (TypeError, ValueError) as found:
+            error = found
+        error = self._of_any_rank(error) if self.apart else error
+        if error is not None:
+            raise error
+
     def give_up(self) -> None:
         """Take back what :meth:`prepare` did."""
         for param in self._room:
@@ -161,7 +171,7 @@ class Canonical:
     def groups(self) -> list[dict[str, Any]]:
         """The param groups, with names in place of parameters."""
         return [
-            {"params": names, **_options(group)}
+            {"params": names, **saved_options(group)}
             for names, group in zip(self.group_names(), self.groups_of_all, strict=True)
         ]
 
@@ -209,16 +219,14 @@ class Canonical:
         Args:
             loaded: name, key and value, in the same order on every rank; whole tensors, DTensors or BoxedTensors.
         """
-        for group, inner, new in zip(self.groups_of_all, self.optimizer.param_groups, self._changes, strict=True):
-            new = copy.deepcopy(new)
-            group.update(new)
-            inner.update(new)
+        for groups in (self.groups_of_all, self.optimizer.param_groups):
+            take_over(groups, self._changes)
         self._refresh()
         slots = {name: self.slots(entry) for name, entry in self.entries.items()}
         steps: dict[Tensor, list[Tensor]] = defaultdict(list)
         for name, key, value in loaded:
             mine = slots.get(name, {})
-            slot = mine.get(key) or mine.get(_MOMENTA.get(key, ""))
+            slot = mine.get(key) or mine.get(MOMENTA.get(key, ""))
             reader = Reader(value, slot.tensor if slot and slot.whole else None)
             if slot is None:
                 continue
@@ -226,7 +234,7 @@ class Canonical:
                 steps[self.entries[name].param].append(reader.read(SCALAR))
                 continue
             for box, part in zip(slot.boxes, slot.parts, strict=True):
-                part.copy_(converted(reader.read(box), part.dtype) if key in _MOMENTA else reader.read(box))
+                part.copy_(converted(reader.read(box), part.dtype) if key in MOMENTA else reader.read(box))
         for param, counts in steps.items():
             self.optimizer._keeper.states[param]["step"].copy_(torch.stack([c.float().cpu() for c in counts]).max())
         self.optimizer._keeper.written_into(self.optimizer.param_groups)
@@ -260,17 +268,36 @@ class Canonical:
             found = {id(saved[name]): saved[name] for name in names if name in saved}
             missing = [n for n in names if n not in saved and n in self.entries and n not in spared]
             if strict and missing:
-                raise ValueError(_missing(missing, saved))
+                raise ValueError(missing_names(missing, saved))
             # (Which tensors are made orthogonal is for each layout to say in its own way.)
-            options = [{k: v for k, v in _options(group).items() if k != "orthogonalize"} for group in found.values()]
+            options = [
+                {k: v for k, v in saved_options(group).items() if k != "orthogonalize"} for group in found.values()
+            ]
             for other in options[1:]:
                 if other != options[0]:
+                    keys = {**options[0], **other}
+                    differ = [k for k in keys if k not in other or other[k] != options[0].get(k, other)]
+                    words = ", ".join(f"{k} of {options[0].get(k)} and of {other.get(k)}" for k in differ)
                     raise ValueError(
                         f"the param group of {names[0]!r} holds tensors that were saved in groups with different "
-                        f"hyperparameters: {options[0]} and {other}. Make the param groups as they were when saving."
+                        f"hyperparameters: {words}. Make the param groups as they were when saving."
                     )
             result.append(options[0] if options else {})
         return result
+
+    def _changed_groups(self, changes: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """The param groups with loaded hyperparameters, by the ``id`` of the group. Raise if those do not fit."""
+        new = {}
+        for g, (group, change) in enumerate(zip(self.optimizer.param_groups, changes, strict=True)):
+            new[id(group)] = {**group, **change}
+            validate(new[id(group)], 0, self.optimizer.momentum_dtype)
+            if new[id(group)]["cover_block"] != group["cover_block"]:
+                raise ValueError(
+                    f"the tensors of param group {g} were saved with cover_block={change['cover_block']}, but this "
+                    f"optimizer has cover_block={group['cover_block']}, and accumulators of one cannot become those of "
+                    f"the other. Make the optimizer with the recipe of then, and cover_block={change['cover_block']}."
+                )
+        return new
 
     def _check(
         self,
@@ -282,20 +309,11 @@ class Canonical:
         """Raise unless the loaded state fits."""
         for name in self.entries:
             if ADAMS in shapes.get(name, ()):
-                raise ValueError(_missing_key(name, "accumulator_0", list(shapes[name])))
+                raise ValueError(missing_key(name, "accumulator_0", list(shapes[name])))
         missing = [name for name in self.entries if name not in shapes and name not in spared]
         if missing and strict:
-            raise ValueError(_missing(missing, shapes))
-        new = {}
-        for g, (group, change) in enumerate(zip(self.optimizer.param_groups, changes, strict=True)):
-            new[id(group)] = {**group, **change}
-            validate(new[id(group)], 0, self.optimizer.momentum_dtype)
-            if new[id(group)]["cover_block"] != group["cover_block"]:
-                raise ValueError(
-                    f"the tensors of param group {g} were saved with cover_block={change['cover_block']}, but this "
-                    f"optimizer has cover_block={group['cover_block']}, and accumulators of one cannot become those of "
-                    f"the other. Make the optimizer with the recipe of then, and cover_block={change['cover_block']}."
-                )
+            raise ValueError(missing_names(missing, shapes))
+        new = self._changed_groups(changes)
         for name, entry in self.entries.items():
             if name not in shapes:
                 continue
@@ -303,16 +321,16 @@ class Canonical:
                 raise ValueError(refusal_of_old_codes(repr(name)))
             wanted = {key: slot.shape for key, slot in self.slots(entry).items()}
             options = new[id(entry.group)]
-            wanted = {key: shape for key, shape in wanted.items() if key not in _OPTIONAL}
+            wanted = {key: shape for key, shape in wanted.items() if key not in OPTIONAL}
             if options["momentum"] > 0:
                 key = momentum_key(self.optimizer.momentum_dtype or torch.float32)
-                key = key if key in shapes[name] or _MOMENTA[key] not in shapes[name] else _MOMENTA[key]
+                key = key if key in shapes[name] or MOMENTA[key] not in shapes[name] else MOMENTA[key]
                 wanted[key] = () if entry.param.dim() == 0 else entry.shard.shape
             if options["update_rms"] is not None:
                 wanted["update_square_average"] = ()
             for key, shape in wanted.items():
                 if key not in shapes[name]:
-                    raise ValueError(_missing_key(name, key, list(shapes[name])))
+                    raise ValueError(missing_key(name, key, list(shapes[name])))
                 found = tuple(shapes[name][key].shape)
                 if found != shape:
                     raise ValueError(
@@ -374,27 +392,3 @@ def _slot(
     held = [(box, part.view(box.shape)) for box, part in zip(boxes, parts, strict=True) if box.numel]
     whole = shard.layout == WHOLE or isinstance(tensor, DTensor)
     return Slot(shape, [box for box, _ in held], [part for _, part in held], tensor, whole, ranks=shard.ranks)
-
-
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in _NOT_SAVED}
-
-
-def _missing(names: Sequence[str], found: Iterable[str]) -> str:
-    return (
-        f"the loaded state has nothing for {len(names)} of the optimizer's tensors: {', '.join(list(names)[:5])}. It "
-        f"has {', '.join(list(found)[:5]) or 'none'}. Load the checkpoint of this model, or pass "
-        "StateDictOptions(strict=False) to keep what these tensors have."
-    )
-
-
-def _missing_key(name: str, key: str, found: Sequence[str]) -> str:
-    if ADAMS in found:
-        hint = "This is the state of Adam; convert it with sm3_dist.checkpoint.from_adamw."
-    elif key in _OPTIONAL:
-        hint = f"It is needed for {_OPTIONAL[key]}: make the optimizer with the hyperparameters that it was saved with."
-    elif "accumulator_0" in found:
-        hint = "It was saved with other covers: make the optimizer with the cover_block of then (torch-SM3 has None)."
-    else:
-        hint = "It is not the state of SM3."
-    return f"the loaded state of {name!r} has no {key}, but {list(found)}. {hint}"

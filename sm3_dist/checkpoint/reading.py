@@ -11,7 +11,7 @@ import os
 import pickle
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -88,30 +88,62 @@ def load(state_dict: dict[str, Any], checkpoint_id: str | os.PathLike[str], *, n
     """
     alone = no_dist or not dist.is_initialized()
     reader = SafeReader(checkpoint_id)
-    for key, value in state_dict.items():
-        if isinstance(value, TrainState):
-            value.make_room(_names_with_state(reader, f"{key}.optimizer.state.", alone))
+    states = {key: value for key, value in state_dict.items() if isinstance(value, TrainState)}
     try:
+        for key, value in states.items():
+            value.expect(*_saved(reader, f"{key}.optimizer.", alone))
         torch_load(state_dict, storage_reader=reader, planner=SafeLoadPlanner(reader), no_dist=alone)
     except CheckpointException as error:
         rank, (reason, _) = min(error.failures.items())
         where = "" if alone else f" (rank {rank})"
         raise CheckpointError(f"cannot load the checkpoint {checkpoint_id}{where}: {explain(reason)}") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"cannot load the checkpoint {checkpoint_id}: {error}") from error
+    finally:
+        for value in states.values():
+            value.expect_nothing()
 
 
-def _names_with_state(reader: SafeReader, prefix: str, alone: bool) -> list[str]:
-    """The tensors of which a checkpoint has state of an optimizer; none if it cannot be read, which shows at once."""
-    names: list[list[str]] = [[]]
+class _Saved(NamedTuple):
+    """What a checkpoint has of optimizers."""
+
+    keys: dict[str, list[str]]
+    """Of the state of each tensor."""
+    groups: list[dict[str, Any]]
+    """Param groups; empty where they have another form. Tensors in them are yet to be loaded."""
+
+
+def _saved(reader: SafeReader, prefix: str, alone: bool) -> _Saved:
+    """What rank 0 finds; nothing if it cannot be read, which shows at once."""
+    found = [_Saved({}, [])]
     if alone or dist.get_rank() == 0:
-        with suppress(CheckpointError):
-            keys = reader.checked_metadata().state_dict_metadata
-            found = (key.removeprefix(prefix).rpartition(".")[0] for key in keys if key.startswith(prefix))
-            names = [list(dict.fromkeys(found))]
+        with suppress(Exception):
+            found = [_read_saved(reader, prefix)]
     if not alone:
-        dist.broadcast_object_list(names, src=0)
-    return names[0]
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _read_saved(reader: SafeReader, prefix: str) -> _Saved:
+    described = reader.checked_metadata()
+    keys: dict[str, list[str]] = {}
+    groups: dict[int, dict[str, Any]] = {}
+    for path, value in described.state_dict_metadata.items():
+        kind, _, rest = path.removeprefix(prefix).partition(".")
+        if not path.startswith(prefix):
+            continue
+        if kind == "state":
+            name, _, key = rest.rpartition(".")
+            keys.setdefault(name, []).append(key)
+        elif kind == "param_groups":
+            number, _, option = rest.partition(".")
+            if isinstance(value, metadata.TensorStorageMetadata):
+                saved: Any = torch.zeros(value.size, dtype=value.properties.dtype, device="cpu")
+            else:
+                saved = _plain(reader.read_bytes(path, described), path)
+            groups.setdefault(int(number), {})[option] = saved
+    plain = all("." not in option for group in groups.values() for option in group)
+    return _Saved(keys, [groups[number] for number in sorted(groups)] if plain else [])
 
 
 def explain(reason: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -64,6 +65,7 @@ class TrainState(Stateful):
         self.scheduler = scheduler
         self.data = data
         self.step = step
+        self._expected: Sequence[dict[str, Any]] = ()  # param groups, as they were saved
 
     def state_dict(self, *, cpu_offload: bool = False) -> dict[str, Any]:
         """Everything, by name. Call it on every rank.
@@ -73,6 +75,8 @@ class TrainState(Stateful):
         """
         options = StateDictOptions(cpu_offload=cpu_offload)
         model, optimizer = get_state_dict(self.model, self.optimizers, options=options)
+        if self._expected:
+            optimizer["param_groups"] = copy.deepcopy(self._expected)
         state = {
             "format_version": FORMAT_VERSION,
             "model": model,
@@ -86,15 +90,29 @@ class TrainState(Stateful):
             state["data"] = self.data.state_dict()
         return state
 
-    def make_room(self, names: Collection[str]) -> None:
-        """Have optimizers make the state of frozen parameters that a checkpoint has something of. On every rank.
+    def expect(self, keys: Mapping[str, Sequence[str]], groups: Sequence[dict[str, Any]]) -> None:
+        """Get ready for a checkpoint that is to be loaded in place, until :meth:`expect_nothing`. On every rank.
+
+        Optimizers make the state of frozen parameters that it has something of, and param groups are read as they were
+        saved: they belong to tensors by name.
 
         Args:
-            names: canonical names of the tensors of which there is state in the checkpoint.
+            keys: those of the state of each tensor, by canonical name.
+            groups: the param groups; empty where they are not known.
+
+        Raises:
+            ValueError: if it does not fit.
         """
         for optimizer in self.optimizers:
             if sm3_within(optimizer) is not None:
-                Canonical(self.model, optimizer).make_room(names)
+                canonical = Canonical(self.model, optimizer)
+                canonical.make_room(keys)
+                canonical.check_ahead(keys, groups)
+        self._expected = groups
+
+    def expect_nothing(self) -> None:
+        """Go back to what there is."""
+        self._expected = ()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take everything over. Call it on every rank.
