@@ -13,7 +13,7 @@ from sm3_dist import kernels
 from sm3_dist.compat import whole_step
 from sm3_dist.layout.describe import Flattened, Replicas
 from sm3_dist.ranks.same_gradients import GradientCheck
-from sm3_dist.step.blank_step import is_blank, refuse_parts
+from sm3_dist.step.blank_step import is_blank
 from sm3_dist.step.guard import Skipping
 from sm3_dist.step.keeper import PlanKeeper, States
 from sm3_dist.step.param_groups import (
@@ -318,7 +318,6 @@ class SM3(Optimizer):
         of the local parameter from which they follow exactly: what ``FSDP.optim_state_dict`` can gather and cut. What
         ``update_rms`` keeps of them is in the param groups, by the names of the original tensors.
         """
-        refuse_parts(self._keeper.replicas, self._keeper.flattened)
         return self._keeper.to_hand_out(super().state_dict(), self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

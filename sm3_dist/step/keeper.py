@@ -18,6 +18,7 @@ from sm3_dist.layout.shard import LocalShard
 from sm3_dist.ranks.agreement import check_agreement
 from sm3_dist.ranks.watch import PlanMismatchError, RankWatch
 from sm3_dist.ranks.weight_gather import WeightGatherer
+from sm3_dist.step.blank_step import refuse_parts
 from sm3_dist.step.capture import refuse_to_plan
 from sm3_dist.step.cut_cover import CutCover, cut_covers
 from sm3_dist.step.entry import Entry
@@ -320,6 +321,7 @@ class PlanKeeper:
 
     def to_hand_out(self, state_dict: dict[str, Any], groups: Sequence[ParamGroup]) -> dict[str, Any]:
         """A state dict that lasts, and where tensors of flattened parameters have their shape, as FSDP1 wants it."""
+        refuse_parts(self.replicas, self.flattened)
         labelled = iter(enumerate(labelled_params(groups)))
         for saved in state_dict["param_groups"]:
             averages: dict[str, int] = {}
@@ -331,8 +333,7 @@ class PlanKeeper:
                     state_dict["state"][number] = parameter_shaped(state, param, shards)
                 elif state is not None and self._shard_covers:
                     state_dict["state"][number] = with_copies(state)
-            if averages:
-                saved[SQUARE_AVERAGES] = averages
+            saved |= {SQUARE_AVERAGES: averages} if averages else {}
         return state_dict
 
     def install(self, states: States, fitted: Fitted, groups: Sequence[ParamGroup]) -> None:
