@@ -29,6 +29,7 @@ from sm3_dist.step.param_groups import (
 )
 from sm3_dist.step.plan import StepPlan
 from sm3_dist.step.scheduled import check_scheduled, warn_of_cycled_momentum
+from sm3_dist.step.silence import warn_of_silence
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -164,8 +165,7 @@ class SM3(Optimizer):
         if not isinstance(check_gradients, int) or check_gradients < 0:
             raise ValueError(f"check_gradients must be a number of steps, at least 0, but is {check_gradients!r}")
         self.shard_covers, self.momentum_dtype, self.backend = shard_covers, momentum_dtype, backend
-        self._step_supports_amp_scaling = unscale_in_step
-        self._skipping = Skipping(skip_nonfinite)
+        self._step_supports_amp_scaling, self._skipping = unscale_in_step, Skipping(skip_nonfinite)
         replicas = None if shard_over is None else Replicas(shard_over)
         self._keeper = self._new_keeper(Flattened(model), replicas)
         self._gradient_check = (
@@ -189,6 +189,7 @@ class SM3(Optimizer):
             "rounding_seed": rounding_seed,
         }
         super().__init__(params, defaults)
+        warn_of_silence(self)
 
     @classmethod
     def adamw_like(
@@ -353,10 +354,9 @@ class SM3(Optimizer):
         Raises:
             ValueError: if param groups or shapes differ; the optimizer is then as it was.
         """
-        adopted: list[Any] = []  # states, and what they fit
+        adopted: list[Any] = []  # states, and what they fit: what does not raises before anything is changed
 
         def keep_aside(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            # raises before anything is changed
             adopted[:] = self._keeper.adopt(loaded, self.param_groups, self.defaults["cover_block"])
             return {**loaded, "state": {}, "param_groups": loaded_options(loaded["param_groups"], self.param_groups)}
 

@@ -1,5 +1,6 @@
 """SM3 as a ``torch.optim.Optimizer``: arguments, param groups, schedulers, memory."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sm3_dist import SM3
+from sm3_dist import SM3, step_in_backward
 from sm3_dist.maths.reference import ReferenceState, reference_step
 
 
@@ -161,3 +162,28 @@ def test_temporaries_are_small_however_large_the_parameter(shape: tuple[int, ...
         param.grad.fill_(1.0)
         optimizer.step()
     assert 0 < live.largest <= 1 << 20
+
+
+def test_parameters_that_the_model_has_no_more_are_warned_of_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = SM3(model.parameters())
+    model[0] = nn.Linear(4, 4)  # as fully_shard does, parameter by parameter
+    for step in range(5):
+        model(torch.ones(2, 4)).sum().backward()
+        if step == 2:
+            with pytest.warns(UserWarning, match=r"none of the 2 parameters .* make the optimizer later"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_parameters_that_train_now_and_then_are_not_warned_of(in_backward: bool) -> None:
+    model = nn.Linear(4, 4)
+    optimizer = SM3(model.parameters())
+    with step_in_backward(model, optimizer) if in_backward else nullcontext():
+        for step in range(8):
+            if step == 2:
+                model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
