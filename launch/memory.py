@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 from launch.footprint.bars import draw_bars
 from launch.footprint.footprint import WAYS, ways_on
 from launch.footprint.meters import METERS
-from launch.job import records
+from launch.job import packages, records
 from launch.job.alone import alone
 from launch.job.command_line import Parser
 from launch.job.model import PRESETS
@@ -162,6 +162,7 @@ def main(arguments: list[str]) -> int:
         ranks, most = given.ranks, given.most
         if given.device == "cuda":
             ranks, most = all_gpus(ranks, most)
+        packages.load("matplotlib")  # for the picture, which comes after hours
         ranks = 2 if ranks is None else ranks
         if ranks < 1:
             raise UserError(f"--ranks {ranks} must be at least 1")

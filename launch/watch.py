@@ -48,21 +48,21 @@ def main(arguments: list[str]) -> int:
         out = options.out
         if out is None:
             raise UserError("watching needs --out DIRECTORY")
-    except UserError as error:
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments]
+        on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+        before = occupied_on_gpu() if on_gpu else 0
+        with child(command, env=os.environ | ALLOCATOR) as process:
+            samples = watch(process, (lambda: occupied_on_gpu() - before) if on_gpu else lambda: resident(process.pid))
+        if process.returncode == 0:
+            counted = "occupied on the GPU" if on_gpu else "resident"
+            print(f"most {counted}: {max(size for _, size in samples):,} bytes")
+            with (out / SAMPLES).open("w") as file:
+                file.writelines(json.dumps(sample) + "\n" for sample in samples)
+            draw(out, samples, counted)
+        return int(process.returncode)
+    except (UserError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments]
-    on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-    before = occupied_on_gpu() if on_gpu else 0
-    with child(command, env=os.environ | ALLOCATOR) as process:
-        samples = watch(process, (lambda: occupied_on_gpu() - before) if on_gpu else lambda: resident(process.pid))
-    if process.returncode == 0:
-        with (out / SAMPLES).open("w") as file:
-            file.writelines(json.dumps(sample) + "\n" for sample in samples)
-        counted = "occupied on the GPU" if on_gpu else "resident"
-        draw(out, samples, counted)
-        print(f"most {counted}: {max(size for _, size in samples):,} bytes")
-    return int(process.returncode)
 
 
 def occupied_on_gpu() -> int:
