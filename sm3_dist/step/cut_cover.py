@@ -78,8 +78,9 @@ class CutCover:
             return None
         return Lending(self.working, self.stored, self._visible, self.chunk.box, elsewhere, self.edited)
 
-    def _versions(self) -> tuple[int, int]:
-        return self._visible._version, self._step._version
+    def _versions(self) -> tuple[int, int, int]:
+        # An operation on a DTensor is counted there, and one on its local tensor there.
+        return self.held._version, self._visible._version, self._step._version
 
 
 def cut_covers(
