@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from harness import Pool
 from moving import SETTINGS, STEPS, Wrapped, build, differences, expected, gradients, single, spoil, train, trained
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -196,3 +196,26 @@ def a_scalar_of_two_opinions() -> float:
 
 def test_a_whole_scalar_is_that_of_its_owner(workers: Pool) -> None:
     assert workers(2).run(a_scalar_of_two_opinions) == [8.0, 8.0]
+
+
+def a_scalar_of_one_rank(folder: Path) -> list[str]:
+    """With ``shard_over=`` one rank has the state of a parameter without dimensions, as CLIP's ``logit_scale``."""
+    found = []
+    for recipe in (SM3, SM3.adamw_like):
+        models: list[Any] = [nn.ParameterDict({"w": torch.ones(4, 3), "scale": torch.tensor(2.0)}) for _ in range(2)]
+        first, second = (recipe(model.parameters(), momentum=0.9, shard_over=dist.group.WORLD) for model in models)
+        for param in models[0].parameters():
+            param.grad = torch.full_like(param, 0.5)
+        first.step()
+        save({"train": TrainState(models[0], first)}, checkpoint_id=folder / recipe.__name__)
+        load({"train": TrainState(models[1], second)}, folder / recipe.__name__)
+        pairs = zip(models, (first, second), strict=True)
+        one, two = (get_optimizer_state_dict(*pair, options=FULL)["state"] for pair in pairs)
+        for name, values in one.items():
+            found += [f"{key} of {name}" for key, value in values.items() if not torch.equal(value, two[name][key])]
+        found += [] if one["scale"]["accumulator_0"] > 0 and one["scale"]["momentum_buffer"].shape == () else ["scale"]
+    return found
+
+
+def test_a_scalar_whose_state_lies_on_one_rank(workers: Pool, tmp_path: Path) -> None:
+    assert workers(2).run(a_scalar_of_one_rank, tmp_path) == [[]] * 2

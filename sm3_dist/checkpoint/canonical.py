@@ -387,8 +387,8 @@ def _slot(
     shard: LocalShard,
     scalar: bool,
 ) -> Slot:
-    if scalar:  # counts as a vector of one element everywhere else
-        shape, boxes = (), [SCALAR for box in boxes if box.numel]
     held = [(box, part.view(box.shape)) for box, part in zip(boxes, parts, strict=True) if box.numel]
+    if scalar:  # counts as a vector of one element everywhere else
+        shape, held = (), [(SCALAR, part.view(())) for _, part in held]
     whole = shard.layout == WHOLE or isinstance(tensor, DTensor)
     return Slot(shape, [box for box, _ in held], [part for _, part in held], tensor, whole, ranks=shard.ranks)
