@@ -172,6 +172,10 @@ def test_one_run_at_a_time_writes_to_a_folder(text: Path, tmp_path: Path, capsys
             assert f"another run is writing to --out {out} at this moment" in capsys.readouterr().err
         assert list(out.iterdir()) == []
     assert not out.exists(), "nothing was put into it"
+    out.mkdir()
+    with alone(out):
+        pass
+    assert out.exists(), "it was there before"
     with pytest.raises(UserError, match="cannot be written to: Not a directory"), alone(text / "1.txt" / "run"):
         pass
 

@@ -19,7 +19,7 @@ fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl
 def alone(directory: Path | None) -> Iterator[None]:
     """Keep other programs on this machine out of a directory, which is made if need be, until the block is left.
 
-    However a process ends, the directory is free then. If nothing was put into it, it is removed.
+    However a process ends, the directory is free then. One that was made and that nothing was put into is removed.
 
     Args:
         directory: which; ``None``: there is nothing to keep them out of.
@@ -31,6 +31,7 @@ def alone(directory: Path | None) -> Iterator[None]:
         yield
         return
     try:
+        made = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY)
     except OSError as error:
@@ -48,5 +49,6 @@ def alone(directory: Path | None) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-        with suppress(OSError):
-            directory.rmdir()
+        if made:
+            with suppress(OSError):  # there is something in it
+                directory.rmdir()
