@@ -165,7 +165,7 @@ class Run:
                     self.save()
         if self.options.checkpoint_every is not None:
             self.save()
-            self.checkpoints.close()
+            self.checkpoints.finish()
 
     def save(self) -> None:
         """Save a checkpoint, unless the weights have come to nothing: older ones are removed for it.
@@ -229,7 +229,11 @@ class Run:
         return float(nats / count)
 
     def conclude(self, loss: float) -> dict[str, Any]:
-        """Report the validation loss, in nats per byte, with what there is to compare it to."""
+        """Report the validation loss, in nats per byte, with what there is to compare it to.
+
+        Raises:
+            UserError: on every rank, once all is said, if something of the run could not be written.
+        """
         bits = loss / math.log(2)
         compared = baselines.all_of(self.text.train, self.text.held_out)
         state = max(self.world.gather(recipe.state_bytes(self.optimizer)))
@@ -260,6 +264,8 @@ class Run:
             rows["most allocated per rank"] = f"{size(most)}, {most / self.parameters:.2f} bytes per parameter"
         rows |= {"time of all steps": f"{figures['seconds']:.0f} s"}
         self.console.print(table(f"{recipe.title(self.options)} after {self.options.steps} steps", rows))
+        if self.options.checkpoint_every is not None:
+            self.checkpoints.close()
         self.world.agreed(lambda: self.folder.finish(bits, compared))
         out = self.options.out
         kept = f"{CONFIG}, {METRICS} and {PICTURE}"

@@ -268,6 +268,25 @@ def test_full_disk_costs_nothing_that_is_saved(workers: Pool, text: Path, calm: 
     assert same(calm, tmp_path)
 
 
+def conclude_on_a_full_disk(text: Path, out: Path) -> str:
+    runs: list[Run] = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        job("--checkpoint-every 3", text, out, None, lambda run: (runs.append(run), fill_the_disk_after(6)(run))[1])
+        with pytest.raises(UserError, match="the state after step 8 is not saved; free some space and resume"):
+            runs[0].conclude(runs[0].judge())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return runs[0].console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def test_a_run_that_cannot_save_its_end_says_what_came_of_it(workers: Pool, text: Path, tmp_path: Path) -> None:
+    said = workers(2).run(conclude_on_a_full_disk, text, tmp_path)[0]
+    assert "the checkpoint of step 8 could not be written" in said
+    assert "bits per byte" in said
+    assert saved_steps(tmp_path) == ["step-00000003", "step-00000006"]
+
+
 def come_to_nothing(text: Path, out: Path) -> None:
     """The weights are no numbers any more when step 6 is to be saved."""
 
