@@ -352,13 +352,13 @@ class SM3(Optimizer):
             state_dict: the state; it is copied.
 
         Raises:
-            ValueError: if param groups or shapes differ; the optimizer is then as it was.
+            ValueError: if param groups, options or shapes do not fit; the optimizer is then as it was.
         """
         adopted: list[Any] = []  # states, and what they fit: what does not raises before anything is changed
 
         def keep_aside(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             adopted[:] = self._keeper.adopt(loaded, self.param_groups, self.defaults["cover_block"])
-            return {**loaded, "state": {}, "param_groups": loaded_options(loaded["param_groups"], self.param_groups)}
+            return {**loaded, "state": {}, "param_groups": loaded_options(loaded, self, self.momentum_dtype)}
 
         def put_back(_: Optimizer) -> None:
             self._keeper.install(adopted[0], adopted[1], self.param_groups)

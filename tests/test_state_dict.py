@@ -13,6 +13,7 @@ from steps import assert_equal, parameters, take_steps, weights
 from torch import nn
 
 from sm3_dist import SM3
+from sm3_dist.checkpoint import get_optimizer_state_dict, set_optimizer_state_dict
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
@@ -132,3 +133,27 @@ def test_exchanged_parameters_keep_their_state() -> None:
     take_steps(twin, 2, seed=1)
     assert_equal(optimizer, twin)
     assert len(optimizer.state) == 3
+
+
+def test_options_that_do_not_fit_are_refused_when_they_are_loaded() -> None:
+    """Momentum in 8 bits was cut off, at 1.9375, for ever."""
+    wide = SM3(parameters(), momentum=0.9, update_rms=5.0)
+    narrow = SM3(parameters(), momentum=0.9, update_rms=1.0, momentum_dtype=torch.int8)
+    take_steps(wide, 1)
+    with pytest.raises(ValueError, match=r"update_rms=5\.0 would exceed"):
+        narrow.load_state_dict(wide.state_dict())
+    assert narrow.param_groups[0]["update_rms"] == 1.0
+
+
+def test_momentum_that_was_set_to_0_on_the_way() -> None:
+    model, twin = (nn.ParameterList(parameters()) for _ in range(2))
+    optimizer, loaded, by_name = (
+        SM3.adamw_like(model.parameters()),
+        *(SM3.adamw_like(twin.parameters()) for _ in "ab"),
+    )
+    take_steps(optimizer, 1)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    take_steps(optimizer, 1)
+    loaded.load_state_dict(optimizer.state_dict())
+    set_optimizer_state_dict(twin, by_name, get_optimizer_state_dict(model, optimizer))
+    assert [each.param_groups[0]["momentum"] for each in (loaded, by_name)] == [0.0, 0.0]

@@ -37,7 +37,7 @@ from sm3_dist.maths.momentum_code import (
 )
 from sm3_dist.optimizer import SM3
 from sm3_dist.step.entry import Entry
-from sm3_dist.step.param_groups import validate
+from sm3_dist.step.param_groups import validate_loaded
 from sm3_dist.step.state import accumulator_key, held_accumulators, step_device
 
 SCALAR = Box((), ())
@@ -290,7 +290,7 @@ class Canonical:
         new = {}
         for g, (group, change) in enumerate(zip(self.optimizer.param_groups, changes, strict=True)):
             new[id(group)] = {**group, **change}
-            validate(new[id(group)], 0, self.optimizer.momentum_dtype)
+            validate_loaded(new[id(group)], g, self.optimizer.momentum_dtype)
             if new[id(group)]["cover_block"] != group["cover_block"]:
                 raise ValueError(
                     f"the tensors of param group {g} were saved with cover_block={change['cover_block']}, but this "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from sm3_dist.maths.momentum_code import LONGEST
 from sm3_dist.maths.update import Settings
@@ -53,8 +54,12 @@ def adamw_like_options(options: dict[str, Any]) -> dict[str, Any]:
         False
     """
     recipe = ADAMW_LIKE | options
-    without = {option: False for option, needed in NEEDS.items() if not recipe[needed]}
-    return recipe | without | options
+    return recipe | _without_needs(recipe) | options
+
+
+def _without_needs(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that mean nothing without what there is not, switched off."""
+    return {option: False for option, needed in NEEDS.items() if not options[needed]}
 
 
 def label_of(group: dict[str, Any], g: int, index: int) -> str:
@@ -192,16 +197,28 @@ def in_order(orthogonalize: object) -> object:
     return tuple(sorted(orthogonalize, key=str))
 
 
-def loaded_options(loaded: Sequence[ParamGroup], groups: Sequence[ParamGroup]) -> list[ParamGroup]:
-    """Loaded param groups for these, of which there are perhaps more or fewer: what that is, the caller says.
+def validate_loaded(group: ParamGroup, number: int, momentum_dtype: torch.dtype | None) -> None:
+    """As :func:`validate`, of a group that steps were taken with: its momentum, say, may have been set to 0 on the way.
 
     Raises:
-        ValueError: if they cannot be the hyperparameters of these groups. (Where groups were cut otherwise, PyTorch's
+        ValueError: as there.
+    """
+    validate({**group, **_without_needs(group)}, number, momentum_dtype)
+
+
+def loaded_options(
+    state_dict: Mapping[str, Any], optimizer: Optimizer, momentum_dtype: torch.dtype | None
+) -> list[ParamGroup]:
+    """The param groups of a loaded state dict. There may be more than the optimizer has, or fewer: the caller says so.
+
+    Raises:
+        ValueError: if they cannot be the hyperparameters of its groups. (Where groups were cut otherwise, PyTorch's
             ``set_optimizer_state_dict`` leaves some without any.)
     """
     result = []
-    for g, old in enumerate(loaded):
-        was, now = old.get("param_names", ()), groups[g].get("param_names", ()) if g < len(groups) else ()
+    for g, old in enumerate(state_dict["param_groups"]):
+        group = optimizer.param_groups[g] if g < len(optimizer.param_groups) else {"params": []}
+        was, now = old.get("param_names", ()), group.get("param_names", ())
         if "beta" not in old:
             has = ", ".join(str(key) for key in old if key not in ("params", "param_names")) or "no hyperparameters"
             raise ValueError(
@@ -220,6 +237,7 @@ def loaded_options(loaded: Sequence[ParamGroup], groups: Sequence[ParamGroup]) -
             )
         left_out = (SQUARE_AVERAGES, "param_names") if now else (SQUARE_AVERAGES,)
         result.append({key: value for key, value in old.items() if key not in left_out})
+        validate_loaded({**optimizer.defaults, **old, "params": group["params"]}, g, momentum_dtype)
     return result
 
 
