@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launch.job import records
-from launch.job.folder import METRICS, PICTURE, Folder
+from launch.job.folder import CHECKPOINTS, METRICS, PICTURE, Folder
 from launch.job.world import UserError
 
 
@@ -66,3 +66,14 @@ def test_a_run_that_has_ended_is_not_forgotten(tmp_path: Path) -> None:
         Folder.go_on(tmp_path, 0)
     assert (tmp_path / METRICS).read_bytes() == before
     assert Folder.go_on(tmp_path, 8).records == [logged(8)]
+
+
+def test_checkpoints_on_another_disk_are_overwritten_there(tmp_path: Path) -> None:
+    """A link was an error that said "None", after the metrics had been removed."""
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    for folder in (out, disk / "step-00000003", disk / "other"):
+        folder.mkdir(parents=True)
+    (out / CHECKPOINTS).symlink_to(disk)
+    Folder.claim(out, overwrite=True)
+    assert [file.name for file in disk.iterdir()] == ["other"]
+    assert (out / CHECKPOINTS).is_dir()

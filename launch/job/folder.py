@@ -49,7 +49,7 @@ class Folder:
                 raise UserError(f"--out {path} already holds a run ({names}); choose another, or pass --overwrite")
             path.mkdir(parents=True, exist_ok=True)
             for file in held:
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
+                remove(file)
             (path / METRICS).touch()
         except OSError as error:
             raise UserError(f"--out {path} cannot be written to: {error.strerror}") from error
@@ -141,3 +141,14 @@ class Folder:
         axes.legend()
         figure.savefig(self.path / PICTURE, dpi=120)
         pyplot.close(figure)
+
+
+def remove(file: Path) -> None:
+    """Remove a file, or a directory; of one that lies elsewhere, on a larger disk say, the checkpoints alone."""
+    if not file.is_dir():
+        file.unlink()
+    elif file.is_symlink():
+        for checkpoint in file.glob("step-*"):
+            shutil.rmtree(checkpoint)
+    else:
+        shutil.rmtree(file)
