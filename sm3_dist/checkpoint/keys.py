@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sm3_dist.maths.momentum_code import MOMENTUM_BUFFER, MOMENTUM_CODE
+from sm3_dist.maths.momentum_code import MOMENTUM_BUFFER, MOMENTUM_CODE, OLD_CODE, refusal_of_old_codes
 
 ADAMS = "exp_avg_sq"
 """What Adam's state has and SM3's has not."""
@@ -42,6 +42,8 @@ def missing_key(name: str, key: str, found: Sequence[str]) -> str:
 
 def surplus(name: str, keys: Sequence[str]) -> str:
     """What to say where there is more for a tensor than can be read in place."""
+    if OLD_CODE in keys:
+        return refusal_of_old_codes(repr(name))
     why = ", ".join(OPTIONAL.get(key, "other covers") for key in keys)
     return (
         f"the loaded state of {name!r} has {', '.join(keys)} too, for which this optimizer has no place: it was saved "
