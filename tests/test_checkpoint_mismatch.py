@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import Pool
 from moving import SETTINGS, STEPS, Wrapped, differences, expected, fresh, single, spoil, trained
 from torch import nn
@@ -69,6 +70,27 @@ def test_covers_of_another_size_change_nothing_though_their_shapes_are_equal() -
         set_optimizer_state_dict(model, optimizers[1], get_optimizer_state_dict(model, optimizers[0]))
     optimizers[1].step()
     assert optimizers[1].state[weight]["step"] == 2
+
+
+def under_another_layout() -> None:
+    """What a rank has of each tensor under ZeRO-1 is less than a model on one rank needs, for some tensors at least."""
+    model, whole = (nn.ParameterDict({str(i): nn.Parameter(torch.ones(4, 5)) for i in range(3)}) for _ in range(2))
+    sharded = SM3(model.named_parameters(), shard_over=dist.group.WORLD)
+    optimizer = SM3(whole.named_parameters(), lr=0.5)
+    for each in (sharded, optimizer):
+        for factor, param in enumerate(each.param_groups[0]["params"], 1):
+            param.grad = torch.full_like(param, factor if each is sharded else 7.0)
+        each.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="saved under another layout"):
+        set_optimizer_state_dict(whole, optimizer, get_optimizer_state_dict(model, sharded))
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
+
+
+def test_state_under_another_layout_changes_nothing(workers: Pool) -> None:
+    workers(2).run(under_another_layout)
 
 
 def test_what_is_missing_may_stay_as_it_is() -> None:

@@ -89,20 +89,26 @@ class BoxedTensor(Tensor):
         Raises:
             ValueError: it does not hold all of them.
         """
+        self.check(box)
         result = torch.empty(box.shape, dtype=self.dtype, device=self.device)
-        found = 0
         for held, part in zip(self.boxes, self.parts, strict=True):
             common = held & box
             if common.numel:
                 result[common.within(box)] = part[common.within(held)]
-                found += common.numel
-        if found != box.numel:
+        return result
+
+    def check(self, box: Box) -> None:
+        """Raise unless this rank holds all elements of a box.
+
+        Raises:
+            ValueError: it does not; says what to do.
+        """
+        if sum((held & box).numel for held in self.boxes) != box.numel:
             raise ValueError(
                 f"this rank holds {self.boxes} of a tensor of shape {tuple(self.shape)}, not all of {box}. State that "
                 "was saved under another layout is resharded by torch.distributed.checkpoint.load, or loaded whole "
                 "with full_state_dict=True."
             )
-        return result
 
     def full(self) -> Tensor:
         """The whole tensor, on every rank that holds some of it. A collective over these ranks."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sm3_dist.checkpoint.boxed import holders
+from sm3_dist.checkpoint.boxed import BoxedTensor, holders
 from sm3_dist.checkpoint.keys import ADAMS, MOMENTA, OPTIONAL, missing_key, surplus
 from sm3_dist.checkpoint.keys import missing as missing_names
 from sm3_dist.checkpoint.names import canonical_names
@@ -225,8 +225,7 @@ class Canonical:
         slots = {name: self.slots(entry) for name, entry in self.entries.items()}
         steps: dict[Tensor, list[Tensor]] = defaultdict(list)
         for name, key, value in loaded:
-            mine = slots.get(name, {})
-            slot = mine.get(key) or mine.get(MOMENTA.get(key, ""))
+            slot = _place(slots.get(name, {}), key)
             reader = Reader(value, slot.tensor if slot and slot.whole else None)
             if slot is None:
                 continue
@@ -319,9 +318,8 @@ class Canonical:
                 continue
             if OLD_CODE in shapes[name]:
                 raise ValueError(refusal_of_old_codes(repr(name)))
-            wanted = {key: slot.shape for key, slot in self.slots(entry).items()}
-            options = new[id(entry.group)]
-            wanted = {key: shape for key, shape in wanted.items() if key not in OPTIONAL}
+            mine, options = self.slots(entry), new[id(entry.group)]
+            wanted = {key: slot.shape for key, slot in mine.items() if key not in OPTIONAL}
             if options["momentum"] > 0:
                 key = momentum_key(self.optimizer.momentum_dtype or torch.float32)
                 key = key if key in shapes[name] or MOMENTA[key] not in shapes[name] else MOMENTA[key]
@@ -338,6 +336,10 @@ class Canonical:
                         "It is the checkpoint of another model. To keep what the tensor has here, take its name out of "
                         "the loaded state and pass StateDictOptions(strict=False)."
                     )
+            for key, value in shapes[name].items():
+                slot = _place(mine, key)
+                for box in slot.boxes if slot is not None and isinstance(value, BoxedTensor) else ():
+                    value.check(box)
 
 
 Values = Iterable[tuple[str, str, Tensor]]
@@ -377,6 +379,10 @@ def _canonical(shard: LocalShard, i: int) -> tuple[tuple[int, ...], Box]:
         return shape, held
     # Whole slices: a vector. The other dimensions have one cover set each, if this rank holds anything.
     return (shape[i],), Box(held.start[i : i + 1], held.stop[i : i + 1] if held.numel else held.start[i : i + 1])
+
+
+def _place(slots: Mapping[str, Slot], key: str) -> Slot | None:
+    return slots.get(key) or slots.get(MOMENTA.get(key, ""))
 
 
 def _slot(
