@@ -72,9 +72,10 @@ def test_covers_of_another_size_change_nothing_though_their_shapes_are_equal() -
     assert optimizers[1].state[weight]["step"] == 2
 
 
-def under_another_layout() -> None:
+def under_another_layout(shapes: list[tuple[int, ...]]) -> None:
     """What a rank has of each tensor under ZeRO-1 is less than a model on one rank needs, for some tensors at least."""
-    model, whole = (nn.ParameterDict({str(i): nn.Parameter(torch.ones(4, 5)) for i in range(3)}) for _ in range(2))
+    weights = {str(i): torch.ones(shape) for i, shape in enumerate(shapes)}
+    model, whole = (nn.ParameterDict({n: nn.Parameter(w.clone()) for n, w in weights.items()}) for _ in range(2))
     sharded = SM3(model.named_parameters(), shard_over=dist.group.WORLD)
     optimizer = SM3(whole.named_parameters(), lr=0.5)
     for each in (sharded, optimizer):
@@ -89,8 +90,9 @@ def under_another_layout() -> None:
     torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
 
 
-def test_state_under_another_layout_changes_nothing(workers: Pool) -> None:
-    workers(2).run(under_another_layout)
+@pytest.mark.parametrize("shapes", [[(4, 5)] * 3, [()]], ids=["parts", "one-rank-has-all"])
+def test_state_under_another_layout_changes_nothing(workers: Pool, shapes: list[tuple[int, ...]]) -> None:
+    workers(2).run(under_another_layout, shapes)
 
 
 def test_what_is_missing_may_stay_as_it_is() -> None:

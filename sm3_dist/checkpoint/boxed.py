@@ -155,3 +155,15 @@ def holders(ranks: Sequence[int]) -> dist.ProcessGroup | None:
     if not dist.is_initialized():
         return None
     return group_of(ranks) if ranks else dist.group.WORLD
+
+
+def of_any_rank(error: Exception | None, ranks: Sequence[int]) -> Exception | None:
+    """The error of this rank, or of the first of these, or of all, that has one. A collective over them."""
+    group = holders(ranks)
+    if group is None:
+        return error
+    said: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, error and str(error), group=group)
+    numbers = dist.get_process_group_ranks(group)
+    first = next((f"rank {rank}: {words}" for rank, words in zip(numbers, said, strict=True) if words), None)
+    return error or (None if first is None else ValueError(first))

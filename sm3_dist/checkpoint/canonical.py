@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sm3_dist.checkpoint.boxed import BoxedTensor, holders
+from sm3_dist.checkpoint.boxed import BoxedTensor, of_any_rank
 from sm3_dist.checkpoint.keys import ADAMS, MOMENTA, OPTIONAL, missing_key, surplus
 from sm3_dist.checkpoint.keys import missing as missing_names
 from sm3_dist.checkpoint.names import canonical_names
@@ -134,7 +134,7 @@ class Canonical:
                     raise ValueError(surplus(name, more))
         except (TypeError, ValueError) as found:
             error = found
-        error = self._of_any_rank(error) if self.apart else error
+        error = of_any_rank(error, self.ranks) if self.apart else error
         if error is not None:
             raise error
 
@@ -200,18 +200,11 @@ class Canonical:
             self._check(shapes, self._changes, strict, spared)
         except (TypeError, ValueError) as found:
             error = found
-        if self.apart:
-            error = self._of_any_rank(error)
+        if self.apart or any(isinstance(value, BoxedTensor) for each in shapes.values() for value in each.values()):
+            error = of_any_rank(error, self.ranks)  # each has other parts
         if error is not None:
             self.give_up()
             raise error
-
-    def _of_any_rank(self, error: Exception | None) -> Exception | None:
-        """The error of this rank or of the first that has one: each has other tensors. A collective."""
-        said: list[str | None] = [None] * len(self.ranks)
-        dist.all_gather_object(said, error and str(error), group=holders(self.ranks))
-        first = next((f"rank {rank}: {words}" for rank, words in zip(self.ranks, said, strict=True) if words), None)
-        return error or (None if first is None else ValueError(first))
 
     def load(self, loaded: Values) -> None:
         """Take over what was prepared.
