@@ -190,7 +190,7 @@ class Comparison:
         """Make one run.
 
         Raises:
-            UserError: it failed, other than by a loss that is not finite.
+            UserError: it failed, other than by training that came to nothing.
         """
         arguments, folder = self.arguments(contestant, trial), self.folder(contestant, trial)
         command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), *arguments]
@@ -203,7 +203,7 @@ class Comparison:
             parameters = json.loads((folder / CONFIG).read_text())["parameters"]
             record["bits"] = final["validation_bits_per_byte"]
             record["bytes_per_parameter"] = final["state_bytes_per_rank"] / parameters
-        elif "the loss is " not in done.stderr:
+        elif "; pass a lower --lr than " not in done.stderr:
             raise UserError(f"launch/train.py {' '.join(arguments)} failed:\n{done.stderr.strip()}")
         return record
 
