@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import active_children
 from typing import Any, NoReturn
 
 _children: set[subprocess.Popen[Any]] = set()
@@ -27,10 +28,13 @@ def run(main: Callable[[list[str]], int]) -> int:
         main: takes the command line, returns the exit status.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as that of what a shell runs in the background
+            signal.signal(number, _stop)
     try:
         return main(sys.argv[1:])
     except Stopped as stopped:
+        for process in active_children():  # which Python would wait for at its end
+            process.terminate()
         return say_stopped(*stopped.args)
 
 
