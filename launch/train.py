@@ -214,7 +214,11 @@ class Run:
 
     @torch.no_grad()
     def judge(self) -> float:
-        """Return the mean loss, in nats per byte, on all of the held-out bytes."""
+        """Return the mean loss, in nats per byte, on all of the held-out bytes.
+
+        Raises:
+            UserError: on every rank, if training has come to nothing.
+        """
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats, bytes
         self.console.print(f"judging on the {len(self.text.held_out):,} bytes held out", highlight=False)
@@ -226,7 +230,10 @@ class Run:
                 bar.advance()
         nats, count = self.world.sum(total).unbind()
         self.model.train()
-        return float(nats / count)
+        loss = float(nats / count)
+        if not math.isfinite(loss):
+            self.come_to_nothing(f"the validation loss is {loss}", self.state.step)
+        return loss
 
     def conclude(self, loss: float) -> dict[str, Any]:
         """Report the validation loss, in nats per byte, with what there is to compare it to.

@@ -153,12 +153,12 @@ def test_a_run_that_fails_is_an_error(tmp_path: Path) -> None:
     assert comparison.results(SM3) == {}
 
 
-@pytest.mark.parametrize("saving", ["", " --checkpoint-every 1"])
-def test_a_run_that_comes_to_nothing_is_a_result(saving: str, tmp_path: Path) -> None:
-    """Whether it is the loss that shows it, or weights that are not saved."""
+@pytest.mark.parametrize("further", ["", " --checkpoint-every 1", " --steps 1"])
+def test_a_run_that_comes_to_nothing_is_a_result(further: str, tmp_path: Path) -> None:
+    """Whether it is the loss that shows it, weights that are not saved, or, after its last step, the judging."""
     text = tmp_path / "text.txt"
     text.write_text("All work and no play makes Jack a dull boy.\n" * 200)
-    common = f"--steps 3 --weight-decay 1e30 --batch-size 2 --seq-len 16 --device cpu --data {text}{saving}".split()
+    common = f"--steps 3 --weight-decay 1e30 --batch-size 2 --seq-len 16 --device cpu --data {text}{further}".split()
     contestant = Contestant("tiny", "sm3")
     assert Comparison(tmp_path / "out", [contestant], 1, common).run(contestant, (9, 0))["bits"] is None
 

@@ -40,7 +40,7 @@ def run(main: Callable[[list[str]], int]) -> int:
 
 def say_stopped(number: signal.Signals) -> int:
     """Say it; return the exit status."""
-    print(f"stopped by {number.name}", file=sys.stderr)
+    sys.stderr.write(f"stopped by {number.name}\n")  # at once: others may say the same
     return 128 + number
 
 
