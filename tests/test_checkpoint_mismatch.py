@@ -95,6 +95,27 @@ def test_state_under_another_layout_changes_nothing(workers: Pool, shapes: list[
     workers(2).run(under_another_layout, shapes)
 
 
+def stages(folder: Path) -> None:
+    """Each rank has tensors and param groups of its own; what does not fit the first one's is an error of both."""
+    rank = dist.get_rank()
+
+    def made(momentum: float) -> dict[str, TrainState]:
+        model = nn.ParameterDict({f"w{rank}{k}": nn.Parameter(torch.ones(4, 5)) for k in range(1 + rank)})
+        optimizer = SM3([{"params": [each]} for each in model.items()], lr=0.1 / (1 + rank), momentum=momentum)
+        return {f"stage{rank}": TrainState(model, optimizer)}
+
+    save(made(0.9), checkpoint_id=folder)
+    read = made(0.9)
+    load(read, folder)
+    assert [group["lr"] for group in read[f"stage{rank}"].optimizers[0].param_groups] == [0.1 / (1 + rank)] * (1 + rank)
+    with pytest.raises(CheckpointError, match=r"'w00' has momentum_buffer too"):
+        load(made(0.9 if rank else 0.0), folder)
+
+
+def test_what_does_not_fit_one_stage_is_an_error_of_all(workers: Pool, tmp_path: Path) -> None:
+    workers(2).run(stages, tmp_path)
+
+
 def test_what_is_missing_may_stay_as_it_is() -> None:
     state = spoiled_state(lambda s: s["state"].pop("embed.weight"))
     model, optimizer = single(1)

@@ -12,7 +12,13 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from sm3_dist import SM3
-from sm3_dist.checkpoint import StateDictOptions, get_state_dict, set_state_dict
+from sm3_dist.checkpoint import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from sm3_dist.layout.groups import group_of, timeout_of
 
 
@@ -37,6 +43,8 @@ def stage(flattened: bool) -> dict[str, tuple[int, ...]]:
     options = StateDictOptions(full_state_dict=True)
     weights, saved = get_state_dict(model, optimizer, options=options)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=saved, options=options)
+    if not number:  # parts, which the ranks of the other stage do not wait for
+        set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, optimizer))
     return {name: tuple(values["momentum_buffer"].shape) for name, values in saved["state"].items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -155,6 +155,19 @@ def holders(ranks: Sequence[int]) -> dist.ProcessGroup | None:
     if not dist.is_initialized():
         return None
     return group_of(ranks) if ranks else dist.group.WORLD
+
+
+def who_differ(values: Iterable[Any], ranks: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """These ranks, and those that hold parts of values: they may fit some and not others. Smaller sets come first.
+
+    Not all ranks: those of another pipeline stage have another model, and may have nothing to load.
+    """
+    if not dist.is_initialized():
+        return []
+    sets = {value.ranks for value in values if isinstance(value, BoxedTensor)} | {ranks}
+    # (What other ranks wrote may name any.)
+    known = [each for each in sets if dist.get_rank() in each and max(each) < dist.get_world_size()]
+    return sorted(known, key=lambda each: (len(each), each))
 
 
 def of_any_rank(error: Exception | None, ranks: Sequence[int]) -> Exception | None:

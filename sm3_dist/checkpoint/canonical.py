@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sm3_dist.checkpoint.boxed import BoxedTensor, of_any_rank
+from sm3_dist.checkpoint.boxed import BoxedTensor, of_any_rank, who_differ
 from sm3_dist.checkpoint.keys import ADAMS, MOMENTA, OPTIONAL, missing_key, surplus
 from sm3_dist.checkpoint.keys import missing as missing_names
 from sm3_dist.checkpoint.names import canonical_names
@@ -200,8 +200,8 @@ class Canonical:
             self._check(shapes, self._changes, strict, spared)
         except (TypeError, ValueError) as found:
             error = found
-        if self.apart or any(isinstance(value, BoxedTensor) for each in shapes.values() for value in each.values()):
-            error = of_any_rank(error, self.ranks)  # each has other parts
+        for ranks in who_differ((value for each in shapes.values() for value in each.values()), self.ranks):
+            error = of_any_rank(error, ranks)
         if error is not None:
             self.give_up()
             raise error

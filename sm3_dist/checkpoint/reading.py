@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any, NamedTuple
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 
+from sm3_dist.checkpoint.boxed import of_any_rank
 from sm3_dist.checkpoint.train_state import TrainState, check_version
 from sm3_dist.maths.momentum_code import OLD_CODE, refusal_of_old_codes
 
@@ -90,8 +92,7 @@ def load(state_dict: dict[str, Any], checkpoint_id: str | os.PathLike[str], *, n
     reader = SafeReader(checkpoint_id)
     states = {key: value for key, value in state_dict.items() if isinstance(value, TrainState)}
     try:
-        for key, value in states.items():
-            value.expect(*_saved(reader, f"{key}.optimizer.", alone))
+        _expect(states, reader, alone)
         torch_load(state_dict, storage_reader=reader, planner=SafeLoadPlanner(reader), no_dist=alone)
     except CheckpointException as error:
         rank, (reason, _) = min(error.failures.items())
@@ -113,15 +114,34 @@ class _Saved(NamedTuple):
     """Param groups; empty where they have another form. Tensors in them are yet to be loaded."""
 
 
-def _saved(reader: SafeReader, prefix: str, alone: bool) -> _Saved:
-    """What rank 0 finds; nothing if it cannot be read, which shows at once."""
-    found = [_Saved({}, [])]
+def _expect(states: Mapping[str, TrainState], reader: SafeReader, alone: bool) -> None:
+    """Get states ready for what is to be loaded. Raise on every rank if it does not fit one: others may fit theirs."""
+    found = _saved(reader, states, alone)
+    error: Exception | None = None
+    try:
+        for key, value in states.items():
+            value.expect(*found[key])
+    except (TypeError, ValueError) as reason:
+        error = reason
+    error = error if alone else of_any_rank(error, ())
+    if error is not None:
+        raise error
+
+
+def _saved(reader: SafeReader, keys: Iterable[str], alone: bool) -> dict[str, _Saved]:
+    """What rank 0 finds, or this rank, under keys of its own; nothing if it cannot be read, as will show."""
+    sent: list[dict[str, _Saved]] = [{}]
     if alone or dist.get_rank() == 0:
-        with suppress(Exception):
-            found = [_read_saved(reader, prefix)]
+        sent = [{key: _try_saved(reader, key) for key in keys}]
     if not alone:
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+        dist.broadcast_object_list(sent, src=0)
+    return {key: sent[0][key] if key in sent[0] else _try_saved(reader, key) for key in keys}
+
+
+def _try_saved(reader: SafeReader, key: str) -> _Saved:
+    with suppress(Exception):
+        return _read_saved(reader, f"{key}.optimizer.")
+    return _Saved({}, [])
 
 
 def _read_saved(reader: SafeReader, prefix: str) -> _Saved:
