@@ -62,6 +62,10 @@ int main(void) {{
 """Reads and writes every code of momentum with vectors of one width."""
 
 
+def gcc_release() -> int:
+    return int(run(["gcc", "-dumpversion"], check=True, capture_output=True).stdout.split(b".")[0])
+
+
 def instruction(text: str) -> Instruction:
     return Function(f"   0:\t{text}\n").instructions[0]
 
@@ -82,9 +86,10 @@ def test_the_loops_of_the_kernel_take_few_instructions(
     """Fewer than before something was added to them; those that are no moves differ least between compilers."""
     monkeypatch.setenv("CC", "gcc")
     words = command()
+    room = 1.05 if gcc_release() >= 16 else 1.0  # one instruction in 16 elements more, without the recipe
     for name, width in sampled([(name, width) for name in KINDS for width in WIDTHS]):
         found = compiled(name, width, words).per_element
-        most = KINDS[name].most[list(WIDTHS).index(width)]
+        most = [room * limit for limit in KINDS[name].most[list(WIDTHS).index(width)]]
         assert 0 < found["instructions"] <= most[0], (name, width, version(words))
         assert 0 < found["of these no moves"] <= most[1], (name, width, version(words))
 
@@ -108,8 +113,8 @@ def test_memory_is_asked_for_ahead(
     asked = {each: divmod(count, lines) for each, count in found.items() if each.startswith("prefetch")}
     assert asked.keys() == {instruction}
     times, rest = asked[instruction]
-    assert times >= places
     assert rest == 0
+    assert times == places or (gcc_release() >= 16 and times > places)
 
 
 @needs_gcc

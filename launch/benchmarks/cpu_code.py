@@ -77,9 +77,9 @@ class Kind:
 
 STOCHASTIC = "recipe, bfloat16 rounded stochastically, 8-bit momentum"
 KINDS = {
-    "float32": Kind(PLAIN, "FLOAT32", "NONE", False, ((2.5, 1.6), (1.32, 0.82))),
-    "bfloat16": Kind(PLAIN, "BFLOAT16", "NONE", False, ((4.2, 3.5), (1.91, 1.6))),
-    "float32, momentum": Kind(PLAIN, "FLOAT32", "FLOAT32", False, ((3.0, 1.95), (1.57, 1.0))),
+    "float32": Kind(PLAIN, "FLOAT32", "NONE", False, ((2.5, 1.6), (1.25, 0.8))),
+    "bfloat16": Kind(PLAIN, "BFLOAT16", "NONE", False, ((4.2, 3.5), (1.9, 1.57))),
+    "float32, momentum": Kind(PLAIN, "FLOAT32", "FLOAT32", False, ((3.0, 1.95), (1.5, 0.97))),
     "recipe, float32, float32 momentum": Kind(RECIPE, "FLOAT32", "FLOAT32", False, ((5.9, 3.75), (2.75, 1.7))),
     "recipe, bfloat16, bfloat16 momentum": Kind(RECIPE, "BFLOAT16", "BFLOAT16", False, ((9.8, 6.6), (4.7, 2.3))),
     STOCHASTIC: Kind(RECIPE, "BFLOAT16", "CODE", True, ((12.9, 8.5), (5.6, 3.25))),
