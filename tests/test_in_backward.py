@@ -1,10 +1,10 @@
 """Steps during backward: the bits of a step after it, one gradient alive at a time, one all-reduce after the last."""
 
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from sm3_dist import SM3, kernels, step_in_backward
+from sm3_dist import SM3, in_backward, step_in_backward
 from sm3_dist.ranks.bucket import MaxBucket
 
 STEPS = 4
@@ -246,25 +246,6 @@ def test_a_layer_frozen_after_backward_changes_no_bit() -> None:
     assert all(map(torch.equal, *results))
 
 
-def test_gradients_of_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As autograd has them for the devices of a model: none is there before the kernels of all are made."""
-    make = kernels.launch_list
-
-    def made_slowly(*arguments: Any) -> list[kernels.Kernel]:
-        time.sleep(0.05)
-        return make(*arguments)
-
-    monkeypatch.setattr(kernels, "launch_list", made_slowly)
-    layers = [nn.Linear(3, 3) for _ in range(4)]
-    before = [layer.weight.detach().clone() for layer in layers]
-    optimizer = SM3([param for layer in layers for param in layer.parameters()], lr=0.1)
-    with step_in_backward(nn.ModuleList(layers), optimizer), ThreadPoolExecutor(len(layers)) as threads:
-        losses = [layer(torch.ones(1, 3)).square().sum() for layer in layers]
-        list(threads.map(torch.Tensor.backward, losses))
-        optimizer.step()
-    assert not any(map(torch.equal, before, [layer.weight for layer in layers]))
-
-
 def test_gradients_of_removed_parameters_are_left_where_they_are() -> None:
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     optimizer = SM3([{"params": first.parameters()}, {"params": second.parameters()}], lr=0.1)
@@ -331,3 +312,29 @@ def refuse_wrappers() -> None:
 
 def test_what_cannot_be_combined_is_refused(workers: Pool) -> None:
     workers(2).run(refuse_wrappers)
+
+
+def test_threads_of_autograd_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has one for each device. A second gradient that comes while the step begins must wait for that."""
+    begin, begun = in_backward.StepInBackward._begin, []
+
+    def slowly(self: in_backward.StepInBackward) -> None:
+        begun.append(threading.get_ident())
+        time.sleep(0.3)
+        begin(self)
+
+    monkeypatch.setattr(in_backward.StepInBackward, "_begin", slowly)
+    model = nn.Linear(4, 3)
+    optimizer = SM3.adamw_like(model.named_parameters(), lr=0.1)
+    before = [param.detach().clone() for param in model.parameters()]
+    with in_backward.step_in_backward(model, optimizer) as handle:
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        threads = [threading.Thread(target=handle._step, args=(param,)) for param in model.parameters()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(begun) == 1
+        assert not any(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
+        optimizer.step()
