@@ -33,8 +33,8 @@ def of(optimizer: SM3, param: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_what_is_behind_a_removed_group_keeps_its_state(momentum: float) -> None:
     first, second, third = map(matrix, range(3))
-    optimizer = SM3([{"params": [first]}, {"params": [second]}], momentum=momentum)
-    alone, fresh = SM3([matrix(1)], momentum=momentum), SM3([matrix(2)], momentum=momentum)
+    optimizer = SM3.adamw_like([{"params": [first]}, {"params": [second]}], momentum=momentum)
+    alone, fresh = SM3.adamw_like([matrix(1)], momentum=momentum), SM3.adamw_like([matrix(2)], momentum=momentum)
     train(optimizer, 2)
     del optimizer.param_groups[0]
     optimizer.add_param_group({"params": [third]})
@@ -64,8 +64,10 @@ def test_what_was_frozen_takes_nobodys_state(what: str) -> None:
     """Of a head that was trained first and then leaves: the rest is in its place, and has no state yet."""
     together, leave = LEAVING[what]
     head, rest = matrix(0), matrix(1)
-    optimizer = SM3([{"params": [head, rest]}] if together else [{"params": [each]} for each in (head, rest)])
-    alone = SM3([matrix(1)])
+    optimizer = SM3.adamw_like(
+        [{"params": [head, rest]}] if together else [{"params": [each]} for each in (head, rest)]
+    )
+    alone = SM3.adamw_like([matrix(1)])
     rest.requires_grad_(False)
     head.grad = torch.ones(4, 3)
     optimizer.step()
@@ -79,7 +81,7 @@ def test_what_was_frozen_takes_nobodys_state(what: str) -> None:
 @pytest.mark.parametrize("way", ["removed", "exchanged"])
 def test_what_goes_has_no_memory_any_more(way: str) -> None:
     param = matrix(0)
-    optimizer = SM3([{"params": [param]}, {"params": [matrix(1)]}], momentum=0.9)
+    optimizer = SM3.adamw_like([{"params": [param]}, {"params": [matrix(1)]}], momentum=0.9)
     train(optimizer, 1)
     kept = [weakref.ref(each) for each in of(optimizer, param)]
     if way == "removed":
@@ -101,7 +103,7 @@ def without_the_collector() -> Iterator[None]:
 @pytest.mark.usefixtures("without_the_collector")
 @pytest.mark.parametrize("backend", ["eager", pytest.param("c", marks=needs_c)])
 def test_an_optimizer_that_goes_takes_its_memory_along_at_once(backend: str) -> None:
-    train(SM3([matrix(0)]), 1)  # the first optimizer of a process imports, and PyTorch holds on to it
+    train(SM3.adamw_like([matrix(0)]), 1)  # the first optimizer of a process imports, and PyTorch holds on to it
     params = [matrix(0), matrix(1)]
     optimizer = SM3.adamw_like(params, backend=backend)
     train(optimizer, 2)

@@ -70,7 +70,7 @@ def test_types_mix(workers: Pool, world_size: int, bucketing: str) -> None:
 def converted(bucketing: dict[str, Any]) -> str:
     """Some are of another type from the third step on, though they were cut together."""
     params, whole = params_of(), params_of()
-    sharded, alone = SM3(params, momentum=0.9, shard_over=dist.group.WORLD), SM3(whole, momentum=0.9)
+    sharded, alone = SM3.adamw_like(params, shard_over=dist.group.WORLD), SM3.adamw_like(whole)
     with patch.multiple(weight_gather, **bucketing):
         for step in range(5):
             for side, optimizer in ((params, sharded), (whole, alone)):
@@ -90,7 +90,7 @@ def test_types_may_change(workers: Pool, world_size: int, bucketing: str) -> Non
 def removed() -> int:
     """How many of the parameters are sent after two of them have left the optimizer."""
     params = params_of([(5, 7), (3, 8), (4, 6)])
-    optimizer = SM3([{"params": [param]} for param in params], shard_over=dist.group.WORLD)
+    optimizer = SM3.adamw_like([{"params": [param]} for param in params], shard_over=dist.group.WORLD)
     give(params, 0)
     optimizer.step()
     for param in params[::2]:
