@@ -19,7 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from sm3_dist import SM3, PlanMismatchError
 from sm3_dist.compat import ALL_GATHER, REDUCE_SCATTER, reduce_scatter_single
 from sm3_dist.layout.box import Box
-from sm3_dist.ranks import agreement
+from sm3_dist.ranks import agreement, watch
 from sm3_dist.ranks.bucket import MaxBucket, Slot
 from sm3_dist.ranks.fingerprint import FIELDS
 from sm3_dist.ranks.threaded_wait import ThreadedWait
@@ -347,3 +347,43 @@ def reduce_scatter_that_one_rank_begins_late() -> list[float]:
 def test_a_wait_for_a_reduce_scatter_ends_in_time(workers: Pool) -> None:
     (gave_up, ended), _ = workers(2).run(reduce_scatter_that_one_rank_begins_late)
     assert gave_up < ended
+
+
+class EndsAsTheWaitGivesUp:
+    """A collective that ends between a wait for it that took too long and the question whether it has ended."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+
+    def wait(self, *timeout: datetime.timedelta) -> bool:
+        try:
+            return self.work.wait(*timeout)
+        except RuntimeError:
+            while not self.is_completed():
+                time.sleep(0.01)
+            raise
+
+    def is_completed(self) -> bool:
+        return self.work.is_completed()
+
+
+class Breaks:
+    def wait(self) -> bool:
+        time.sleep(0.3)
+        raise RuntimeError("Connection reset by peer")
+
+
+def collective_that_ends_as_the_wait_gives_up() -> None:
+    everywhere = torch.tensor(dist.get_rank())
+    dist.barrier()
+    if dist.get_rank() == 1:
+        time.sleep(0.3)
+    with patch.object(watch, "LOOK_EVERY", datetime.timedelta(seconds=0.1)):
+        assert watch._done(EndsAsTheWaitGivesUp(dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, async_op=True)))
+        assert everywhere.item() == 1
+        with pytest.raises(RuntimeError, match="Connection reset by peer"):
+            watch._done(EndsAsTheWaitGivesUp(ThreadedWait(Breaks())))
+
+
+def test_a_collective_that_ends_as_a_wait_for_it_gives_up_has_not_failed(workers: Pool) -> None:
+    workers(2).run(collective_that_ends_as_the_wait_gives_up)

@@ -320,7 +320,9 @@ def _done(work: Work | ThreadedWait) -> bool:
     try:
         work.wait(LOOK_EVERY)
     except RuntimeError as error:
-        if work.is_completed() or "Operation timed out" not in str(error):
+        if "Operation timed out" not in str(error):
             raise
-        return False
+        if not work.is_completed():
+            return False
+        work.wait()  # it ended, well or not, when the wait had just given up
     return True
