@@ -118,10 +118,6 @@ class Operands:
         self.present: list[Any] = []
         self.retyped = False
         self._sharded = [i for i, param in enumerate(self.params) if is_dtensor(param)]
-        self.survey()
-
-    def survey(self) -> None:
-        """Note how weights lie in memory."""
         weights = self._weights()
         self._look = Look(weights)
         self._grads: Look | None = None  # at those of an earlier step, all of them as a kernel takes them
@@ -133,22 +129,21 @@ class Operands:
             for weight, strides in zip(weights, self.strides, strict=True)
         ]
 
-    def weights(self) -> tuple[array[int], bool]:
-        """The addresses of the weights, and whether they are all laid out as they were surveyed."""
+    def weights(self) -> array[int]:
+        """The addresses of the weights. Whoever lays one out anew has a new plan made, and new kernels."""
         if self._sharded:
             self._look.turn_to(self._weights())
         addresses = self._look.addresses()
-        if addresses is not None:  # somebody may have exchanged the data of parameters
-            return addresses, True
-        return integers(map(address_of, self._weights())), False
+        assert addresses is not None
+        return addresses
 
     def grads(self) -> tuple[array[int], list[Tensor | None], list[int]]:
         """The addresses of the gradients, 0 for none.
 
         Returns:
-            Addresses; the gradients, to be kept during the step, for some are copies (not laid out as surveyed) or
-            reduced just now; and the indices of the parameters that must be stepped in eager PyTorch: those with sparse
-            gradients.
+            Addresses; the gradients, to be kept during the step, for some are copies (not laid out as kernels take
+            them) or reduced just now; and the indices of the parameters that must be stepped in eager PyTorch: those
+            with sparse gradients.
         """
         self.retyped = False
         grads: list[Any] = list(map(_GRAD, self.params))
@@ -183,12 +178,12 @@ class Operands:
             if grads[i].layout is not strided:
                 eager.append(i)
             else:
-                grads[i] = self._as_surveyed(i, grads[i])
+                grads[i] = self._as_taken(i, grads[i])
                 addresses[i] = address_of(grads[i]) or EMPTY
         return integers(addresses), grads, eager
 
-    def _as_surveyed(self, i: int, grad: Tensor) -> Tensor:
-        """A gradient of the weight's type or float32, laid out as surveyed; a copy where it was not."""
+    def _as_taken(self, i: int, grad: Tensor) -> Tensor:
+        """A gradient of the weight's type or float32, laid out as kernels take it; a copy where it was not."""
         dtype = grad.dtype if grad.dtype == self._types[i] else torch.float32
         if dtype != self.dtypes[i]:
             self.dtypes[i], self.retyped = dtype, True

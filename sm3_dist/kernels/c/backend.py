@@ -190,7 +190,6 @@ class CKernel:
         # shard_covers releases the memory of shared accumulators between steps.
         pairs = zip(self._tensors, self.entries, strict=True)
         self._released = [(tensor, entry) for tensor, entry in pairs if any(entry.shard.shared)]
-        self._scratch_threads = 0
 
     def _describe(self, tensor: Any, entry: Entry) -> None:
         shard, momentum, weight = entry.shard, entry.momentum_buffer, local_tensor(entry.param)
@@ -255,11 +254,7 @@ class CKernel:
     def update(self, settings: Mapping[int, Settings]) -> Sequence[Tensor]:
         """Take one step of every tensor that has a gradient, and count it; see :class:`sm3_dist.kernels.Kernel`."""
         operands = self._operands
-        addresses, as_surveyed = operands.weights()
-        if not as_surveyed:
-            operands.survey()
-            self._write_list()
-        self._table[0::PARAM_FIELDS] = addresses
+        self._table[0::PARAM_FIELDS] = operands.weights()
         addresses, kept, eager = operands.grads()
         self._table[1::PARAM_FIELDS] = addresses
         for tensor in self._tensors if operands.retyped else ():

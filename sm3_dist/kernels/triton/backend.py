@@ -102,12 +102,10 @@ class TritonKernel:
     def _update(self, settings: Mapping[int, Settings]) -> None:
         operands = self._operands
         of_groups = [settings[id(group)] for group in self._groups]
-        weights, as_surveyed = operands.weights()
-        if not as_surveyed:
-            operands.survey()
+        weights = operands.weights()
         grads, kept, eager = operands.grads()
         self._stale |= operands.retyped
-        self._keep_list([*weights], [*grads], of_groups, as_surveyed)
+        self._keep_list([*weights], [*grads], of_groups)
         work = self._work
         if capture.capturing(self._device):
             self._of_graphs.append(work)
@@ -132,9 +130,7 @@ class TritonKernel:
         del kept
         operands.step_in_eager(eager, settings)
 
-    def _keep_list(
-        self, weights: list[int], grads: list[int], of_groups: Sequence[Settings], as_surveyed: bool
-    ) -> None:
+    def _keep_list(self, weights: list[int], grads: list[int], of_groups: Sequence[Settings]) -> None:
         """Write the work list anew, if it is not that of these addresses and settings."""
         flags = [
             Flags(s.nesterov, s.cover_product, group["beta"] > 0, s.eps >= LEAST_EPS, s.unscale is not None)
@@ -148,7 +144,7 @@ class TritonKernel:
         if weights != self._weights:  # a list tells where weights begin only as to whether that is aligned
             self._weights, self._offsets = weights, [address % 16 for address in weights]
         where = [*self._offsets, *self._released_addresses()]
-        if self._stale or not as_surveyed or flags != self._flags or where != self._where:
+        if self._stale or flags != self._flags or where != self._where:
             capture.refuse_to_plan(self._operands.params)
             groups = list(zip(self._groups, flags, strict=True))
             self._work = WorkList(self.entries, self._operands, groups, self._unaligned)
