@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -82,9 +83,7 @@ def _extents(shape: tuple[int, ...], ends: tuple[int, ...]) -> list[Interval]:
     first, last = edges[:-1], edges[1:] - 1
     inside = first <= last  # in one row of the dimensions before, and not empty
     result = []
-    row = 1
-    for n in shape:
-        row *= n
+    row = math.prod(shape)
     for n in shape:
         row //= max(1, n)
         start, stop = first // max(1, row), last // max(1, row) + 1

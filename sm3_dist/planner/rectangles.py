@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import and_, mul, or_
 
 import torch
 from torch import Tensor
@@ -125,28 +126,17 @@ class Rectangles:
 
     def _same(self, some: Sequence[Interval], others: Sequence[Interval]) -> bool:
         """Whether each rank has the same in both, or nothing in either."""
-        equal, empty = (
-            torch.tensor(True, dtype=torch.bool, device="cpu"),
-            torch.tensor(False, dtype=torch.bool, device="cpu"),
-        )
-        for (start, stop), (low, high) in zip(some, others, strict=True):
-            equal = equal & (start == low) & (stop == high)
-        for sides in (some, others):
-            nothing = torch.tensor(False, dtype=torch.bool, device="cpu")
-            for start, stop in sides:
-                nothing = nothing | (start == stop)
-            empty = nothing if sides is some else empty & nothing
-        return bool((equal | empty).all())
+        equal = [(a == b) & (c == d) for (a, c), (b, d) in zip(some, others, strict=True)]
+        empty = [reduce(or_, [start == stop for start, stop in sides]) for sides in (some, others)]
+        return bool((reduce(and_, equal) | reduce(and_, empty)).all())
 
     @staticmethod
     def _in_one_region(all_shared: list[Tensor], none_shared: list[Tensor], whole: list[bool]) -> Tensor:
         """Whether regions, which are joined along the last dimension first, leave what a rank stores in one piece."""
         inside = all_shared[0]
         for k in range(1, len(all_shared)):
-            aside = torch.tensor(True, dtype=torch.bool, device="cpu")
-            for none in none_shared[:k]:
-                aside = aside & none
-            inside = inside | (all_shared[k] & (aside | torch.tensor(whole[k], dtype=torch.bool, device="cpu")))
+            aside = reduce(and_, none_shared[:k])
+            inside = inside | (all_shared[k] if whole[k] else all_shared[k] & aside)
         return inside
 
     def _of_each_rank(self, value: Tensor) -> Tensor:
@@ -208,7 +198,4 @@ def _coverage(start: Tensor, stop: Tensor, cells: int) -> Tensor:
 
 def product(factors: Sequence[Tensor]) -> Tensor:
     """Of each rank's factors."""
-    result = factors[0]
-    for factor in factors[1:]:
-        result = result * factor
-    return result
+    return reduce(mul, factors)
