@@ -37,11 +37,8 @@ class Lookout:
         """What a bucket of these ranks carries; ``None`` for all but the first. See :class:`Seal`."""
         if len(ranks) < 2 or ranks in self._sealed:
             return None
-        circle = self._circle(ranks)
-        if circle is None:
-            return None
         self._sealed.add(ranks)
-        return Seal(circle, add, device)
+        return Seal(self._circle(ranks), add, device)
 
     def check_the_others(self) -> None:
         """Compare through the store those sets of ranks that no bucket has a seal of, once the buckets are made."""
@@ -50,10 +47,8 @@ class Lookout:
         for ranks in sorted(_sets(self._entries)):
             if len(ranks) < 2 or any(set(ranks) <= others for others in sealed):
                 continue
-            circle = self._circle(ranks)
-            if circle is not None:
-                known = before.get(ranks)
-                self._checks[ranks] = SpotCheck(circle) if known is None or known.token != circle.token else known
+            circle, known = self._circle(ranks), before.get(ranks)
+            self._checks[ranks] = SpotCheck(circle) if known is None or known.token != circle.token else known
 
     @property
     def unsealed(self) -> list[Ranks]:
@@ -65,7 +60,7 @@ class Lookout:
         for check in self._checks.values():
             check.look()
 
-    def _circle(self, ranks: Ranks) -> Circle | None:
+    def _circle(self, ranks: Ranks) -> Circle:
         within: dict[Ranks, bool] = {}
         members, groups = [], {}
         for entry in self._entries:
@@ -75,11 +70,8 @@ class Lookout:
                 alike = set(ranks) <= set(entry.shard.replicas)
                 members.append(Member(entry.label, entry.param, alike))
                 groups[id(entry.group)] = entry.group
-        token = _token(ranks, self.watch.tokens)
-        if token is None:
-            return None
         circle = self._circles.setdefault(ranks, Circle(ranks, HYPERPARAMETERS, self.watch))
-        circle.plan(list(groups.values()), members, token)
+        circle.plan(list(groups.values()), members, _token(ranks, self.watch.tokens))
         return circle
 
 
@@ -89,7 +81,7 @@ def _sets(entries: Iterable[Entry]) -> set[Ranks]:
     return {tuple(sorted(shard.ranks)) for shard in shards} | {tuple(sorted(shard.replicas)) for shard in shards}
 
 
-def _token(ranks: Ranks, tokens: Mapping[Ranks, str]) -> str | None:
+def _token(ranks: Ranks, tokens: Mapping[Ranks, str]) -> str:
     """That of the smallest set that these ranks lie in, the same on each of them."""
     wider = [others for others in tokens if set(ranks) <= set(others)]
-    return tokens[min(wider, key=lambda others: (len(others), others))] if wider else None
+    return tokens[min(wider, key=lambda others: (len(others), others))]
