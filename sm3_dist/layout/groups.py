@@ -30,7 +30,7 @@ def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
         True
         >>> dist.destroy_process_group()
     """
-    wanted, world = list(ranks), _world()
+    wanted, world = list(ranks), group_of_all()
     for group in (world, *dist.distributed_c10d._world.pg_map):
         if dist.get_process_group_ranks(group) == wanted and dist.get_backend(group) == dist.get_backend(world):
             return group
@@ -72,7 +72,12 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
     return None
 
 
-def _world() -> dist.ProcessGroup:
+def group_of_all() -> dist.ProcessGroup:
+    """The default group.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` is not initialized.
+    """
     world = dist.group.WORLD
     if world is None:
         raise RuntimeError("torch.distributed is not initialized, but parameters are sharded over ranks")

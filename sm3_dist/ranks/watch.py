@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch.distributed as dist
 from torch import Tensor
 
+from sm3_dist.layout.groups import group_of_all
 from sm3_dist.layout.shard import in_words
 
 if TYPE_CHECKING:
@@ -285,10 +286,7 @@ def store_of_world() -> Store:
     Raises:
         RuntimeError: ``torch.distributed`` is not initialized.
     """
-    world = dist.group.WORLD
-    if world is None:
-        raise RuntimeError("torch.distributed is not initialized, but parameters are sharded over ranks")
-    store: Store = world.get_group_store()
+    store: Store = group_of_all().get_group_store()
     return store
 
 
