@@ -1,4 +1,4 @@
-"""DistributedDataParallel: torchrun --standalone --nproc-per-node 2 docs/examples/ddp.py --save run/ddp."""
+"""DistributedDataParallel: torchrun --standalone --nproc-per-node 2 docs/examples/ddp.py --save run/ddp.pt."""
 
 import argparse
 from pathlib import Path

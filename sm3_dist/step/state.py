@@ -289,6 +289,7 @@ def _adopt(value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, param: Ten
     if squeezed != [n for n in shape if n != 1]:
         raise ValueError(
             f"{label} has shape {tuple(plain.shape)} in the loaded state, but this rank stores {shape}. It was saved "
-            "by a model of other shapes, with other param groups, or under another layout or number of ranks."
+            "by a model of other shapes, with other param groups, by another rank, or under another layout or number "
+            "of ranks. state_dict() has what one rank holds: sm3_dist.checkpoint saves what every layout can load."
         )
     return plain.detach().to(local_tensor(param).device, dtype, copy=True).reshape(shape)
