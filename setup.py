@@ -12,8 +12,12 @@ import shutil
 from pathlib import Path
 
 from setuptools import Distribution, Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError as error:  # one that came with Python 3.11 or before, where nobody isolates the build
+    raise ImportError("setuptools is too old. Install another: pip install 'setuptools>=77'") from error
 
 WHEEL = os.environ.get("SM3_DIST_WHEEL")
 SOURCES = runpy.run_path("sm3_dist/compiled/sources.py")

@@ -31,10 +31,10 @@ has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_s
 "$python" -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__, torch.cuda.get_device_name())" ||
     { echo "gpu_check.sh needs torch, triton and a GPU that torch sees" >&2; exit 1; }
 
-if has setuptools; then # (optimizing takes a minute and more on a slow or busy machine)
+if "$python" -c "import setuptools.command.bdist_wheel" 2> /dev/null; then # (optimizing takes a minute and more on a slow or busy machine)
     part library 240 "$python" setup.py -q build_ext --inplace
 else
-    echo "library: left out, for setuptools is not installed; without it the host takes longer"
+    echo "library: left out, for setuptools is not installed, or below 77; without it the host takes longer"
 fi
 
 if has pytest; then

@@ -98,6 +98,12 @@ def test_the_command_that_compiles_the_kernel_takes_no_wheel():
     assert COMPILE in " ".join((ROOT / "docs" / "faq.md").read_text().split())
 
 
+def test_an_old_setuptools_is_an_error_that_says_what_to_do():
+    code = "import sys, runpy; sys.modules['setuptools.command.bdist_wheel'] = None; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.endswith("ImportError: setuptools is too old. Install another: pip install 'setuptools>=77'\n")
+
+
 @needs_c
 @pytest.mark.parametrize("change", [None, "sources", "options"])
 def test_an_editable_install_compiles_what_has_changed_alone(tmp_path, change):
