@@ -51,5 +51,5 @@ def _largest(tensors: list[Tensor]) -> Tensor:
     """What is NaN or infinite where an element of a tensor is: its largest absolute value."""
     if tensors[0].device.type != "cpu":  # in a few launches for all of them; on a CPU it takes twenty times as long
         return torch.stack(torch._foreach_norm(tensors, math.inf))
-    ends = [torch.stack(torch.aminmax(tensor)).double() for tensor in tensors]
+    ends = [torch.stack(torch.aminmax(tensor)) for tensor in tensors]
     return torch.stack(ends).abs().amax(1)

@@ -87,7 +87,7 @@ def _in_batches(updates: Sequence[Tensor]) -> list[Tensor]:
 @cache
 def batch_is_exact(count: int, rows: int, columns: int, device: torch.device) -> bool:
     """Whether a batch of so many matrices has the bits of each alone. It is tried, once: the host waits for that."""
-    if rows * columns % ALIGNED or columns % ALIGNED:
+    if columns % ALIGNED:  # where the next row begins, and the next matrix
         return False
     generator = torch.Generator(device).manual_seed(0)
     randn = partial(torch.randn, rows, columns, dtype=torch.float32, device=device, generator=generator)

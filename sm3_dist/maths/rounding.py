@@ -116,8 +116,6 @@ class Noise:
         self._rounding, self._box, self._device = rounding, box, device
 
     def __getitem__(self, what: int) -> Tensor:
-        if not self._box.numel:
-            return torch.empty(self._box.shape, dtype=torch.int32, device=self._device)
         halves, columns = self._made
         return halves.index_select(1, columns ^ what).view(self._box.shape)
 
