@@ -44,12 +44,24 @@ def spoiled_state(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         (lambda s: s["state"]["embed.weight"].pop("momentum_buffer"), "momentum_buffer.*needed for momentum > 0"),
         (lambda s: s["state"]["embed.weight"].update(accumulator_0=torch.ones(8)), r"\(8,\).*needs \(7,\)"),
         (lambda s: s["state"]["embed.weight"].update(exp_avg_sq=s["state"]["embed.weight"].pop("step")), "from_adamw"),
+        (lambda s: s["state"].update({"embed.weight": {"step": torch.tensor(1.0)}}), "It is not the state of SM3"),
         (lambda s: s["param_groups"][0].update(beta=1.5), "beta must be"),
         (lambda s: s["param_groups"][0]["params"].remove("conv.weight"), r"conv\.weight"),
         (lambda s: s["param_groups"][0].update(update_rms=0.2), "needed for update_rms"),
         (lambda s: s["param_groups"][0].update(cover_block=9), "cover_block=9, but this optimizer has .*None"),
     ],
-    ids=["tensor", "accumulator", "momentum", "shape", "adamw", "hyperparameter", "group", "update_rms", "covers"],
+    ids=[
+        "tensor",
+        "accumulator",
+        "momentum",
+        "shape",
+        "adamw",
+        "other",
+        "hyperparameter",
+        "group",
+        "update_rms",
+        "covers",
+    ],
 )
 def test_state_that_does_not_fit_changes_nothing(change: Callable[[dict[str, Any]], None], message: str) -> None:
     model, optimizer = wrapped = trained()

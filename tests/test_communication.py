@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from harness import Pool
 from layouts import LAYOUTS, Tensors, full, give
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from sm3_dist import SM3, PlanMismatchError
 from sm3_dist.compat import ALL_GATHER, REDUCE_SCATTER, reduce_scatter_single
@@ -195,6 +197,28 @@ def partial_parameter() -> None:
 
 def test_partial_parameters_are_refused(workers: Pool) -> None:
     workers(2).run_raises(ValueError, partial_parameter, match=r"'weight' has placement .*summand.*Redistribute")
+
+
+def strange_parameters() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    wrong = DTensor.from_local(torch.ones(3, 2), mesh, [Shard(0)], shape=torch.Size((8, 2)), stride=(2, 1))
+    with pytest.raises(ValueError, match=r"'w': the local tensor has shape \(3, 2\), .* give this rank \(4, 2\)"):
+        SM3([("w", torch.nn.Parameter(wrong))])
+    apart = DTensor.from_local(
+        torch.ones(4, 2), mesh, [_StridedShard(0, split_factor=2)], shape=torch.Size((8, 2)), stride=(2, 1)
+    )
+    start = 2 * dist.get_rank()
+    ranges = rf"\[\({start}, {start + 2}\), \({start + 4}, {start + 6}\)\] of dimension 0"
+    with pytest.raises(NotImplementedError, match=f"the separate ranges {ranges}"):
+        SM3([("w", torch.nn.Parameter(apart))])
+    elsewhere = DeviceMesh("cpu", [1 - dist.get_rank()], _init_backend=False)
+    away = DTensor.from_local(torch.ones(0), elsewhere, [Replicate()], run_check=False)
+    with pytest.raises(ValueError, match=rf"'w': this rank is not part of its mesh of ranks \[{1 - dist.get_rank()}\]"):
+        SM3([("w", torch.nn.Parameter(away))])
+
+
+def test_dtensors_of_which_a_rank_holds_no_box_are_refused(workers: Pool) -> None:
+    workers(2).run(strange_parameters)
 
 
 def partial_gradients() -> None:

@@ -96,6 +96,9 @@ def test_foreign_states_that_are_not_what_they_should_be() -> None:
         from_adamw(sgd.state_dict(), iter(names[:2]))
     with pytest.raises(ValueError, match="by number; pass names="):
         from_adamw(sgd.state_dict())
+    rows_alone = {"state": {0: {"step": 1, "accumulator_0": torch.ones(4, 1)}}, "param_groups": [{"params": [0]}]}
+    with pytest.raises(ValueError, match=r"accumulators of the rows alone \(sparse gradients\)"):
+        from_torch_sm3(rows_alone, ["a"])
 
 
 @pytest.mark.parametrize("make", [SM3.adamw_like, torch.optim.AdamW])

@@ -161,12 +161,24 @@ def test_a_model_need_not_exist() -> None:
         ({"world": 2, "wrapper": "tp", "tensor_parallel": {"beads": 0}}, "no parameter of that name"),
         ({"world": 2, "wrapper": "ddp", "step_in_backward": True}, "no steps can be taken during backward"),
         ({"world": 2, "wrapper": "fsdp2", "step_in_backward": True, "shard_covers": True}, "with shard_covers"),
+        (
+            {"world": 2, "wrapper": "fsdp2", "tp_size": 2, "tensor_parallel": {}, "orthogonalize": ["weight"]},
+            "orthogonalize= is not planned together with tp_size=",
+        ),
     ],
     ids=str,
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sm3_dist.plan(torch.nn.Linear(2, 2), **arguments)
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp1", "fairscale"])
+def test_what_is_flattened_together_is_of_one_type(wrapper: str) -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"of one type, but these have torch\.bfloat16, torch\.float32"):
+        sm3_dist.plan(module, world=2, wrapper=wrapper)
+    sm3_dist.plan(module, world=2, wrapper=wrapper, units=list(module))
 
 
 def test_gradients_in_backward_are_those_of_one_unit() -> None:

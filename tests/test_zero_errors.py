@@ -1,5 +1,6 @@
 """What ZeRO-1 refuses, on every rank."""
 
+import copy
 from unittest.mock import patch
 
 import moving
@@ -10,7 +11,7 @@ from harness import Pool
 from replicas import give, params_of
 from torch import nn
 from torch.distributed.checkpoint import state_dict as by_torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from sm3_dist import SM3, PlanMismatchError
@@ -45,6 +46,12 @@ def refused() -> None:
     if dist.get_rank() == 1:
         with pytest.raises(ValueError, match="not part of the process group"):
             SM3(params, shard_over=group)
+    first = DeviceMesh("cpu", [0])
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match=r"not part of the mesh \[0\]"):
+            SM3(params, shard_over=first)
+    with pytest.raises(TypeError, match="holds a process group and cannot be pickled"):
+        copy.deepcopy(SM3(params, shard_over=dist.group.WORLD))
     with pytest.raises(ValueError, match="at least 0"):
         SM3(params, shard_over=dist.group.WORLD, check_gradients=-1)
     with pytest.raises(ValueError, match="at least 0, but is None"):
