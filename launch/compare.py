@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 from launch.comparison.comparison import FEWER_BYTES, Comparison, Contestant
 from launch.comparison.standings import TABLE, draw, table
 from launch.job.alone import alone
-from launch.job.command_line import Parser
+from launch.job.command_line import Parser, saying_mistakes
 from launch.job.model import PRESETS
 from launch.job.stopping import run
 from launch.job.world import UserError
@@ -63,26 +63,23 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return known, ["--steps", known.steps, "--parallel", "none", *common]
 
 
+@saying_mistakes
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
     console = Console()
-    try:
-        options, common = parse(arguments)
-        contestants = [Contestant(model, name) for model in options.models for name in options.optimizers]
-        for contestant in contestants:
-            _ = contestant.arguments  # raises before anything is run
-        sweep, around = not options.no_sweep, options.seeds_around
-        with alone(options.out):
-            comparison = Comparison(options.out, contestants, options.seeds, common, sweep, around)
-            comparison.run_all(options.jobs, console)
-            standings = table(comparison)
-            console.print(standings)
-            with (options.out / TABLE).open("w") as file:
-                Console(file=file, width=120).print(standings)
-            draw(comparison)
-    except (UserError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+    options, common = parse(arguments)
+    contestants = [Contestant(model, name) for model in options.models for name in options.optimizers]
+    for contestant in contestants:
+        _ = contestant.arguments  # raises before anything is run
+    sweep, around = not options.no_sweep, options.seeds_around
+    with alone(options.out):
+        comparison = Comparison(options.out, contestants, options.seeds, common, sweep, around)
+        comparison.run_all(options.jobs, console)
+        standings = table(comparison)
+        console.print(standings)
+        with (options.out / TABLE).open("w") as file:
+            Console(file=file, width=120).print(standings)
+        draw(comparison)
     return 0
 
 

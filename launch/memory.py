@@ -32,7 +32,7 @@ from launch.footprint.footprint import WAYS, ways_on
 from launch.footprint.meters import METERS
 from launch.job import packages, records
 from launch.job.alone import alone
-from launch.job.command_line import Parser
+from launch.job.command_line import Parser, saying_mistakes
 from launch.job.model import PRESETS
 from launch.job.stopping import output, run
 from launch.job.world import UserError
@@ -143,6 +143,7 @@ def per_parameter(record: dict[str, Any]) -> float:
     return float(sum(record["bytes"]) / record["parameters"])
 
 
+@saying_mistakes
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status."""
     parser = Parser(prog="memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,27 +158,23 @@ def main(arguments: list[str]) -> int:
         help="bytes; what must hold more is left out (default: 12.5e9; on GPUs all that they have)",
     )
     console = Console()
-    try:
-        given = parser.parse_args(arguments)
-        ranks, most = given.ranks, given.most
-        if given.device == "cuda":
-            ranks, most = all_gpus(ranks, most)
-        packages.load("matplotlib")  # for the picture, which comes after hours
-        ranks = 2 if ranks is None else ranks
-        if ranks < 1:
-            raise UserError(f"--ranks {ranks} must be at least 1")
-        ways, models = given.ways or ways_on(given.device), given.models or MODELS[given.device]
-        with alone(given.out):
-            most = 12.5e9 if most is None else most
-            measurements = Measurements(given.out, ways, models, ranks, most, given.device)
-            measurements.make_all(console)
-            console.print(measurements.table())
-            with (given.out / TABLE).open("w") as file:
-                Console(file=file, width=120).print(measurements.table())
-            measurements.draw()
-    except (UserError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+    given = parser.parse_args(arguments)
+    ranks, most = given.ranks, given.most
+    if given.device == "cuda":
+        ranks, most = all_gpus(ranks, most)
+    packages.load("matplotlib")  # for the picture, which comes after hours
+    ranks = 2 if ranks is None else ranks
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks} must be at least 1")
+    ways, models = given.ways or ways_on(given.device), given.models or MODELS[given.device]
+    with alone(given.out):
+        most = 12.5e9 if most is None else most
+        measurements = Measurements(given.out, ways, models, ranks, most, given.device)
+        measurements.make_all(console)
+        console.print(measurements.table())
+        with (given.out / TABLE).open("w") as file:
+            Console(file=file, width=120).print(measurements.table())
+        measurements.draw()
     return 0
 
 

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from launch.footprint.resident import resident
 from launch.job import records
-from launch.job.command_line import parse
+from launch.job.command_line import parse, saying_mistakes
 from launch.job.folder import CONFIG, METRICS
 from launch.job.stopping import child, run
 from launch.job.world import UserError
@@ -41,28 +40,25 @@ Sample = tuple[float, int]
 """Seconds since the start, bytes occupied."""
 
 
+@saying_mistakes
 def main(arguments: list[str]) -> int:
     """Run the command line and return the exit status, that of the training."""
-    try:
-        options = parse(arguments, "watch.py", ABOUT)
-        out = options.out
-        if out is None:
-            raise UserError("watching needs --out DIRECTORY")
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments]
-        on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-        before = occupied_on_gpu() if on_gpu else 0
-        with child(command, env=os.environ | ALLOCATOR) as process:
-            samples = watch(process, (lambda: occupied_on_gpu() - before) if on_gpu else lambda: resident(process.pid))
-        if process.returncode == 0:
-            counted = "occupied on the GPU" if on_gpu else "resident"
-            print(f"most {counted}: {max(size for _, size in samples):,} bytes")
-            with (out / SAMPLES).open("w") as file:
-                file.writelines(json.dumps(sample) + "\n" for sample in samples)
-            draw(out, samples, counted)
-        return int(process.returncode)
-    except (UserError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+    options = parse(arguments, "watch.py", ABOUT)
+    out = options.out
+    if out is None:
+        raise UserError("watching needs --out DIRECTORY")
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments]
+    on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    before = occupied_on_gpu() if on_gpu else 0
+    with child(command, env=os.environ | ALLOCATOR) as process:
+        samples = watch(process, (lambda: occupied_on_gpu() - before) if on_gpu else lambda: resident(process.pid))
+    if process.returncode == 0:
+        counted = "occupied on the GPU" if on_gpu else "resident"
+        print(f"most {counted}: {max(size for _, size in samples):,} bytes")
+        with (out / SAMPLES).open("w") as file:
+            file.writelines(json.dumps(sample) + "\n" for sample in samples)
+        draw(out, samples, counted)
+    return int(process.returncode)
 
 
 def occupied_on_gpu() -> int:

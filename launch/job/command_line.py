@@ -1,11 +1,14 @@
-"""The command line of `launch/train.py`, made of the fields of :class:`Options`."""
+"""The command line of `launch/train.py`, made of the fields of :class:`Options`, and what other commands have of it."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
+from functools import wraps
 from typing import Any, NoReturn
+
+from rich.console import Console
 
 from launch.job.model import PRESETS
 from launch.job.options import Options, flag
@@ -67,3 +70,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
+
+
+def saying_mistakes(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """Have a command say in a line what is wrong, when that is a mistake of the user; its exit status is then 2."""
+
+    @wraps(main)
+    def command(arguments: list[str]) -> int:
+        try:
+            return main(arguments)
+        except (UserError, OSError) as error:
+            Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+            return 2
+
+    return command
