@@ -117,8 +117,8 @@ def converted(momentum: Tensor, dtype: torch.dtype) -> Tensor:
     """Momentum in another type, from codes or to codes too; rounded to the nearest.
 
     Example:
-        >>> converted(torch.tensor([1.01, -0.25]), torch.int8)
-        tensor([112, -80], dtype=torch.int8)
+        >>> converted(torch.tensor([1.05, -0.25]), torch.int8)
+        tensor([113, -80], dtype=torch.int8)
         >>> converted(torch.tensor([112, -80], dtype=torch.int8), torch.bfloat16)
         tensor([ 1.0000, -0.2500], dtype=torch.bfloat16)
     """
