@@ -160,6 +160,40 @@ def test_a_plan_made_anew_between_steps_belongs_to_the_next(workers: Pool) -> No
     workers(2).run(frozen_after_a_step)
 
 
+class AllRaiseError(Exception):
+    """Raised in a closure on every rank."""
+
+
+def all_raise_in_the_next_step() -> None:
+    """Replicas that send nothing: one stops in a step, as the other will, which is in the step before yet."""
+    model = fully_shard(Tensors([(3, 5), (8, 4)]), mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("r", "s")))
+    optimizer = SM3(model.parameters(), lr=0.1)
+    store, watch = dist.group.WORLD.get_group_store(), optimizer._keeper.watch
+    before = spot_check.FIRST + 1
+
+    def come_late_or_raise() -> float:
+        if watch.call == before + 1:
+            raise AllRaiseError
+        if dist.get_rank() == 1 and watch.call == before:
+            store.wait([f"{token}/stopped" for token in watch.tokens.values()])
+        return 0.0
+
+    with patch.object(spot_check, "SECONDS", 0.0):
+        for step in range(before + 2):
+            for param in model.parameters():
+                give(param, torch.ones(param.shape))
+            if step == before:
+                with pytest.raises(AllRaiseError):
+                    optimizer.step(come_late_or_raise)
+            else:
+                optimizer.step(come_late_or_raise)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {before + 1}
+
+
+def test_an_error_of_all_ranks_is_none_of_the_step_before(workers: Pool) -> None:
+    workers(2).run(all_raise_in_the_next_step)
+
+
 def learning_rates_as_on_a_gpu(kind: str) -> None:
     """The fields for what the host does not read; looked at two steps later, as on a GPU."""
     model = LAYOUTS["fsdp2"].wrap(Tensors([(3, 5), (8, 4)]))

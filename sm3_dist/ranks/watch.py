@@ -171,8 +171,12 @@ class RankWatch:
         for token in self.tokens.values():
             store_of_world().set(f"{token}/anew", json.dumps(note))
 
-    def look(self) -> None:
+    def look(self, ahead: bool = False) -> None:
         """See whether a rank has left a note.
+
+        Args:
+            ahead: whether an error in a later step than the present one counts. Whoever comes to it has done their part
+                of this one, and this rank may stop there too.
 
         Raises:
             PlanMismatchError: it found a difference between ranks.
@@ -189,6 +193,8 @@ class RankWatch:
             note = json.loads(store.get(f"{token}/stopped"))
             if note["call"] in self._stopped:
                 continue  # all ranks stopped in that call, and went on together
+            if self._in_step and note["call"] > self.call and not ahead:
+                continue
             self._stop_because_of(note, ranks)
 
     def _stop_because_of(self, note: Mapping[str, Any], ranks: Sequence[int]) -> None:
@@ -251,7 +257,7 @@ class RankWatch:
         except RuntimeError as error:
             after = time.monotonic() - started
             try:
-                self.look()
+                self.look(ahead=True)
             except (PlanMismatchError, CollectiveError) as found:
                 raise found from error
             except Exception:  # the store is gone too
