@@ -18,6 +18,7 @@ from sm3_dist.step.guard import Skipping
 from sm3_dist.step.keeper import PlanKeeper, States
 from sm3_dist.step.param_groups import (
     adamw_like_options,
+    complete,
     in_order,
     inverse_of,
     label_of,
@@ -387,8 +388,7 @@ class SM3(Optimizer):
             self.__dict__.update({name: state[name] for name in _COPIED})
             self._keeper = self._new_keeper(Flattened(None), None)
         super().__setstate__(state)
-        for group in self.param_groups:
-            group.update({**self.defaults, **group})
+        complete(self.param_groups, self.defaults)
         if states is not None:
             self._keeper.install(states, {}, self.param_groups)
 

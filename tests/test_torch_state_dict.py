@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from harness import Pool
-from moving import LAYOUTS, STEPS, Wrapped, build, differences, expected, spoil, train, with_recipe
+from moving import LAYOUTS, STEPS, Wrapped, build, differences, expected, spoil, train, trained, with_recipe
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -26,6 +26,9 @@ from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     StateDictType,
 )
+
+from sm3_dist.checkpoint import get_optimizer_state_dict as get_state_dict_by_name
+from sm3_dist.checkpoint import set_optimizer_state_dict as set_state_dict_by_name
 
 BY_TORCH = ("ddp", "fsdp2", "hsdp", "tp_fsdp2")
 FSDP1 = ("fsdp1", "fsdp1_flat")
@@ -73,6 +76,41 @@ def whole_and_back(world: int) -> list[str]:
 
 def test_whole_tensors_of_torch(workers: Pool) -> None:
     assert workers(4).run(whole_and_back, 4) == [[]] * 4
+
+
+def from_run_to_run(world: int, options: StateDictOptions) -> list[str]:
+    """Load with torch's functions what was saved after such a load."""
+    found = []
+    for name in ("ddp", "fsdp2", "hsdp"):
+        wrapped = build(name, world)
+        train(wrapped, range(STEPS))
+        for start in (STEPS, 2 * STEPS):
+            model, optimizer = get_state_dict(*wrapped, options=options)
+            wrapped = build(name, world)
+            set_state_dict(*wrapped, model_state_dict=model, optim_state_dict=optimizer, options=options)
+            train(wrapped, range(start, start + STEPS))
+        found += [f"{name}: {what}" for what in differences(wrapped, expected(3 * STEPS))]
+    return found
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_run_that_was_resumed_is_resumed_again(workers: Pool, full: bool) -> None:
+    assert workers(2).run(from_run_to_run, 2, StateDictOptions(full_state_dict=full)) == [[], []]
+
+
+def test_what_pytorch_adds_to_defaults_is_not_saved() -> None:
+    """Nor kept, where it was saved before; a group that is added later would differ from the others in it."""
+    model, optimizer = trained()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["differentiable"] = False
+    optimizer.load_state_dict(saved)
+    named = get_state_dict_by_name(model, optimizer)
+    for group in (*optimizer.param_groups, *optimizer.state_dict()["param_groups"], *named["param_groups"]):
+        assert "differentiable" not in group
+    named["param_groups"][0]["differentiable"] = False
+    set_state_dict_by_name(model, optimizer, named)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+    assert not any("differentiable" in group for group in optimizer.param_groups)
 
 
 def through_fsdp1(source: str, target: str, world: int, full: bool) -> list[str]:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from sm3_dist.optimizer import SM3
 from sm3_dist.step.entry import HYPERPARAMETERS
+from sm3_dist.step.param_groups import OF_PYTORCH
 
 _OF_THE_CLASS = set(inspect.signature(SM3.__init__).parameters) - set(HYPERPARAMETERS)
 """Arguments of the optimizer as a whole, which wrappers of optimizers put into each of their param groups."""
-_NOT_SAVED = {"params", "param_names", *_OF_THE_CLASS}
+_NOT_SAVED = {"params", "param_names", OF_PYTORCH, *_OF_THE_CLASS}
 
 
 def saved_options(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,9 @@ FLAGS = ("maximize", "bias_correction", "nesterov", "cover_product", "stochastic
 NEEDS = {"nesterov": "momentum", "bias_correction": "beta", "cover_product": "cover_block"}
 """Options that mean nothing without another."""
 
+OF_PYTORCH = "differentiable"
+"""What PyTorch adds to the defaults of every optimizer whose state is set as a whole, and only its own ones use."""
+
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
@@ -204,6 +207,24 @@ def validate_loaded(group: ParamGroup, number: int, momentum_dtype: torch.dtype 
         ValueError: as there.
     """
     validate({**group, **_without_needs(group)}, number, momentum_dtype)
+
+
+def complete(groups: Sequence[ParamGroup], defaults: dict[str, Any]) -> None:
+    """Add defaults to groups that were set as a whole: those of earlier releases have fewer options.
+
+    PyTorch adds one of its own to the defaults then. It is taken out: with it a state dict does not fit an optimizer
+    that has not loaded one, by what ``torch.distributed.checkpoint.state_dict`` asks of both.
+
+    Example:
+        >>> groups, defaults = [{"lr": 0.1}], {"lr": 1.0, "beta": 0.9, "differentiable": False}
+        >>> complete(groups, defaults)
+        >>> groups, defaults
+        ([{'lr': 0.1, 'beta': 0.9}], {'lr': 1.0, 'beta': 0.9})
+    """
+    for options in (*groups, defaults):
+        options.pop(OF_PYTORCH, None)
+    for group in groups:
+        group.update({**defaults, **group})
 
 
 def loaded_options(
