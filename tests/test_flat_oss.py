@@ -13,6 +13,7 @@ from harness import Pool
 from torch import Tensor, nn
 
 from sm3_dist import SM3
+from sm3_dist.checkpoint import StateDictOptions, get_optimizer_state_dict
 
 OPTIONS: dict[str, Any] = {"lr": 0.3, "momentum": 0.9, "beta": 0.95, "weight_decay": 0.1}
 
@@ -125,3 +126,34 @@ def more_ranks_than_tensors() -> None:
 
 def test_a_rank_without_any_parameter(workers: Pool) -> None:
     workers(2).run(more_ranks_than_tensors)
+
+
+def frozen_and_added() -> list[str]:
+    """Names of what is not as in one process, of state with which some tensors were frozen, and a group was added."""
+    from fairscale.optim import OSS
+
+    model, alone = Model(), Model()
+    first, *others = model.parameters()
+    oss = OSS(others, optim=SM3, **OPTIONS)
+    whole = SM3(list(alone.parameters())[1:], **OPTIONS)
+    for each, optimizer in ((model, oss), (alone, whole)):
+        train(Whole(each), optimizer, range(2))
+        for param in list(each.parameters())[2:5]:
+            param.requires_grad_(False)
+    oss.add_param_group({"params": [first], "lr": 0.2})
+    whole.add_param_group({"params": [next(alone.parameters())], "lr": 0.2})
+    expected = get_optimizer_state_dict(alone, whole)
+    found = get_optimizer_state_dict(model, oss, options=StateDictOptions(full_state_dict=True))
+    assert found["param_groups"] == expected["param_groups"]
+    assert found["state"].keys() == expected["state"].keys()
+    return [
+        f"{key} of {name}"
+        for name, of_param in expected["state"].items()
+        for key, value in of_param.items()
+        if not torch.equal(value, found["state"][name][key])
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_state_of_frozen_tensors_and_of_a_group_that_was_added(workers: Pool, world_size: int) -> None:
+    assert workers(world_size).run(frozen_and_added) == [[]] * world_size

@@ -180,3 +180,13 @@ def of_any_rank(error: Exception | None, ranks: Sequence[int]) -> Exception | No
     numbers = dist.get_process_group_ranks(group)
     first = next((f"rank {rank}: {words}" for rank, words in zip(numbers, said, strict=True) if words), None)
     return error or (None if first is None else ValueError(first))
+
+
+def of_all_ranks(names: Iterable[str], ranks: Sequence[int]) -> set[str]:
+    """The names that one of these ranks has, or of all. A collective over them."""
+    group = holders(ranks)
+    if group is None:
+        return set(names)
+    theirs: list[list[str]] = [[]] * dist.get_world_size(group)
+    dist.all_gather_object(theirs, list(names), group=group)
+    return set().union(*theirs)

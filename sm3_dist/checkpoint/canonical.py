@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sm3_dist.checkpoint.boxed import BoxedTensor, of_any_rank, who_differ
+from sm3_dist.checkpoint.boxed import BoxedTensor, of_all_ranks, of_any_rank, who_differ
 from sm3_dist.checkpoint.keys import ADAMS, MOMENTA, OPTIONAL, missing_key, surplus
 from sm3_dist.checkpoint.keys import missing as missing_names
 from sm3_dist.checkpoint.names import canonical_names
@@ -57,6 +57,8 @@ class Canonical:
         # OSS knows all parameters; the optimizer in it has those of this rank, which nobody else has.
         self.groups_of_all = optimizer.param_groups
         self.apart = optimizer is not inner
+        for own, group in zip(inner.param_groups, self.groups_of_all, strict=True):
+            group.update({**own, **group})  # as OSS will in its next step, where one was added
         # OSS, and PyTorch's ZeroRedundancyOptimizer
         together = getattr(optimizer, "group", None) or getattr(optimizer, "process_group", None)
         self.ranks = tuple(dist.get_process_group_ranks(together)) if self.apart else ()
@@ -146,14 +148,15 @@ class Canonical:
         slots: dict[str, dict[str, Slot]] = {}
         if not self.apart:
             slots = {name: self.slots(entry) for name, entry in self.entries.items()}
-        else:  # in the same order on every rank
+        else:  # the same ones, in the same order, on every rank
+            known = of_all_ranks(self.entries, self.ranks)
             for g, group in enumerate(self.groups_of_all):
                 for param, label, shard in self._originals(group, g):
                     name = self._name(param, shard, label)
                     if name in self.entries:
                         mine = self.slots(self.entries[name])
                         slots[name] = {key: replace(slot, whole=False, ranks=self.ranks) for key, slot in mine.items()}
-                    elif param.requires_grad:
+                    elif name in known:
                         slots[name] = absent_slots(param, shard, group, self.optimizer.momentum_dtype, self.ranks)
         result: dict[str, dict[str, Tensor]] = {name: {} for name in slots}
         together = {(name, key): slot for name, mine in slots.items() for key, slot in mine.items()}
