@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sm3_dist.layout.describe import Flattened
 from sm3_dist.layout.flat_metadata import clean
+from sm3_dist.layout.kinds import reshard
 
 EMBEDDING = re.compile(r"embed|^w[tp]e$|^pos(ition)?s?$", re.IGNORECASE)
 """Found in any word of the name of what is looked up, or adds a place to what was looked up."""
@@ -113,6 +114,8 @@ class Picker:
 
     def __init__(self, model: nn.Module | None) -> None:
         self.model = model
+        if model is not None:
+            reshard(model)
         self.flattened = Flattened(model)
         self._modules = {clean(path): module for path, module in model.named_modules()} if model is not None else {}
         self._names: dict[Tensor, list[str]] = {}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from sm3_dist.layout.flat_metadata import INNER
+from sm3_dist.layout.kinds import reshard
 
 
 def canonical_names(model: nn.Module) -> dict[Tensor, str]:
@@ -22,6 +23,7 @@ def canonical_names(model: nn.Module) -> dict[Tensor, str]:
         >>> list(canonical_names(nn.Sequential(nn.DataParallel(inner))).values())
         ['0.weight']
     """
+    reshard(model)
     names: dict[Tensor, str] = {}
     for prefix, module in canonical_modules(model):
         for name, parameter in module.named_parameters(recurse=False):

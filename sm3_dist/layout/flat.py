@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 
@@ -33,7 +34,9 @@ class Flattened:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model= takes the root module, as wrapped, but got a {type(model).__name__}")
         self.model = model
+        self._places: dict[tuple[str, str], ReferenceType[Tensor]] = {}
         self.read()
+        self.numbered(())
 
     def read(self) -> None:
         """Read the model anew: it may have been wrapped since."""
@@ -72,11 +75,12 @@ class Flattened:
             For each of them its number. The place in a model is that in which ``parameters()`` would have it had nobody
             wrapped it; what is not in the model comes after.
         """
-        order = dict.fromkeys(self._in_model_order())
+        tensors = list(tensors)
+        order = dict.fromkeys(self._in_model_order({param for param, _ in tensors}))
         order.update(dict.fromkeys(tensors))
         return {tensor: number for number, tensor in enumerate(order)}
 
-    def _in_model_order(self) -> Iterator[tuple[Tensor, str]]:
+    def _in_model_order(self, wanted: set[Tensor]) -> Iterator[tuple[Tensor, str]]:
         within: dict[str, list[tuple[Tensor, str]]] = {}  # by the module that had them
         for tensor in self._tensors:
             for original in tensor.originals:
@@ -86,7 +90,19 @@ class Flattened:
         flat = {param for tensors in within.values() for param, _ in tensors}
         for path, module in self.model.named_modules() if self.model is not None else ():
             yield from within.pop(clean(path), ())
-            yield from ((param, "") for param in module.parameters(recurse=False) if param not in flat)
+            for key, param in module.named_parameters(recurse=False):
+                if param not in flat:
+                    yield self._at((path, key), param, wanted), ""
+
+    def _at(self, place: tuple[str, str], param: Tensor, wanted: set[Tensor]) -> Tensor:
+        """The parameter at a place in the model; the one before, if that is wanted and this is not.
+
+        From forward to backward FSDP2 has the whole of each there, of which the optimizer knows nothing.
+        """
+        before = self._places[place]() if place in self._places else None
+        chosen = param if before is None or param in wanted or before not in wanted else before
+        self._places[place] = ref(chosen)
+        return chosen
 
     def describe(self, param: Tensor, label: str, cover_block: int | None) -> tuple[LocalShard, ...] | None:
         """One shard for each original tensor in ``param``; ``None`` where nobody flattened it.

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch import nn
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
@@ -29,6 +30,20 @@ def dtensors(values: Iterable[object]) -> list[DTensor]:
 def is_fsdp1(value: object) -> TypeIs[FullyShardedDataParallel]:
     """Whether ``value`` is a module in torch's FullyShardedDataParallel."""
     return _is("torch.distributed.fsdp", "FullyShardedDataParallel", value)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the shards back that FSDP2 has whole parameters in place of, as PyTorch's state dicts do.
+
+    It leaves those in a model after a forward pass that no backward pass has followed.
+    """
+    for module in model.modules():
+        if _is_fsdp2(module):
+            module.reshard()
+
+
+def _is_fsdp2(value: object) -> TypeIs[FSDPModule]:
+    return _is("torch.distributed.fsdp", "FSDPModule", value)
 
 
 def _is(module: str, name: str, value: object) -> bool:
