@@ -114,9 +114,9 @@ class Picker:
 
     def __init__(self, model: nn.Module | None) -> None:
         self.model = model
+        self.flattened = Flattened(model)
         if model is not None:
             reshard(model)
-        self.flattened = Flattened(model)
         self._modules = {clean(path): module for path, module in model.named_modules()} if model is not None else {}
         self._names: dict[Tensor, list[str]] = {}
         for name, param in model.named_parameters(remove_duplicate=False) if model is not None else ():
