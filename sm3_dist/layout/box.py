@@ -212,6 +212,4 @@ def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     whole = stop // row
     if whole > first:
         boxes.append(Box((first,) + (0,) * (len(shape) - 1), (whole, *shape[1:])))
-    if stop > whole * row:
-        boxes += flat_boxes(shape, whole * row, stop)
-    return boxes
+    return boxes + flat_boxes(shape, whole * row, stop)
