@@ -95,6 +95,7 @@ def test_a_rate_that_cannot_be_is_refused_and_costs_nothing(value: float, make: 
         ("beta", torch.tensor(1.5), "at least 0 and less than 1, but is 1.5"),
         ("eps", -1.0, "at least 0 and finite, but is -1.0"),
         ("update_rms", 0.0, r"greater than 0 and finite \(or None\), but is 0.0"),
+        ("update_rms", float("inf"), r"greater than 0 and finite \(or None\), but is inf"),
         ("orthogonalize", "weight", "True, False or names of tensors, but is 'weight'"),
     ],
 )
