@@ -13,6 +13,7 @@ from harness import Pool
 from moving import SETTINGS, STEPS, Wrapped, build, differences, expected, gradients, single, spoil, train, trained
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from sm3_dist import SM3
@@ -219,3 +220,34 @@ def a_scalar_of_one_rank(folder: Path) -> list[str]:
 
 def test_a_scalar_whose_state_lies_on_one_rank(workers: Pool, tmp_path: Path) -> None:
     assert workers(2).run(a_scalar_of_one_rank, tmp_path) == [[]] * 2
+
+
+def of_no_elements(folder: Path, wrapper: str) -> list[str]:
+    """Nobody holds any of a tensor that has none: its steps are counted all the same."""
+    wrapped = []
+    for _ in range(2):
+        net: Any = nn.ParameterDict({"w": torch.ones(4, 3), "none": torch.zeros(0, 3), "b": torch.ones(5)})
+        if wrapper == "zero":
+            wrapped.append((net, SM3.adamw_like(net.parameters(), shard_over=dist.group.WORLD)))
+            continue
+        model = FullyShardedDataParallel(net, use_orig_params=wrapper == "fsdp1", device_id=torch.device("cpu"))
+        wrapped.append((model, SM3.adamw_like(model.parameters(), model=model)))
+    for param in wrapped[0][0].parameters():
+        param.grad = torch.ones_like(param)
+    wrapped[0][1].step()
+    save({"train": TrainState(*wrapped[0])}, checkpoint_id=folder)
+    load({"train": TrainState(*wrapped[1])}, folder)
+    states = [get_optimizer_state_dict(*each, options=FULL)["state"] for each in wrapped]
+    assert [int(state[name]["step"]) for state in states for name in ("w", "none", "b")] == [1] * 6
+    return [
+        f"{key} of {name}"
+        for name, values in states[0].items()
+        for key, value in values.items()
+        if not torch.equal(value, states[1][name][key])
+    ]
+
+
+@pytest.mark.parametrize("wrapper", ["zero", "fsdp1", "fsdp1-flat"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_tensors_without_elements(workers: Pool, tmp_path: Path, wrapper: str, world: int) -> None:
+    assert workers(world).run(of_no_elements, tmp_path, wrapper) == [[]] * world

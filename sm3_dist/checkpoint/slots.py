@@ -31,7 +31,8 @@ class Slot:
         tensor: what it is held in.
         whole: whether that has the canonical shape already, as whole tensors and DTensors have.
         ranks: the ranks that hold it together, where they hold parts; all ranks if none are given.
-        speaks: whether what this rank holds is to be relied on. Not so for scalars where it holds no elements.
+        speaks: whether what this rank holds is to be relied on. Not so for scalars where it holds no elements,
+            and others do.
     """
 
     shape: tuple[int, ...]

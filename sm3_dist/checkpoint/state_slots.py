@@ -23,7 +23,7 @@ SCALAR = Box((), ())
 def slots_of(entry: Entry, state: State) -> dict[str, Slot]:
     """What this rank holds of the state of one original tensor."""
     shard, flat = entry.shard, not (entry.shard.layout == WHOLE or isinstance(entry.param, DTensor))
-    speaks, scalar = not flat or shard.numel > 0, entry.param.dim() == 0
+    speaks, scalar = not flat or shard.numel > 0 or 0 in shard.shape, entry.param.dim() == 0
     # One for all tensors of a flattened parameter, which may have taken different numbers of steps elsewhere.
     step = state["step"].clone() if flat else state["step"]
     slots = {"step": Slot((), [SCALAR], [step], step, not flat, speaks, shard.ranks)}
