@@ -13,7 +13,8 @@ from harness import Pool
 from moving import SETTINGS, STEPS, Wrapped, build, differences, expected, gradients, single, spoil, train, trained
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from sm3_dist import SM3
@@ -54,6 +55,28 @@ def whole_everywhere(world: int, options: StateDictOptions) -> list[str]:
 def test_whole_tensors_from_every_rank_or_from_rank_0(workers: Pool, broadcast: bool) -> None:
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
     assert workers(3).run(whole_everywhere, 3, options) == [[]] * 3
+
+
+def in_another_memory_order(wrapper: str) -> list[str]:
+    """Send weights from rank 0 whose memory is in another order, as of convolutions in ``channels_last``."""
+    net, other = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.Conv2d(3, 4, 3)  # type: ignore[call-overload]
+    whole = get_state_dict(net, SM3(net.parameters()), options=FULL)
+    wanted = {name: value.clone() for name, value in whole[0].items()}
+    model = fully_shard(other) if wrapper == "fsdp2" else DistributedDataParallel(other)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(-5)
+    sent = whole if dist.get_rank() == 0 else ({}, {})
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    optimizer = SM3(model.parameters())
+    set_state_dict(model, optimizer, model_state_dict=sent[0], optim_state_dict=sent[1], options=options)
+    found = get_state_dict(model, optimizer, options=FULL)[0]
+    return [name for name, value in wanted.items() if not torch.equal(found[name], value)]
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_weights_in_another_memory_order_are_sent_as_they_are(workers: Pool, wrapper: str) -> None:
+    assert workers(2).run(in_another_memory_order, wrapper) == [[], []]
 
 
 def whole_on_cpu(world: int) -> list[bool]:

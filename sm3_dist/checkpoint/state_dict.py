@@ -189,6 +189,8 @@ def _get_model_state(model: nn.Module, submodules: set[nn.Module] | None, option
 @torch.no_grad()
 def _set_model_state(model: nn.Module, state_dict: StateDict, options: StateDictOptions) -> _IncompatibleKeys:
     if not is_flattened(model):
+        if options.broadcast_from_rank0:  # PyTorch sends memory as it lies, and receives it as contiguous
+            state_dict = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in state_dict.items()}
         return torch_state_dict.set_model_state_dict(model, state_dict, options=options)
     if options.broadcast_from_rank0 and dist.is_initialized():
         shared = _FromRank0.of(lambda: _Loaded({"": state_dict}, []), _device(model.parameters()))
