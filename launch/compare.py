@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from launch.comparison.comparison import FEWER_BYTES, Comparison, Contestant
 from launch.comparison.standings import TABLE, draw, table
+from launch.job import packages
 from launch.job.alone import alone
 from launch.job.command_line import Parser, saying_mistakes
 from launch.job.model import PRESETS
@@ -74,6 +75,10 @@ def main(arguments: list[str]) -> int:
     sweep, around = not options.no_sweep, options.seeds_around
     with alone(options.out):
         comparison = Comparison(options.out, contestants, options.seeds, common, sweep, around)
+        packages.load("matplotlib")  # for the pictures, which come last
+        for contestant in contestants:
+            if comparison.wanted(contestant):
+                contestant.check()
         comparison.run_all(options.jobs, console)
         standings = table(comparison)
         console.print(standings)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import pytest
 from rich.console import Console
@@ -206,6 +208,17 @@ def test_mistakes_are_told_before_anything_is_run(
     assert main(["--out", str(tmp_path / "out"), *arguments.split()]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("package", "wanted"), [("torchao.optim", "torchao"), ("matplotlib", "matplotlib")])
+def test_a_missing_package_is_told_before_anything_is_run(
+    package: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = "--optimizers sm3 adamw-8bit --models tiny --steps 2 --no-sweep --seeds 1 --held-out-bytes 3000".split()
+    with patch.dict(sys.modules, {package: None}):
+        assert main(["--out", str(tmp_path), *runs]) == 2
+    assert f"pip install {wanted}" in capsys.readouterr().err
+    assert not (tmp_path / RESULTS).exists()
 
 
 def test_every_optimizer_of_the_training_job_can_take_part() -> None:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from launch.job import records
 from launch.job.folder import CONFIG, METRICS
+from launch.job.model import GPT, PRESETS
 from launch.job.recipe import OPTIMIZERS, RECIPES
 from launch.job.stopping import output
 from launch.job.world import UserError
@@ -83,6 +84,16 @@ class Contestant:
         """The learning rate that its sweep starts from."""
         kind, recipe, _ = self._parts
         return (RECIPES[recipe] if recipe else OPTIMIZERS[kind]).best.lr
+
+    def check(self) -> None:
+        """Make the optimizer once, for a run of it may come after hours of others.
+
+        Raises:
+            UserError: its package is missing; says how to install it.
+        """
+        kind, recipe, _ = self._parts
+        if not recipe:
+            OPTIMIZERS[kind].make(GPT(PRESETS["tiny"], seq_len=32), OPTIMIZERS[kind].best)
 
     @property
     def _parts(self) -> tuple[str, str, str]:
