@@ -179,6 +179,10 @@ def sharded(way: str, backend: str) -> list[str]:
     whole = optimizer_of(Tensors(SHAPES), "recipe", backend=backend)
     for optimizer in (model, whole):
         train(optimizer, range(2))
+        if way == "frozen":  # a plan is made anew, and what the one before worked out is in the state
+            optimizer.param_groups[0]["params"][2].requires_grad_(False)
+            optimizer._current_plan()
+            continue
         for state in optimizer.state.values():
             for key in state:
                 if way == "in place" and key in FACTORS:
@@ -196,7 +200,7 @@ def sharded(way: str, backend: str) -> list[str]:
     return differences(model, whole)
 
 
-@pytest.mark.parametrize("way", ["in place", "replaced", "moved here", "read"])
+@pytest.mark.parametrize("way", ["in place", "replaced", "moved here", "read", "frozen"])
 def test_sharded(workers: Pool, way: str) -> None:
     assert workers(3).run(sharded, way, "auto") == [[]] * 3
 
