@@ -99,6 +99,10 @@ def test_foreign_states_that_are_not_what_they_should_be() -> None:
     rows_alone = {"state": {0: {"step": 1, "accumulator_0": torch.ones(4, 1)}}, "param_groups": [{"params": [0]}]}
     with pytest.raises(ValueError, match=r"accumulators of the rows alone \(sparse gradients\)"):
         from_torch_sm3(rows_alone, ["a"])
+    in_blocks = SM3([torch.ones(4, 3)], cover_block=64)
+    group = in_blocks.state_dict()["param_groups"][0]
+    with pytest.raises(ValueError, match="but this optimizer needs accumulator_0, accumulator_1, accumulator_2"):
+        in_blocks.load_state_dict({**rows_alone, "param_groups": [group]})
 
 
 @pytest.mark.parametrize("make", [SM3.adamw_like, torch.optim.AdamW])
