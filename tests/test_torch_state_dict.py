@@ -132,6 +132,7 @@ def through_fsdp1(source: str, target: str, world: int, full: bool) -> list[str]
         second.model.load_state_dict(weights)
         loadable = FullyShardedDataParallel.optim_state_dict_to_load(second.model, second.optimizer, state)
     second.optimizer.load_state_dict(loadable)
+    second.optimizer.state_dict()  # may be saved again before a step
     found = differences(second, expected(STEPS)) + scalars(second, STEPS)
     train(second, range(STEPS, 2 * STEPS))
     return found + differences(second, expected(2 * STEPS)) + scalars(second, 2 * STEPS)

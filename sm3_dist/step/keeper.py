@@ -304,7 +304,7 @@ class PlanKeeper:
         if self.replicas is not None:
             self.replicas.include(self._active_params(groups))
             self.replicas.include(params[key][0] for key in loaded["state"] if key in params)
-        for key, (param, label, _) in params.items():
+        for key, (param, label, group) in params.items():
             if key not in loaded["state"] and SQUARE_AVERAGES not in loaded_groups[key]:
                 continue  # nothing to adopt, of a model that is perhaps yet to be attached
             shards = self.describe(param, label, loaded_groups[key].get("cover_block", cover_block))
@@ -315,6 +315,8 @@ class PlanKeeper:
                 adopted[param] = adopt_state(value, param, shards, label, self._momentum_dtype)
                 if param not in self.flattened:
                     check_accumulators(value, shards[0], label)
+                elif key not in loaded["state"]:
+                    fill_state(adopted[param], param, shards, {**group, **loaded_groups[key]}, self._momentum_dtype)
                 fitted[param] = (adopted[param], shards)
         adopted.update((key, value) for key, value in loaded["state"].items() if key not in params)
         return adopted, fitted
