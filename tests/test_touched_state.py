@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +19,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sm3_dist import SM3
+from sm3_dist.checkpoint import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from sm3_dist.ranks.bucket import MaxBucket
 from sm3_dist.step.param_groups import ADAMW_LIKE
 from sm3_dist.step.plan import StepPlan
 
 OPTIONS: dict[str, dict[str, Any]] = {"paper": {"momentum": 0.9}, "recipe": ADAMW_LIKE}
 SHAPES = [(100, 70), (4, 3, 3, 3), (70,)]
+FULL = StateDictOptions(full_state_dict=True)
 FACTORS = {"accumulator_0": 0.25, "accumulator_1": 0.5, "accumulator_2": 0.75}  # change products of covers too
 
 
@@ -175,10 +178,16 @@ def test_reset(backend: str) -> None:
 
 def sharded(way: str, backend: str) -> list[str]:
     """Blocks of 64 rows are cut; each way of editing is done to one process's state too."""
-    model = optimizer_of(fully_shard(Tensors(SHAPES)), "recipe", backend=backend)
-    whole = optimizer_of(Tensors(SHAPES), "recipe", backend=backend)
-    for optimizer in (model, whole):
+    modules = fully_shard(Tensors(SHAPES)), Tensors(SHAPES)
+    model, whole = (optimizer_of(module, "recipe", backend=backend) for module in modules)
+    for module, optimizer in zip(modules, (model, whole), strict=True):
         train(optimizer, range(2))
+        if way == "loaded":  # after gradients that made all accumulators larger than those loaded
+            saved = copy.deepcopy(get_optimizer_state_dict(module, optimizer, options=FULL))
+            for param in module.parameters():
+                give(param, torch.full(param.shape, 100.0))
+            optimizer.step()
+            set_optimizer_state_dict(module, optimizer, saved, options=FULL)
         if way == "frozen":  # a plan is made anew, and what the one before worked out is in the state
             optimizer.param_groups[0]["params"][2].requires_grad_(False)
             optimizer._current_plan()
@@ -200,7 +209,7 @@ def sharded(way: str, backend: str) -> list[str]:
     return differences(model, whole)
 
 
-@pytest.mark.parametrize("way", ["in place", "replaced", "moved here", "read", "frozen"])
+@pytest.mark.parametrize("way", ["in place", "replaced", "moved here", "read", "frozen", "loaded"])
 def test_sharded(workers: Pool, way: str) -> None:
     assert workers(3).run(sharded, way, "auto") == [[]] * 3
 
