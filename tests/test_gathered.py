@@ -1,4 +1,4 @@
-"""FSDP2 leaves whole parameters in a model that was evaluated: state has its names, and tensors their numbers."""
+"""Wrappers leave whole parameters in a model: state has its names, tensors their numbers, and weights their parts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import Pool
 from layouts import same
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from launch.job import fairscale_cpu
 from sm3_dist import SM3, MuonLikeSM3, step_in_backward
 from sm3_dist.checkpoint import TrainState, get_optimizer_state_dict, load, set_optimizer_state_dict
 
@@ -125,3 +127,36 @@ def added() -> list[list[bool]]:
 
 def test_matrices_are_known_in_a_model_that_was_evaluated_last(workers: Pool) -> None:
     assert workers(2).run(added) == [[[True], [True] * 2, [False] * 3]] * 2
+
+
+def frozen_by_fairscale(folder: Path) -> list[str]:
+    """Weights that are not those of before: of frozen ones fairscale leaves the whole after a backward pass."""
+    from fairscale.nn.data_parallel import FullyShardedDataParallel
+
+    fairscale_cpu.install()
+    options = {"process_group": dist.group.WORLD, "process_group_reduce_scatter": dist.group.WORLD}
+    models: list[nn.Module] = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        model[0].requires_grad_(False)
+        first = model[0].weight.detach().clone()
+        model[1] = FullyShardedDataParallel(model[1], **options, **fairscale_cpu.ARGUMENTS)
+        models.append(FullyShardedDataParallel(model, **options, **fairscale_cpu.ARGUMENTS))
+        if seed == 0:
+            wanted = first
+    optimizers = [SM3.adamw_like(model.parameters(), model=model) for model in models]
+    for step in range(2):
+        models[0](torch.ones(2, 4)).square().sum().backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        save({"train": TrainState(models[0], optimizers[0])}, checkpoint_id=folder / str(step))
+    load({"train": TrainState(models[1], optimizers[1])}, folder / "1")
+    names = ("0.weight", "1.weight")
+    found, loaded = (model.state_dict() for model in models)
+    different = [name for name in names if not torch.equal(found[name], loaded[name])]
+    return different + ([] if torch.equal(loaded["0.weight"], wanted) else ["what was frozen"])
+
+
+def test_frozen_weights_that_fairscale_has_gathered(workers: Pool, tmp_path: Path) -> None:
+    assert workers(2).run(frozen_by_fairscale, tmp_path) == [[], []]

@@ -17,6 +17,7 @@ from sm3_dist.checkpoint.slots import Reader, Slot
 from sm3_dist.layout.box import Box
 from sm3_dist.layout.describe import Flattened, local_tensor
 from sm3_dist.layout.flat_metadata import flat_tensors
+from sm3_dist.layout.kinds import reshard
 from sm3_dist.layout.shard import LocalShard
 
 
@@ -33,6 +34,7 @@ def model_slots(model: nn.Module) -> dict[str, Slot]:
         NotImplementedError: if a module has extra state.
         RuntimeError: if a wrapper has gathered its parameters at present.
     """
+    reshard(model)
     flattened = Flattened(model)
     flattened.check_sharded()
     aliases = {original.name: original.aliases for flat in flat_tensors(model) for original in flat.originals}

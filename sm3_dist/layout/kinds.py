@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,13 +33,27 @@ def is_fsdp1(value: object) -> TypeIs[FullyShardedDataParallel]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the shards back that FSDP2 has whole parameters in place of, as PyTorch's state dicts do.
+    """Put the shards back that wrappers have whole parameters in place of, as they do themselves after a backward pass.
 
-    It leaves those in a model after a forward pass that no backward pass has followed.
+    FSDP2 leaves those in a model after a forward pass that no backward pass has followed, and fairscale where a
+    backward pass has no gradients of them, as of frozen ones.
     """
     for module in model.modules():
         if _is_fsdp2(module):
             module.reshard()
+        elif _is("fairscale.nn.data_parallel", "FullyShardedDataParallel", module):
+            _reshard_idle(module)
+
+
+def _reshard_idle(module: Any) -> None:
+    """Of fairscale: not while somebody has asked for whole parameters."""
+    sharded = [
+        p for p in module.params if p._is_sharded and hasattr(p, "_fp32_shard")
+    ]  # from the first forward pass on
+    idle = [p for p in sharded if p.grad is None and p.shape != p._fp32_shard.shape]
+    if idle and module.training_state.name == "IDLE":
+        module._free_full_params(idle)
+        module._use_fp32_param_shard(idle)
 
 
 def _is_fsdp2(value: object) -> TypeIs[FSDPModule]:
