@@ -156,8 +156,15 @@ def test_boxes_of_flat_ranges_that_are_rounded_stochastically(shape):
         (ROUNDED, 64, torch.bfloat16, SHAPE_IN_BLOCKS),
         (ROUNDED, 64, torch.int8, SHAPE_IN_BLOCKS),
         (ROUNDED, 64, torch.int8, (70, 192)),
+        (RECIPE | {"nesterov": True}, 64, torch.float32, (67, 1000)),
+        (ROUNDED, 64, torch.int8, (67, 1000)),
+        (RECIPE | {"nesterov": True}, 64, torch.bfloat16, (2, 33000)),
+        (ROUNDED, 64, torch.int8, (2, 9000)),
     ],
-    ids=["plain", "slices", "blocks", "bfloat16 momentum, rounded", "codes", "codes of short rows"],
+    ids=[
+        *["plain", "slices", "blocks", "bfloat16 momentum, rounded", "codes", "codes of short rows"],
+        *["rows that end in part of a block", "codes of such rows", "two panels", "codes in two panels"],
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
@@ -231,7 +238,7 @@ def test_nan_has_no_sign_in_accumulators(block):
 
 
 @needs_c
-@pytest.mark.parametrize("shape", [(64, 8192), (70, 8256), (1024, 64), SHAPE_IN_BLOCKS], ids=str)
+@pytest.mark.parametrize("shape", [(64, 8192), (70, 8256), (3, 33000), (1024, 64), SHAPE_IN_BLOCKS], ids=str)
 def test_sums_hold_the_longest_squares_of_many_rows(shape, monkeypatch):
     """NaN counts as the largest square. Vectors add those up in lanes of 32 bits, which hold some rows' alone."""
     averages, names = [], cpu.widths()

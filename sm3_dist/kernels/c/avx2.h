@@ -2,6 +2,7 @@
  * registers, and memory is read twice per cycle at best: so a constant is read once for both. */
 
 #define OF(name) name##_avx2
+#define TAKES_TURNS 0 /* whether rows of float32 do: instructions are what takes longest here, and it would take more of them */
 #define WIDE_INLINE static inline __attribute__((always_inline, target("avx2")))
 #define ALL 16
 

@@ -1,6 +1,7 @@
 /* What lines.h is made of, for AVX-512. */
 
 #define OF(name) name##_avx512
+#define TAKES_TURNS 1 /* whether rows of float32 do: it is memory that takes longest */
 #define WIDE_INLINE static inline __attribute__((always_inline, target(AVX512)))
 #define ALL 0xffff
 

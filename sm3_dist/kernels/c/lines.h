@@ -202,66 +202,6 @@ WIDE_INLINE struct OF(line) OF(line_of)(int weight, int grad, int moment, const 
     return (struct OF(line)){weight, grad, moment, x->w, x->m, x->g, {x->noise[0], 0, x->noise[MOMENT]}, x->floors, x->peaks, 0};
 }
 
-/* To the next group. */
-WIDE_INLINE void OF(go_on)(struct OF(line) *x) {
-    x->w = (char *)x->w + SIDE * size_of(x->weight);
-    x->g = (const char *)x->g + SIDE * size_of(x->grad);
-    x->m = (char *)x->m + SIDE * size_of(x->moment);
-    x->floors += SIDE, x->peaks += SIDE;
-    for (int o = 0; o < OPERANDS; o++)
-        if (x->noise[o]) x->noise[o] += SIDE;
-}
-
-/* Rows of groups that each have a cover and a maximum, with the usual settings. What is under way at the end of a row goes on
- * in the next. */
-WIDE_INLINE void OF(step_groups)(int weight, int grad, int moment, struct stretch *x) {
-    const struct OF(numbers) c = OF(numbers_of)(x->settings);
-    struct OF(line) before = OF(line_of)(weight, grad, moment, x);
-    const float carrier = x->settings->carrier;
-    OF(ints) sum = OF(every_int)(0);
-    struct OF(way) way;
-    int64_t groups = x->n / SIDE, counted = 0;
-    int is_under_way = 0;
-    for (int s = 0; s < SLOTS; s++) way.grad[s] = way.square[s] = way.root[s] = c.one;
-    for (; x->rows > 0; next_row(x)) {
-        struct OF(line) line = OF(line_of)(weight, grad, moment, x);
-        for (int64_t i = 0; i < groups; i++) {
-            const OF(floats) cover = OF(every)(x->covers[i]);
-            OF(ints) top = OF(every_int)(0);
-            if (weight != FLOAT32)
-                prefetch(line.w, weight, line.g, grad, line.m, moment, 0, SIDE, 1);
-            else if (x->next)
-                prefetch_next(line.w, weight, line.g, grad, line.m, moment, SIDE, x->next);
-            else if (groups >= WIDE)
-                prefetch(line.w, weight, line.g, grad, line.m, moment, 0, SIDE, 2);
-#pragma GCC unroll 4
-            for (int s = 0; s < SLOTS; s++) {
-                OF(take_square)(&c, &line, s * LANES, cover, 1, ALL, &way, s, &top);
-                OF(divide)(&c, &way, (s + 1) % SLOTS);
-                if (is_under_way && moment == CODE)
-                    OF(end_of_codes)(&c, &before, &way, s, &sum);
-                else if (is_under_way)
-                    OF(end)(&c, &before, s * LANES, 1, ALL, &way, s, &sum);
-                OF(take_root)(&way, (s + 3) % SLOTS);
-            }
-            x->tops[i] = larger(x->tops[i], OF(largest)(top));
-            if (is_under_way && moment == CODE)
-                OF(apply)(&c, &before, SIDE - LANES, ALL, &way, SLOTS - 1, way.update[SLOTS - 1]);
-            counted += is_under_way;
-            is_under_way = 1;
-            before = line;
-            OF(go_on)(&line);
-        }
-        if (counted + groups > MOST_GROUPS && x->rows > 1) {
-            x->squares += OF(total)(sum, carrier, counted * SLOTS);
-            sum = OF(every_int)(0);
-            counted = 0;
-        }
-    }
-    OF(end_group)(&c, &before, 0, 1, &way, &sum);
-    if (carrier) x->squares += OF(total)(sum, carrier, (counted + 1) * SLOTS);
-}
-
 /* The floors of each element with the covers, for blocks of any length; up to a vector more is written. */
 WIDE_INLINE void OF(stage)(const struct stretch *x, float *floors) {
     int64_t end = smaller(x->n, x->block - x->phase);
@@ -306,20 +246,5 @@ WIDE_INLINE void OF(step_any)(int weight, int grad, int moment, struct stretch *
         OF(raise_tops)(x, nus);
         if (carrier) x->squares += OF(total)(sum, carrier, (x->n + LANES - 1) / LANES);
         advance(x, size_of(weight), size_of(grad), size_of(moment));
-    }
-}
-
-WIDE_INLINE void OF(stretch_of)(int weight, int grad, int moment, struct stretch *x) {
-    const struct settings *s = x->settings;
-    int is_usual = s->unscale == 1 && (moment == NONE || s->nesterov) && x->product;
-    if (is_usual && x->block == SIDE && x->phase == 0 && x->n % SIDE == 0 && x->n <= MOST_GROUPS * SIDE) {
-        OF(step_groups)(weight, grad, moment, x);
-        return;
-    }
-    for (; x->rows > 0; next_row(x)) {
-        struct stretch row = *x;
-        row.squares = 0;
-        OF(step_any)(weight, grad, moment, &row);
-        x->squares += row.squares;
     }
 }

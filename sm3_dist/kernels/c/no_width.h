@@ -3,4 +3,5 @@
 #undef OF
 #undef WIDE_INLINE
 #undef ALL
+#undef TAKES_TURNS
 #undef SIDE_BY_SIDE

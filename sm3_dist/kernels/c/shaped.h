@@ -16,8 +16,7 @@ struct stretch { /* contiguous elements, of one row or of some that lie alike */
     const uint16_t *noise[OPERANDS]; /* random bits of each element, to round weight and momentum; null: to the nearest */
     int64_t rows;          /* how many; from one to the next it is */
     int64_t line[OPERANDS]; /* this far, in bytes, */
-    int64_t entries;       /* so many covers, and tops, */
-    int64_t halves;        /* and so much noise */
+    int64_t line_of_covers, line_of_tops, halves; /* so many covers, tops, and so much noise */
     const int64_t *next;   /* bytes to the memory that is to be asked for meanwhile, by operand; null: to none */
     const struct settings *settings;
     uint64_t squares;      /* the sum of squared updates, in grains, is added to it */
@@ -53,8 +52,8 @@ INLINE void next_row(struct stretch *x) {
     x->w = (char *)x->w + x->line[WEIGHT];
     x->g = (const char *)x->g + x->line[GRAD];
     x->m = (char *)x->m + x->line[MOMENT];
-    x->covers += x->entries;
-    x->tops += x->entries;
+    x->covers += x->line_of_covers;
+    x->tops += x->line_of_tops;
     for (int o = 0; o < OPERANDS; o++)
         if (x->noise[o]) x->noise[o] += x->halves;
 }

@@ -3,6 +3,7 @@
 #include "rows.h"
 #include "noise.h"
 #include "shaped.h"
+#include "panel.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define X86
@@ -22,16 +23,18 @@ enum { LANES = 16, SIDE = 64, CHUNK = 1024, SLOTS = SIDE / LANES, MOST_GROUPS = 
 
 /* Groups of a row, in float32, from which on floors and peaks of all columns do not stay in a cache of 32 KB while the row goes
  * by. They then come from the second one, and the processor's own looking ahead in memory no longer keeps up. Rows that are
- * shorter are best left to it. */
+ * shorter are best left to it, if they do not take turns. */
 enum { WIDE = 24 };
 
 /* What depends on the width has names that end in it. OF() makes them. */
 #include "avx2.h"
 #include "lines.h"
+#include "groups.h"
 #include "philox.h"
 #include "no_width.h"
 #include "avx512.h"
 #include "lines.h"
+#include "groups.h"
 #include "philox.h"
 #endif
 
@@ -70,6 +73,8 @@ INLINE void narrow_of(int64_t n, void *restrict to, const float *restrict from, 
                                      int64_t at) {                                                                   \
         WORDS(groups, first, p, random, at);                                                                         \
     }                                                                                                                \
+    target static void begin_panel_##width(struct panel *p, float *workspace) { begin_panel(p, workspace); }         \
+    target static void end_panel_##width(const struct panel *p) { end_panel(p); }                                    \
     CONVERSIONS(width, target)
 
 struct width {
@@ -82,6 +87,8 @@ struct width {
     void (*widen)(int64_t n, float *to, const void *from, int64_t type);
     void (*narrow)(int64_t n, void *to, const float *from, int64_t type);
     void (*scatter)(int64_t n, void *to, const float *from, const uint16_t *noise, int64_t type);
+    void (*begin_panel)(struct panel *p, float *workspace);
+    void (*end_panel)(const struct panel *p);
 };
 
 #define WORDS random_words
@@ -110,7 +117,8 @@ WIDTH(avx512, __attribute__((target(AVX512))))
 #endif
 
 #define NAMED(name, width, typed, converts)                                                                          \
-    {name, typed, converts, row_##width, stretch_##width, words_##width, widen_##width, narrow_##width, scatter_##width}
+    {name, typed, converts, row_##width, stretch_##width, words_##width, widen_##width, narrow_##width,               \
+     scatter_##width, begin_panel_##width, end_panel_##width}
 static const struct width widths[] = {
     NAMED("baseline", baseline, 0, 0),
 #ifdef X86
