@@ -78,13 +78,15 @@ WIDE_INLINE struct OF(line) OF(further)(struct OF(line) x, const int64_t *bytes,
 
 /* Rows of float32 whose groups take turns, one of the upper and one of the lower half of the rows: a core has more requests to
  * memory under way if they go to different places, and what is kept of columns is read once for two. (With codes it is
- * arithmetic that takes longest.) */
+ * arithmetic that takes longest.) What the upper half would ask for at its end has been done by the lower one: it asks for the
+ * lower half of the rows below, as the lower one for their upper half. */
 WIDE_INLINE void OF(step_rows_in_turn)(int weight, int grad, int moment, struct stretch *x) {
     const struct OF(numbers) c = OF(numbers_of)(x->settings);
     struct OF(line) before = OF(line_of)(weight, grad, moment, x);
     const float carrier = x->settings->carrier;
     const int64_t rows = x->rows, apart = (rows + 1) / 2, groups = x->n / SIDE;
     const int64_t covers = apart * x->line_of_covers, tops = apart * x->line_of_tops;
+    const int64_t below[OPERANDS] = {rows * x->line[WEIGHT], rows * x->line[GRAD], rows * x->line[MOMENT]};
     const int64_t bytes[OPERANDS] = {apart * x->line[WEIGHT], apart * x->line[GRAD], apart * x->line[MOMENT]};
     OF(ints) sum = OF(every_int)(0);
     struct OF(way) way;
@@ -94,11 +96,13 @@ WIDE_INLINE void OF(step_rows_in_turn)(int weight, int grad, int moment, struct 
     for (int64_t row = 0; row < apart; row++, next_row(x)) {
         struct OF(line) upper = OF(line_of)(weight, grad, moment, x);
         const int turns = row + apart < rows ? 2 : 1;
+        const int64_t left = (apart - row) * groups, asked = AHEAD_2 / (SIDE * size_of(FLOAT32));
         for (int64_t i = 0; i < groups;) {
             for (const int64_t end = smaller(groups, i + MOST_GROUPS / 4); i < end; i++) {
                 for (int turn = 0; turn < turns; turn++) {
                     const struct OF(line) line = turn ? OF(further)(upper, bytes, apart * x->halves) : upper;
-                    prefetch(line.w, weight, line.g, grad, line.m, moment, 0, SIDE, 2);
+                    const struct OF(line) ahead = !turn && left - i <= asked ? OF(further)(line, below, 0) : line;
+                    prefetch(ahead.w, weight, ahead.g, grad, ahead.m, moment, 0, SIDE, 2);
                     OF(step_group)(&c, &line, &before, is_under_way, x->covers[i + turn * covers], x->tops + i + turn * tops,
                                    &way, &sum);
                     counted += is_under_way;
