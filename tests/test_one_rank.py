@@ -48,6 +48,7 @@ KNOWN: dict[str, tuple[int, str | None, str | None]] = {
     "state loaded before the first step, of which gradients are looked at first": (101029, None, None),
     "another lr, of replicas that send nothing": (7, "lr", "hsdp-replicas-only"),
     "a closure that raises before there is a plan, and goes on": (15, "closure, and on", "zero1"),
+    "state loaded, which the other finds out in the next step": (58, "own state loaded", "fsdp2"),
 }
 
 

@@ -47,9 +47,8 @@ def reshard(model: nn.Module) -> None:
 
 def _reshard_idle(module: Any) -> None:
     """Of fairscale: not while somebody has asked for whole parameters."""
-    sharded = [
-        p for p in module.params if p._is_sharded and hasattr(p, "_fp32_shard")
-    ]  # from the first forward pass on
+    # (They have a shard of their own from the first forward pass on.)
+    sharded = [p for p in module.params if p._is_sharded and hasattr(p, "_fp32_shard")]
     idle = [p for p in sharded if p.grad is None and p.shape != p._fp32_shard.shape]
     if idle and module.training_state.name == "IDLE":
         module._free_full_params(idle)

@@ -176,7 +176,8 @@ class RankWatch:
 
         Args:
             ahead: whether an error in a later step than the present one counts. Whoever comes to it has done their part
-                of this one, and this rank may stop there too.
+                of this one, and this rank may stop there too. While plans are compared it always counts: whoever went
+                past that does not come.
 
         Raises:
             PlanMismatchError: it found a difference between ranks.
@@ -193,7 +194,7 @@ class RankWatch:
             note = json.loads(store.get(f"{token}/stopped"))
             if note["call"] in self._stopped:
                 continue  # all ranks stopped in that call, and went on together
-            if self._in_step and note["call"] > self.call and not ahead:
+            if self._in_step and note["call"] > self.call and not (ahead or self.awaited):
                 continue
             self._stop_because_of(note, ranks)
 
