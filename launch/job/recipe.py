@@ -94,8 +94,8 @@ class Owned(nn.Module):
         super().__init__()
         self.groups = groups
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        return self.groups
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        return self.groups if recurse else ()  # and none is a module's own
 
     def parameters(self, recurse: bool = True) -> Any:
         return (parameter for group in self.groups for parameter in group["params"])
