@@ -133,6 +133,8 @@ def frozen_and_added() -> list[str]:
     from fairscale.optim import OSS
 
     model, alone = Model(), Model()
+    for each in (model, alone):  # never has state
+        list(each.parameters())[-1].requires_grad_(False)
     first, *others = model.parameters()
     oss = OSS(others, optim=SM3, **OPTIONS)
     whole = SM3(list(alone.parameters())[1:], **OPTIONS)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from launch.job import fairscale_cpu
 from sm3_dist import SM3, MuonLikeSM3, step_in_backward
 from sm3_dist.checkpoint import TrainState, get_optimizer_state_dict, load, set_optimizer_state_dict
+from sm3_dist.checkpoint.names import canonical_names
 
 ROUNDED: dict[str, Any] = {"lr": 0.1, "momentum_dtype": torch.int8, "stochastic_rounding": True}
 
@@ -152,6 +153,10 @@ def frozen_by_fairscale(folder: Path) -> list[str]:
         optimizers[0].zero_grad()
         save({"train": TrainState(models[0], optimizers[0])}, checkpoint_id=folder / str(step))
     load({"train": TrainState(models[1], optimizers[1])}, folder / "1")
+    with models[0].summon_full_params():  # type: ignore[operator]  # who asks for whole ones keeps them
+        whole = [param.shape for param in models[0].parameters()]
+        canonical_names(models[0])
+        assert [param.shape for param in models[0].parameters()] == whole
     names = ("0.weight", "1.weight")
     found, loaded = (model.state_dict() for model in models)
     different = [name for name in names if not torch.equal(found[name], loaded[name])]
