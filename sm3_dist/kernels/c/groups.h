@@ -31,16 +31,23 @@ WIDE_INLINE void OF(step_group)(const struct OF(numbers) *c, const struct OF(lin
         OF(apply)(c, before, SIDE - LANES, ALL, way, SLOTS - 1, way->update[SLOTS - 1]);
 }
 
+/* Add the squares of so many groups, and begin anew. */
+WIDE_INLINE void OF(add_up)(struct stretch *x, OF(ints) *sum, int64_t *counted) {
+    const float carrier = x->settings->carrier;
+    if (carrier) x->squares += OF(total)(*sum, carrier, *counted * SLOTS);
+    *sum = OF(every_int)(0);
+    *counted = 0;
+}
+
 /* Rows of at most MOST_GROUPS groups, one after another. */
 WIDE_INLINE void OF(step_rows)(int weight, int grad, int moment, struct stretch *x) {
     const struct OF(numbers) c = OF(numbers_of)(x->settings);
     struct OF(line) before = OF(line_of)(weight, grad, moment, x);
-    const float carrier = x->settings->carrier;
     OF(ints) sum = OF(every_int)(0);
     struct OF(way) way;
     int64_t groups = x->n / SIDE, counted = 0;
     int is_under_way = 0;
-    for (int s = 0; s < SLOTS; s++) way.grad[s] = way.square[s] = way.root[s] = c.one;
+    OF(begin)(&c, &way);
     for (; x->rows > 0; next_row(x)) {
         struct OF(line) line = OF(line_of)(weight, grad, moment, x);
         for (int64_t i = 0; i < groups; i++) {
@@ -56,14 +63,11 @@ WIDE_INLINE void OF(step_rows)(int weight, int grad, int moment, struct stretch 
             before = line;
             OF(go_on)(&line);
         }
-        if (counted + groups > MOST_GROUPS && x->rows > 1) {
-            x->squares += OF(total)(sum, carrier, counted * SLOTS);
-            sum = OF(every_int)(0);
-            counted = 0;
-        }
+        if (counted + groups > MOST_GROUPS && x->rows > 1) OF(add_up)(x, &sum, &counted);
     }
     OF(end_group)(&c, &before, 0, 1, &way, &sum);
-    if (carrier) x->squares += OF(total)(sum, carrier, (counted + 1) * SLOTS);
+    counted++;
+    OF(add_up)(x, &sum, &counted);
 }
 
 /* The same elements so many bytes further on, by operand, and so much noise. */
@@ -83,7 +87,6 @@ WIDE_INLINE struct OF(line) OF(further)(struct OF(line) x, const int64_t *bytes,
 WIDE_INLINE void OF(step_rows_in_turn)(int weight, int grad, int moment, struct stretch *x) {
     const struct OF(numbers) c = OF(numbers_of)(x->settings);
     struct OF(line) before = OF(line_of)(weight, grad, moment, x);
-    const float carrier = x->settings->carrier;
     const int64_t rows = x->rows, apart = (rows + 1) / 2, groups = x->n / SIDE;
     const int64_t covers = apart * x->line_of_covers, tops = apart * x->line_of_tops;
     const int64_t below[OPERANDS] = {rows * x->line[WEIGHT], rows * x->line[GRAD], rows * x->line[MOMENT]};
@@ -92,7 +95,7 @@ WIDE_INLINE void OF(step_rows_in_turn)(int weight, int grad, int moment, struct 
     struct OF(way) way;
     int64_t counted = 0;
     int is_under_way = 0;
-    for (int s = 0; s < SLOTS; s++) way.grad[s] = way.square[s] = way.root[s] = c.one;
+    OF(begin)(&c, &way);
     for (int64_t row = 0; row < apart; row++, next_row(x)) {
         struct OF(line) upper = OF(line_of)(weight, grad, moment, x);
         const int turns = row + apart < rows ? 2 : 1;
@@ -111,15 +114,12 @@ WIDE_INLINE void OF(step_rows_in_turn)(int weight, int grad, int moment, struct 
                 }
                 OF(go_on)(&upper);
             }
-            if (counted >= MOST_GROUPS / 2) {
-                x->squares += OF(total)(sum, carrier, counted * SLOTS);
-                sum = OF(every_int)(0);
-                counted = 0;
-            }
+            if (counted >= MOST_GROUPS / 2) OF(add_up)(x, &sum, &counted);
         }
     }
     OF(end_group)(&c, &before, 0, 1, &way, &sum);
-    if (carrier) x->squares += OF(total)(sum, carrier, (counted + 1) * SLOTS);
+    counted++;
+    OF(add_up)(x, &sum, &counted);
 }
 
 /* Rows of groups. Those of more than MOST_GROUPS are done by as many, but row by row, for memory is slower where it is left. */

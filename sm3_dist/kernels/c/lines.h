@@ -91,6 +91,11 @@ WIDE_INLINE void OF(take_square)(const struct OF(numbers) *c, const struct OF(li
     OF(put)(&way->square[slot], OF(add)(nu, c->eps));
 }
 
+/* Numbers that do no harm where nothing is under way yet. */
+WIDE_INLINE void OF(begin)(const struct OF(numbers) *c, struct OF(way) *way) {
+    for (int s = 0; s < SLOTS; s++) way->grad[s] = way->square[s] = way->root[s] = c->one;
+}
+
 WIDE_INLINE void OF(take_root)(struct OF(way) *way, int slot) { OF(put)(&way->root[slot], OF(sqrt)(way->square[slot])); }
 
 WIDE_INLINE void OF(divide)(const struct OF(numbers) *c, struct OF(way) *way, int slot) {
@@ -177,7 +182,7 @@ WIDE_INLINE void OF(step_line)(const struct OF(numbers) *c, const struct OF(line
     struct OF(way) way;
     OF(ints) top;
     int64_t j = 0;
-    for (int s = 0; s < SLOTS; s++) way.grad[s] = way.square[s] = way.root[s] = c->one;
+    OF(begin)(c, &way);
     for (; n - j >= SIDE; j += SIDE) {
 #pragma GCC unroll 4
         for (int s = 0; s < SLOTS; s++) {
